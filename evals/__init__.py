@@ -1,0 +1,1 @@
+"""Two sets of vectors become a verdict."""

@@ -1,0 +1,1 @@
+"""A checkpoint becomes measured .gguf files."""

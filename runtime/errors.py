@@ -1,0 +1,127 @@
+"""Every error a user can meet.
+
+F2ggufError
+├── WrongUsage               exit 2: an argument or flag that cannot work
+│   ├── UnknownName          a model, variant, device or prompt that does not exist; suggests the nearest
+│   └── UnknownDims          a width the model was not trained for
+├── CheckpointError          the Hugging Face side
+│   ├── UnsupportedCheckpoint    an architecture, tokenizer or module that f2gguf does not convert
+│   ├── BrokenCheckpoint         a file that is missing, truncated or contradicts another
+│   └── Disagreement             models.lock and the checkpoint state different facts
+├── GGUFError                the llama.cpp side
+│   ├── NotGGUF              no GGUF file, or a truncated one
+│   ├── NotAnEmbeddingModel  a GGUF file that holds something else
+│   └── PoolingMissing       the header does not say how to pool
+├── ConversionMismatch       the written file does not do what the checkpoint does
+├── QuantizationFailed       llama.cpp's quantiser gave up
+├── TextError                a text that cannot be embedded
+├── InputError               an input file that does not parse
+├── OutputError              an output that cannot be written
+├── DeviceMissing            this build of llama.cpp lacks the device
+├── DownloadFailed           the Hub did not give the files
+└── ExtraMissing             an optional dependency is not installed
+OverBound                    exit 3: measured, and over the bound (every file was written)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class F2ggufError(Exception):
+    """Base of every error that f2gguf raises on purpose; its text names the file or flag and the next step."""
+
+    exit_code = 1
+
+
+class WrongUsage(F2ggufError):
+    exit_code = 2
+
+
+class UnknownName(WrongUsage):
+    """`what` called `name` does not exist among `known`."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        known = list(known)
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        lowered = {k.lower(): k for k in known}
+        close = lowered.get(name.lower()) or (nearest[0] if nearest else None)
+        suggestion = f" Did you mean {close!r}?" if close else ""
+        super().__init__(f"no {what} is called {name!r}.{suggestion} Known: {', '.join(known) or 'none'}.{hint}")
+
+
+class UnknownDims(WrongUsage):
+    pass
+
+
+class CheckpointError(F2ggufError):
+    pass
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    pass
+
+
+class BrokenCheckpoint(CheckpointError):
+    pass
+
+
+class Disagreement(CheckpointError):
+    pass
+
+
+class GGUFError(F2ggufError):
+    pass
+
+
+class NotGGUF(GGUFError):
+    pass
+
+
+class NotAnEmbeddingModel(GGUFError):
+    pass
+
+
+class PoolingMissing(GGUFError):
+    pass
+
+
+class ConversionMismatch(F2ggufError):
+    pass
+
+
+class QuantizationFailed(F2ggufError):
+    pass
+
+
+class TextError(F2ggufError):
+    pass
+
+
+class InputError(F2ggufError):
+    pass
+
+
+class OutputError(F2ggufError):
+    pass
+
+
+class DeviceMissing(F2ggufError):
+    pass
+
+
+class DownloadFailed(F2ggufError):
+    pass
+
+
+class ExtraMissing(F2ggufError):
+    pass
+
+
+class OverBound(F2ggufError):
+    exit_code = 3
+
+
+class TruncationWarning(UserWarning):
+    """Texts were cut to the model's maximum length; the EOS stayed last."""

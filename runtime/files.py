@@ -1,0 +1,74 @@
+"""Files that are complete or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from f2gguf.runtime.errors import OutputError
+
+PART_SUFFIX = ".part"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+
+    A process that is killed leaves at most a `.part` file, which the next run overwrites. Raises `OutputError` with
+    the reason of the operating system (full disk, no permission).
+    """
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with Unix line ends, or raise `OutputError` and leave what was there."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def require_free_space(folder: Path, size_bytes: int, what: str) -> None:
+    """Raise `OutputError` unless the disk of `folder` can take `size_bytes` more for `what`."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size_bytes:
+        raise OutputError(
+            f"{folder}: {what} needs {format_size(size_bytes)} and the disk has {format_size(free)} left. "
+            "Free some space, or choose another disk with --out."
+        )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def format_size(size_bytes: float) -> str:
+    """1_234_567 -> '1.2 MB' (decimal units, as the Hub shows them)."""
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} GB"
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"{path}: cannot be written: {reason}. What was there before is untouched.")

@@ -1,0 +1,261 @@
+"""The header of a .gguf file: what the runtime must know, and nothing that it has to guess."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownName
+
+# Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them.
+KEY_VERSION = "f2gguf.version"
+KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
+KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
+KEY_MAX_TOKENS = "f2gguf.max_tokens"
+KEY_NORMALIZE = "f2gguf.normalize"
+KEY_NORMALIZER = "f2gguf.tokenizer.normalizer"  # the checkpoint's own, as in its tokenizer.json
+KEY_SPECIAL_TOKENS = "f2gguf.tokenizer.special_tokens"  # texts that the tokenizer never splits nor normalises
+KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
+KEY_REVISION = "f2gguf.source.revision"
+KEY_VARIANT = "f2gguf.variant"
+KEY_MEAN_DRIFT = "f2gguf.drift.mean"
+KEY_UPPER_DRIFT = "f2gguf.drift.upper"
+KEY_MAX_DRIFT = "f2gguf.drift.bound"
+KEY_HOLDS = "f2gguf.drift.holds"
+KEY_N_TEXTS = "f2gguf.drift.n_texts"
+
+POOLING_TYPES = {1: "mean", 2: "cls", 3: "last"}
+POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
+
+# GGUF specification, "enum gguf_metadata_value_type": number -> struct format
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LONG_ARRAY = 1024  # longer arrays (the vocabulary) are counted, not read
+_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class LongArray:
+    """An array that was passed over because nobody needs it in Python: its length."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's name, shape (as PyTorch orders it: rows first), GGML type name and bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .gguf file says of itself. Make one with `read_header`."""
+
+    path: Path
+    values: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    offsets: dict[str, int] = field(repr=False)  # key -> where a scalar's bytes stand in the file
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", ""))
+
+    @property
+    def name(self) -> str:
+        return str(self.values.get("general.name", self.path.stem))
+
+    @property
+    def n_embd(self) -> int:
+        return int(self._of_architecture("embedding_length", 0))
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(self._of_architecture("context_length", 0))
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input in tokens, special tokens included."""
+        return int(self.values.get(KEY_MAX_TOKENS, self.n_ctx_train))
+
+    @property
+    def pooling(self) -> str | None:
+        """'last', 'mean' or 'cls'; None where the file does not say."""
+        return POOLING_TYPES.get(self._of_architecture("pooling_type", -1))
+
+    @property
+    def is_causal(self) -> bool:
+        return bool(self._of_architecture("attention.causal", True))
+
+    @property
+    def is_normalized(self) -> bool:
+        return bool(self.values.get(KEY_NORMALIZE, True))
+
+    @property
+    def normalizer(self) -> str | None:
+        return self.values.get(KEY_NORMALIZER)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return self.values.get(KEY_SPECIAL_TOKENS, ())
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {key[len(KEY_PROMPT) :]: text for key, text in self.values.items() if key.startswith(KEY_PROMPT)}
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths that the model was trained for, the full one last."""
+        return tuple(self.values.get(KEY_MATRYOSHKA_DIMS, ())) or (self.n_embd,)
+
+    @property
+    def file_type(self) -> str:
+        """Name of the type that most of the weights have, such as 'Q4_K_M'."""
+        from gguf import LlamaFileType
+
+        number = self.values.get("general.file_type", 0)
+        try:
+            return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except ValueError:
+            return f"file type {number}"
+
+    def require_pooling(self, pooling: str | None = None) -> str:
+        """The pooling to use: `pooling` where the caller states it, else the header's.
+
+        Raises `NotAnEmbeddingModel` for what cannot give text vectors, `PoolingMissing` where nobody says.
+        """
+        self._require_model()
+        if pooling is not None:
+            if pooling not in POOLING_IDS:
+                raise UnknownName("pooling", pooling, POOLING_IDS)
+            return pooling
+        if self.pooling is None:
+            raise PoolingMissing(
+                f"{self.path}: the header has no pooling type, so it is no embedding model, or was converted without "
+                "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls)."
+            )
+        return self.pooling
+
+    def _require_model(self) -> None:
+        kind = self.values.get("general.type", "model")
+        if kind != "model" or not self.tensors or not self.n_embd:
+            raise NotAnEmbeddingModel(
+                f"{self.path}: holds no model (general.type is {kind!r}, {len(self.tensors)} tensors). "
+                "Pass the .gguf of an embedding model."
+            )
+        if self._of_architecture("pooling_type", None) == 4:
+            raise NotAnEmbeddingModel(f"{self.path}: is a reranker, which gives scores and no vectors.")
+
+    def _of_architecture(self, key: str, default: Any) -> Any:
+        return self.values.get(f"{self.architecture}.{key}", default)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header of a .gguf file (format version 2 or 3, little endian).
+
+    Raises `NotGGUF` for a missing file, another format, or one that ends before its last tensor does.
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    path = Path(path)
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(path, data, size_bytes).read()
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        if isinstance(error, FileNotFoundError):
+            raise NotGGUF(f"{path}: no such file. Make one with `quantize all MODEL`.") from error
+        raise NotGGUF(f"{path}: cannot be read as GGUF: {error}.") from error
+
+
+class _Reader:
+    """Walks the header from front to back."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size_bytes: int) -> None:
+        self.path, self.data, self.size_bytes, self.at = path, data, size_bytes, 0
+
+    def read(self) -> Header:
+        if self.data[:4] != _MAGIC:
+            raise NotGGUF(f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF').")
+        self.at = 4
+        version = self._scalar(4)
+        if version not in (2, 3):
+            raise NotGGUF(f"{self.path}: GGUF version {version} is not supported (2 and 3 are).")
+        n_tensors, n_values = self._scalar(10), self._scalar(10)
+        values: dict[str, Any] = {}
+        offsets: dict[str, int] = {}
+        for _ in range(n_values):
+            key = self._string()
+            kind = self._scalar(4)
+            offsets[key] = self.at
+            values[key] = self._value(kind)
+        placed = [self._tensor() for _ in range(n_tensors)]
+        self._require_complete(placed, values.get("general.alignment", 32))
+        return Header(self.path, values, tuple(tensor for tensor, _ in placed), offsets)
+
+    def _require_complete(self, placed: list[tuple[TensorInfo, int]], alignment: int) -> None:
+        begin = -(-self.at // alignment) * alignment
+        for tensor, offset in placed:
+            end = begin + offset + tensor.size_bytes
+            if end > self.size_bytes:
+                raise NotGGUF(
+                    f"{self.path}: truncated: {tensor.name} ends at byte {end:,} and the file at {self.size_bytes:,}. "
+                    "Download or make it again."
+                )
+
+    def _take(self, n_bytes: int) -> int:
+        start = self.at
+        self.at += n_bytes
+        if self.at > self.size_bytes:
+            raise NotGGUF(f"{self.path}: truncated inside its header. Download or make it again.")
+        return start
+
+    def _scalar(self, kind: int) -> Any:
+        layout = "<" + _SCALARS[kind]
+        return struct.unpack_from(layout, self.data, self._take(struct.calcsize(layout)))[0]
+
+    def _string(self) -> str:
+        length = self._scalar(10)
+        start = self._take(length)
+        return self.data[start : start + length].decode("utf-8", errors="replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._scalar(kind)
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array()
+        raise NotGGUF(f"{self.path}: the header has a value of unknown type {kind}; the file is damaged.")
+
+    def _array(self) -> Any:
+        kind, length = self._scalar(4), self._scalar(10)
+        if length <= _LONG_ARRAY:
+            return tuple(self._value(kind) for _ in range(length))
+        if kind in _SCALARS:
+            self._take(length * struct.calcsize("<" + _SCALARS[kind]))
+        else:
+            for _ in range(length):
+                self._take(self._scalar(10))
+        return LongArray(length)
+
+    def _tensor(self) -> tuple[TensorInfo, int]:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self._string()
+        shape = tuple(self._scalar(10) for _ in range(self._scalar(4)))[::-1]
+        number, offset = self._scalar(4), self._scalar(10)
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise NotGGUF(f"{self.path}: {name} has the unknown tensor type {number}; update f2gguf.") from error
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        n_elements = 1
+        for n in shape:
+            n_elements *= n
+        return TensorInfo(name, shape, kind.name, n_elements // block * block_bytes), offset

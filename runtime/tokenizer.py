@@ -1,0 +1,111 @@
+"""Text becomes the token ids that the checkpoint was trained on.
+
+llama.cpp splits and merges as the checkpoint's tokenizer does, but it normalises differently: it leaves out Unicode
+NFC for byte-level BPE, and its BERT normaliser strips marks (Unicode category Mc) and classifies separators in its own
+way. So f2gguf runs the checkpoint's own normaliser first (the `tokenizers` library, from the JSON in the header) and
+gives llama.cpp text on which nothing is left to normalise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from f2gguf.runtime.errors import GGUFError, TextError
+from f2gguf.runtime.header import Header
+from f2gguf.runtime.llama import Model
+
+Normalize = Callable[[str], str]
+
+MAX_WORD_CHARS = 100  # WordPiece gives [UNK] for longer words; llama.cpp has no such limit
+_WORD_START = "\u2581"  # llama.cpp's mark for the start of a word; inside a word it would start a second one
+_UNKNOWN = "[UNK]"
+
+
+class Tokenizer:
+    """Token ids of texts, cut to `max_tokens` with the closing special token (EOS or [SEP]) kept."""
+
+    def __init__(self, model: Model, header: Header, *, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._model = model
+        self._n_closing = int(model.closes_texts)
+        self._normalize = _normalizer(header.path, normalizer_spec(header))
+        longest_first = sorted(header.special_tokens, key=len, reverse=True)
+        self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+    def __call__(self, text: str) -> tuple[NDArray[np.int32], bool]:
+        """Ids of `text` with special tokens, (n_tokens,) int32, and whether it was cut.
+
+        Raises `TextError` for what is no valid text, or has no token.
+        """
+        try:
+            ids = self._model.tokenize(self.normalize(text))
+        except UnicodeEncodeError as error:
+            raise TextError(
+                f"character {error.start + 1} is a lone surrogate ({text[error.start]!r}), which no text can hold. "
+                "Decode the source as UTF-8 with errors='replace'."
+            ) from error
+        if not len(ids):
+            raise TextError("the text is empty, and this model has no special token that could stand for it.")
+        if len(ids) <= self.max_tokens:
+            return ids, False
+        kept = self.max_tokens - self._n_closing
+        return np.concatenate([ids[:kept], ids[len(ids) - self._n_closing :]]), True
+
+    def normalize(self, text: str) -> str:
+        """`text` as the checkpoint's own normaliser leaves it; special tokens in it stay as they are."""
+        text.encode("utf-8")  # the normalisers stop at lone surrogates with a less telling error
+        if self._normalize is None:
+            return text
+        parts = self._specials.split(text) if self._specials else [text]
+        return "".join(part if i % 2 else self._normalize(part) for i, part in enumerate(parts))
+
+
+def normalizer_spec(header: Header) -> dict[str, Any] | None:
+    """The checkpoint's normaliser, as its tokenizer.json states it; None where there is none."""
+    return json.loads(header.normalizer) if header.normalizer else None
+
+
+def load_overrides(header: Header) -> dict[str, bool]:
+    """Header values to replace while loading, so that llama.cpp leaves alone what f2gguf has normalised."""
+    spec = normalizer_spec(header)
+    if not spec or spec["type"] != "BertNormalizer":
+        return {}
+    return {f"tokenizer.ggml.normalizer.{step}": False for step in ("lowercase", "strip_accents")}
+
+
+def _normalizer(path: Path, spec: dict[str, Any] | None) -> Normalize | None:
+    if spec is None:
+        return None
+    builders = {"NFC": _nfc, "BertNormalizer": _bert}
+    if spec["type"] not in builders:
+        raise GGUFError(f"{path}: needs the normaliser {spec['type']}, which this f2gguf does not know; update it.")
+    return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"})
+
+
+def _nfc(_options: dict[str, Any]) -> Normalize:
+    from tokenizers.normalizers import NFC
+
+    normalize_str = NFC().normalize_str
+    return lambda text: text if text.isascii() else normalize_str(text)
+
+
+def _bert(options: dict[str, Any]) -> Normalize:
+    """BERT's cleaning, then its split into words and punctuation, which llama.cpp would do a little differently."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    normalize_str = BertNormalizer(**options).normalize_str
+    split = BertPreTokenizer().pre_tokenize_str
+
+    def normalize(text: str) -> str:
+        words = (word for word, _ in split(normalize_str(text)))
+        return " ".join(_UNKNOWN if len(word) > MAX_WORD_CHARS or _WORD_START in word[1:] else word for word in words)
+
+    return normalize
