@@ -51,8 +51,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return architecture
 
 
-def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, tuple[Target, StoredTensor]]:
-    """GGUF name -> (target, stored tensor), in GGUF order.
+def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, StoredTensor]:
+    """GGUF name -> stored tensor, in GGUF order.
 
     Raises `BrokenCheckpoint` for a tensor that is missing, surplus, or shaped at odds with config.json.
     """
@@ -74,7 +74,7 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
             raise BrokenCheckpoint(
                 f"{tensor.file}: {name} has the shape {tensor.shape}, but config.json implies {target.shape}."
             )
-        matched[target.name] = (target, tensor)
+        matched[target.name] = tensor
     return matched
 
 

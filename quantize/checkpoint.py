@@ -18,7 +18,7 @@ from f2gguf.runtime.files import sha256_file
 
 # safetensors dtype -> numpy dtype of its bytes (numpy has no bfloat16: its bits are read as uint16)
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-CHUNK_ELEMENTS = 1 << 22  # 8 to 16 MB: what a conversion holds in memory at a time
+CHUNK_ELEMENTS = 1 << 19  # 8 to 16 MB: what a conversion holds in memory at a time
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _POOLING_MODES = {
     "pooling_mode_lasttoken": "last",

@@ -106,6 +106,11 @@ class Header:
         return self.values.get(KEY_SPECIAL_TOKENS, ())
 
     @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages that the model claims, as BCP-47 codes; empty where the file does not say."""
+        return tuple(self.values.get("general.languages", ()))
+
+    @property
     def prompts(self) -> dict[str, str]:
         return {key[len(KEY_PROMPT) :]: text for key, text in self.values.items() if key.startswith(KEY_PROMPT)}
 

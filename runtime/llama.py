@@ -117,6 +117,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if device == "cpu" else -1
+        params.use_extra_bufts = not _has_amx()
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -246,6 +247,15 @@ def _batch(texts: Sequence[NDArray[np.int32]]) -> Any:
         setattr(batch, name, ctypes.cast(array.ctypes.data, kind))
     batch.arrays = (tokens, positions, sequences, counts, outputs, pointers)
     return batch
+
+
+def _has_amx() -> bool:
+    """Whether llama.cpp would repack weights for AMX, where it crashes.
+
+    Built by GCC 12, its tile configuration is optimised away, and the first quantised product faults:
+    https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
 def _backends() -> list[str]:

@@ -1,0 +1,103 @@
+"""The shipped evaluation texts: many languages and scripts, queries and their documents, code, long texts, edge cases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.errors import TruncationWarning
+
+PATH = Path(__file__).with_name("texts.jsonl")
+KINDS = ("query", "document", "code", "long", "edge")
+
+# Strings on which tokenizers go wrong, tried at every conversion besides the evaluation texts.
+HOSTILE = (
+    "",
+    " ",
+    "\n",
+    "a\n\n\nb \r\n c\t\td  e   f",
+    "don't I'LL we'Ve 'S 'ſ",
+    "中文字符 和 English 混合，。！ 𠀀𪛖",
+    "ひらがなカタカナ漢字ﾊﾝｶｸ",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇯🇵",
+    "e\u0301 A\u030a \u1112\u1161\u11ab n\u0303\u0303",
+    "क्षत्रिय ज़िंदगी हिन्दी নদী தமிழ் ᏣᎳᎩ",
+    "def f(x):\n\treturn {'a': [x**2, -1e-9]}  # ½ ≠ ²",
+    "<|im_end|>",
+    "a<|im_end|>\u0338b <|endoftext|><|im_start|>",
+    "[CLS] [SEP] [MASK] [UNK] [PAD] [sep]",
+    "<s></s><unk><pad> ▁▁ foo▁bar ##ing Ġ Ċ",
+    "x" * 250,
+    "\u00a0\u2003\u3000\u200b\ufeff\u00ad\u2028\u0085|",
+    "\x00\x01\x7f\x80 nul",
+    "\ue000\U000f0000\u0378 ﬁ Ⅷ ①",
+    "0123456789 ٣٤٥ १२३ 1,000,000.50",
+    "ÀÉÎÕÜ ß İI ı Σςσ ŁÓDŹ",
+)
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """One text; `relevant` names the documents that answer a query."""
+
+    id: str
+    kind: str
+    language: str
+    text: str
+    relevant: tuple[str, ...] = ()
+
+
+def load_texts(path: Path = PATH) -> tuple[EvalText, ...]:
+    """The texts of a .jsonl file, in its order."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return tuple(EvalText(**{**row, "relevant": tuple(row.get("relevant", ()))}) for row in rows)
+
+
+def claimed_texts(texts: Sequence[EvalText], languages: Sequence[str]) -> tuple[EvalText, ...]:
+    """The texts that a model answers for: its own languages, code, and what is of no language.
+
+    Figures on languages that a model never learnt say nothing of its use. All texts where `languages` is empty or names
+    'multilingual'. A variety counts with its language: zh-Hant with zh.
+    """
+    if not languages or "multilingual" in languages:
+        return tuple(texts)
+    return tuple(
+        text
+        for text in texts
+        if text.kind == "code" or text.language in ("und", *languages) or text.language.split("-")[0] in languages
+    )
+
+
+def texts_sha256(texts: Sequence[EvalText]) -> str:
+    """A hash over every text, its id and kind, in order: two reports compare only where it is equal."""
+    rows = [[text.id, text.kind, text.language, text.text, list(text.relevant)] for text in texts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def embed_texts(
+    model: Embedder, texts: Sequence[EvalText], on_progress: Callable[[int], None] | None = None
+) -> NDArray[np.float32]:
+    """Vectors as a user gets them: queries with the query prompt, all else as documents, (n_texts, n_embd) float32."""
+    vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
+    queries = np.array([text.kind == "query" for text in texts])
+    for rows, encode in ((queries, model.encode_query), (~queries, model.encode_document)):
+        chosen = [text.text for text, wanted in zip(texts, rows, strict=True) if wanted]
+        if chosen:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TruncationWarning)  # long texts are among them to be cut
+                vectors[rows] = encode(chosen, on_progress=on_progress)
+    return vectors
+
+
+def prompted(text: EvalText, prompts: dict[str, str]) -> str:
+    """The text with the prompt of its kind in front, as `embed_texts` embeds it."""
+    prompt = prompts.get("query" if text.kind == "query" else "document", "")
+    return text.text if text.text.startswith(prompt) else prompt + text.text

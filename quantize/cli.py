@@ -1,0 +1,272 @@
+"""The command `quantize`, and `f2gguf` with `quantize` in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from f2gguf.runtime.cli import f2gguf
+from f2gguf.runtime.console import Commands, progress, say
+from f2gguf.runtime.errors import OverBound
+
+_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
+_LOCK = click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Another models.lock.")
+_MAX_DRIFT = click.option(
+    "--max-drift", type=click.FloatRange(0, 2, min_open=True), default=0.02, show_default=True, help="The bound."
+)
+_POOLING = click.option("--pooling", help="last, mean or cls, for a checkpoint that does not state it.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="f2gguf")
+def quantize() -> None:
+    """Turn embedding checkpoints into measured GGUF files.
+
+    MODEL is a name in models.lock, a checkpoint folder, or org/name[@revision] on the Hugging Face Hub.
+    """
+
+
+@quantize.command("all")
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="What to make besides F16.")
+@click.option("--out", type=_PATH, default="dist", show_default=True, help="Where the models' folders go.")
+@_MAX_DRIFT
+@_POOLING
+@_DEVICE
+@_LOCK
+@click.option("--force", is_flag=True, help="Make everything again.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@_JSON
+def all_(
+    models: tuple[str, ...],
+    variants: str,
+    out: Path,
+    max_drift: float,
+    pooling: str | None,
+    device: str,
+    lock_path: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Fetch, convert, quantise, measure, write the card.
+
+    Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Exit code 3
+    where a variant drifts more than the bound.
+    """
+    from f2gguf.evals.conversion import as_json as json_text
+    from f2gguf.evals.report import report_lines
+    from f2gguf.quantize.lock import read_lock
+    from f2gguf.quantize.pipeline import Job, make_release
+    from f2gguf.quantize.variants import require_variant
+    from f2gguf.runtime.llama import require_device
+
+    lock = read_lock(lock_path)
+    chosen = [require_variant(name.strip()) for name in variants.split(",")]
+    require_device(device)
+    found = [_find(model, lock) for model in models or [lock.default]]
+    if dry_run:
+        for entry, folder in found:
+            click.echo("\n".join(_dry_run_lines(entry, folder, out, chosen)))
+        return
+    over = []
+    for entry, folder in found:
+        facts = _settle(entry, folder, pooling)
+        job = Job(facts, out, max_drift=max_drift, device=device, progress=progress, force=force)
+        report = make_release(job, chosen)
+        over += [f"{job.name} {name}" for name in chosen if not report["variants"][name]["holds"]]
+        click.echo(json_text(report) if as_json else "\n".join(report_lines(report)))
+        for path in sorted(job.folder.iterdir()):
+            click.echo(str(path), err=as_json)
+    if over:
+        raise OverBound(f"over the bound of {max_drift:.0%}: {', '.join(over)}. Every file was written, and says so.")
+
+
+@quantize.command()
+@click.argument("model")
+@_LOCK
+def fetch(model: str, lock_path: Path | None) -> None:
+    """Download a checkpoint at its pinned revision, and print its folder."""
+    from f2gguf.quantize.fetch import fetch as fetch_model
+    from f2gguf.quantize.lock import read_lock
+
+    click.echo(str(fetch_model(*_find(model, read_lock(lock_path)))))
+
+
+@quantize.command()
+@click.argument("model")
+@click.option("--dtype", default="f16", show_default=True, help="f16, bf16 or f32.")
+@click.option("-o", "--output", type=_PATH, help="The file to write [default: NAME-DTYPE.gguf].")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+@_POOLING
+@_LOCK
+def convert(
+    model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock_path: Path | None
+) -> None:
+    """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
+    from f2gguf.evals.texts import load_texts
+    from f2gguf.quantize.lock import read_lock
+    from f2gguf.quantize.pipeline import convert_checked
+    from f2gguf.runtime.files import writing
+
+    entry, folder = _find(model, read_lock(lock_path))
+    facts = _settle(entry, folder, pooling)
+    path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
+    _require_absent(path, force)
+    with writing(path) as part:
+        convert_checked(facts, part, dtype=dtype, progress=progress, texts=load_texts())
+    click.echo(str(path))
+
+
+@quantize.command()
+@click.argument("source", type=_PATH)
+@click.argument("name", metavar="VARIANT")
+@click.option("-o", "--output", type=_PATH, help="The file to write [default: beside SOURCE].")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+@_MAX_DRIFT
+@_DEVICE
+@_JSON
+def variant(
+    source: Path, name: str, output: Path | None, force: bool, max_drift: float, device: str, as_json: bool
+) -> None:
+    """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, measured against it."""
+    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
+    from f2gguf.quantize.pipeline import measure_variant
+    from f2gguf.quantize.variants import require_variant
+    from f2gguf.runtime import Embedder
+
+    name = require_variant(name)
+    path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
+    _require_absent(path, force)
+    with Embedder(source, device=device) as model:
+        texts = claimed_texts(load_texts(), model.header.languages)
+        with progress(f"measure {source.name}", len(texts)) as advance:
+            reference = embed_texts(model, texts, advance)
+    verdict = measure_variant(
+        source,
+        path,
+        name,
+        texts=texts,
+        reference=reference,
+        max_drift=max_drift,
+        device=device,
+        progress=progress,
+    )
+    _show_verdict(path, verdict.as_dict(), as_json)
+    click.echo(str(path), err=as_json)
+    _require_bound(path, verdict)
+
+
+@quantize.command()
+@click.argument("candidate", type=_PATH)
+@click.option("--against", required=True, metavar="FILE|MODEL", help="The F16 file, or a checkpoint for transformers.")
+@_MAX_DRIFT
+@_DEVICE
+@_LOCK
+@_JSON
+def verify(
+    candidate: Path, against: str, max_drift: float, device: str, lock_path: Path | None, as_json: bool
+) -> None:
+    """Measure the drift of a file, against another GGUF file or against its checkpoint run by transformers."""
+    from f2gguf.evals.drift import judge
+    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
+    from f2gguf.runtime import Embedder
+
+    with Embedder(candidate, device=device) as model:
+        dims = model.header.dims
+        texts = claimed_texts(load_texts(), model.header.languages)
+        with progress(f"measure {candidate.name}", len(texts)) as advance:
+            vectors = embed_texts(model, texts, advance)
+    if against.endswith(".gguf"):
+        with Embedder(against, device=device) as model, progress(f"measure {against}", len(texts)) as advance:
+            reference = embed_texts(model, texts, advance)
+    else:
+        reference = _checkpoint_vectors(against, candidate, texts, lock_path)
+    verdict = judge(vectors, reference, texts, dims=dims, max_drift=max_drift)
+    _show_verdict(candidate, verdict.as_dict(), as_json)
+    _require_bound(candidate, verdict)
+
+
+@quantize.command()
+@click.argument("model")
+@click.option("--out", type=_PATH, default="dist", show_default=True, help="Where `quantize all` wrote.")
+@_POOLING
+@_LOCK
+def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
+    """Write the model card, Modelfile and SHA256SUMS again, from drift.json."""
+    from f2gguf.quantize.card import write_release
+    from f2gguf.quantize.checkpoint import read_json
+    from f2gguf.quantize.lock import read_lock
+
+    entry, folder = _find(model, read_lock(lock_path))
+    facts = _settle(entry, folder, pooling)
+    report = read_json(out / facts.name / "drift.json")
+    for path in write_release(facts, out / facts.name, report):
+        click.echo(str(path))
+
+
+f2gguf.add_command(quantize)
+
+
+def _find(model: str, lock: Any) -> Any:
+    from f2gguf.quantize.fetch import find_model
+
+    return find_model(model, lock)
+
+
+def _settle(entry: Any, folder: Path | None, pooling: str | None) -> Any:
+    from f2gguf.quantize.facts import settle_facts
+    from f2gguf.quantize.fetch import fetch as fetch_model
+
+    path = fetch_model(entry, folder)
+    say(f"{entry.name}: {path}")
+    return settle_facts(entry, path, pooling=pooling)
+
+
+def _checkpoint_vectors(model: str, candidate: Path, texts: Any, lock_path: Path | None) -> Any:
+    from f2gguf.evals.conversion import require_transformers, transformers_vectors
+    from f2gguf.evals.texts import prompted
+    from f2gguf.quantize.lock import read_lock
+    from f2gguf.runtime import Embedder
+
+    require_transformers()
+    entry, folder = _find(model, read_lock(lock_path))
+    facts = _settle(entry, folder, None)
+    with Embedder(candidate, device="cpu") as embedder:
+        ids = [embedder.tokenize(prompted(text, embedder.prompts)) for text in texts]
+    with progress("run the checkpoint", len(texts)) as advance:
+        return transformers_vectors(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
+
+
+def _require_absent(path: Path, force: bool) -> None:
+    from f2gguf.runtime.errors import OutputError
+
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
+
+
+def _require_bound(path: Path, verdict: Any) -> None:
+    if not verdict.holds:
+        raise OverBound(f"{path}: over the bound of {verdict.max_drift:.0%}: {'; '.join(verdict.over[:5])}.")
+
+
+def _show_verdict(path: Path, verdict: dict[str, Any], as_json: bool) -> None:
+    from f2gguf.evals.conversion import as_json as json_text
+    from f2gguf.evals.report import COLUMNS, text_table, verdict_cells
+    from f2gguf.runtime.files import format_size
+
+    row = [path.name, format_size(path.stat().st_size), *verdict_cells(verdict)]
+    click.echo(json_text(verdict) if as_json else text_table(COLUMNS, [row]))
+
+
+def _dry_run_lines(entry: Any, folder: Path | None, out: Path, variants: list[str]) -> list[str]:
+    source = folder or f"{entry.repo}@{entry.revision} on the Hub"
+    lines = [f"{entry.name}: from {source}"]
+    for variant_name in ["F16", *variants]:
+        path = out / entry.name / f"{entry.name}-{variant_name}.gguf"
+        lines.append(f"  {path}: {'there, would be checked' if path.exists() else 'would be made and measured'}")
+    return lines

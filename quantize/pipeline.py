@@ -1,0 +1,263 @@
+"""The main job: a model becomes a folder of measured .gguf files, resumable at any point, the same bytes every time.
+
+    fetch -> convert -> read back -> gate 1 -> F16.gguf -> plan -> quantise -> measure -> stamp -> variant.gguf -> card
+
+A file gets its final name only after it was measured. drift.json grows with every variant, so that a run that was
+stopped finds what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from f2gguf.evals.conversion import ConversionCheck, as_json, check_conversion
+from f2gguf.evals.drift import Verdict, judge
+from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, prompted, texts_sha256
+from f2gguf.quantize.card import write_release
+from f2gguf.quantize.convert import convert
+from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.readback import read_back
+from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.variants import plan_variant, quantize_gguf
+from f2gguf.runtime import Embedder
+from f2gguf.runtime import header as keys
+from f2gguf.runtime.console import say
+from f2gguf.runtime.errors import ConversionMismatch
+from f2gguf.runtime.files import format_size, sha256_file, write_text, writing
+from f2gguf.runtime.header import read_header
+
+Vectors = NDArray[np.float32]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model, where its files go, and how they are measured."""
+
+    facts: Facts
+    out: Path
+    max_drift: float
+    device: str
+    progress: Progress
+    force: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "drift.json"
+
+    @property
+    def work(self) -> Path:
+        """Where a run keeps what only a resumed run needs; removed at the end."""
+        return self.folder / ".work"
+
+    def file(self, variant: str) -> Path:
+        return self.folder / f"{self.name}-{variant}.gguf"
+
+
+def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
+    """Make and measure the F16 file and `variants`, write the card and the sums; gives the report (drift.json).
+
+    What exists and was made from the same checkpoint, texts, bound and versions is kept. Raises `ConversionMismatch`
+    where the F16 file does not do what the checkpoint does, besides the errors of every step.
+    """
+    texts = load_texts()
+    claimed = claimed_texts(texts, job.facts.entry.languages)
+    report = _start_report(job, texts, claimed)
+    vectors = _make_reference(job, texts, report)
+    reference = vectors[[i for i, text in enumerate(texts) if text in claimed]]
+    for variant in variants:
+        if not _is_done(job, report, variant):
+            _make_variant(job, variant, claimed, reference, report)
+    report["variants"] = {name: report["variants"][name] for name in sorted(report["variants"], key=_by_size(report))}
+    write_text(job.report_path, as_json(report))
+    write_release(job.facts, job.folder, report)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return report
+
+
+def convert_checked(facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]) -> list[str]:
+    """Convert to `path` and read it back; gives the texts that stock llama.cpp splits differently."""
+    with progress(f"convert {path.name}", 2 * facts.checkpoint.n_parameters) as advance:
+        conversion = convert(facts, path, dtype=dtype, on_progress=advance)
+    say(f"{dtype.upper()}: {conversion.n_tensors} tensors, {format_size(conversion.size_bytes)}")
+    for loss in conversion.losses:
+        if loss.n_overflow:
+            say(f"  {loss.name}: {loss.n_overflow} values are beyond F16's 65504; kept as {loss.kept_as}")
+    n_zeroed = sum(loss.n_zeroed for loss in conversion.losses)
+    if n_zeroed:
+        say(f"  {n_zeroed} values are too small for F16 and became zero, in {len(conversion.losses)} tensors")
+    return read_back(path, facts, texts)
+
+
+def measure_variant(
+    source: Path,
+    target: Path,
+    variant: str,
+    *,
+    texts: Sequence[EvalText],
+    reference: Vectors,
+    max_drift: float,
+    device: str,
+    progress: Progress,
+    before_rename: Callable[[Path, Verdict], None] = lambda _path, _verdict: None,
+) -> Verdict:
+    """Make `target` as `variant` of `source`, measure it against `reference`, and stamp the verdict into its header.
+
+    `before_rename` is given the finished file under its temporary name.
+    """
+    plan = plan_variant(source, variant)
+    for line in plan.lines():
+        say(line)
+    stamps = {
+        keys.KEY_VARIANT: variant,
+        keys.KEY_MEAN_DRIFT: 0.0,
+        keys.KEY_UPPER_DRIFT: 0.0,
+        keys.KEY_HOLDS: False,
+        keys.KEY_MAX_DRIFT: float(max_drift),
+        keys.KEY_N_TEXTS: len(texts),
+    }
+    with writing(target) as part:
+        with progress(f"quantise {variant}", len(plan.tensors)) as advance:
+            quantize_gguf(source, part, plan, header=stamps, on_progress=advance)
+        with Embedder(part, device=device) as model, progress(f"measure {variant}", len(texts)) as advance:
+            vectors = embed_texts(model, texts, advance)
+            verdict = judge(vectors, reference, texts, dims=model.header.dims, max_drift=max_drift)
+        stamp(part, {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds})
+        before_rename(part, verdict)
+    return verdict
+
+
+def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> dict[str, Any]:
+    """The report of an earlier run on the same inputs, or a new one."""
+    new = {
+        "model": job.name,
+        "source": {
+            "repo": job.facts.entry.repo,
+            "revision": job.facts.entry.revision,
+            "sha256": job.facts.checkpoint.sha256,
+        },
+        "made_with": {"f2gguf": version("f2gguf"), "llama-cpp-python": version("llama-cpp-python")},
+        "texts": {
+            "n": len(claimed),
+            "sha256": texts_sha256(claimed),
+            "languages": list(job.facts.entry.languages) or ["all that are shipped"],
+            "n_conversion": len(texts),
+        },
+        "max_drift": job.max_drift,
+    }
+    try:
+        old = json.loads(job.report_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no earlier report, or one that was never ours
+        old = {}
+    if not job.force and all(old.get(key) == value for key, value in new.items()):
+        return dict(old)
+    return {**new, "conversion": {}, "files": {}, "variants": {}}
+
+
+def _make_reference(job: Job, texts: Sequence[EvalText], report: dict[str, Any]) -> Vectors:
+    """Make or find the F16 file; its vectors on the evaluation texts, which every variant is measured against."""
+    path = job.file("F16")
+    cached = job.work / "reference.npy"
+    if report["files"].get("F16") and path.exists() and sha256_file(path) == report["files"]["F16"]["sha256"]:
+        say(f"F16: {path} is there")
+        if cached.exists():
+            return np.asarray(np.load(cached))
+        return _embed(job, path, texts)
+    report["variants"] = {}
+    with writing(path) as part:
+        differing = convert_checked(job.facts, part, dtype="f16", progress=job.progress, texts=texts)
+        vectors = _embed(job, part, texts)
+        check = _check(job, vectors, texts, part)
+        with writing(cached) as cached_part, cached_part.open("wb") as file:
+            np.save(file, vectors)
+        report["files"]["F16"] = _described(part, path)
+        report["conversion"] = {**check.as_dict(), "n_stock_tokenizer_differs": len(differing)}
+        write_text(job.report_path, as_json(report))
+    return vectors
+
+
+def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText], path: Path) -> ConversionCheck:
+    facts = job.facts
+
+    def token_ids() -> list[NDArray[np.int32]]:
+        with Embedder(path, device="cpu") as model:
+            return [model.tokenize(prompted(text, model.prompts)) for text in texts]
+
+    with job.progress("gate 1", len(texts)) as advance:
+        check = check_conversion(
+            vectors,
+            texts,
+            folder=facts.checkpoint.folder,
+            checkpoint_sha256=facts.checkpoint.sha256,
+            n_parameters=facts.checkpoint.n_parameters,
+            token_ids=token_ids,
+            pooling=facts.pooling,
+            on_progress=advance,
+        )
+    if check.holds is False:
+        raise ConversionMismatch(
+            f"{job.file('F16')}: does not do what the checkpoint does: minimum cosine {check.min_cosine} against "
+            f"{check.reference}, on {check.worst_text}. It was not kept. Please report the model."
+        )
+    say(f"gate 1, {check.reference}: " + (check.why or f"minimum cosine {check.min_cosine} over {check.n} texts"))
+    return check
+
+
+def _make_variant(job: Job, variant: str, texts: Sequence[EvalText], reference: Vectors, report: dict[str, Any]) -> None:
+    target = job.file(variant)
+
+    def record(part: Path, verdict: Verdict) -> None:
+        report["files"][variant] = _described(part, target)
+        report["variants"][variant] = verdict.as_dict()
+        write_text(job.report_path, as_json(report))
+
+    measure_variant(
+        job.file("F16"),
+        target,
+        variant,
+        texts=texts,
+        reference=reference,
+        max_drift=job.max_drift,
+        device=job.device,
+        progress=job.progress,
+        before_rename=record,
+    )
+
+
+def _is_done(job: Job, report: dict[str, Any], variant: str) -> bool:
+    path = job.file(variant)
+    done = variant in report["variants"] and path.exists() and sha256_file(path) == report["files"][variant]["sha256"]
+    if done:
+        say(f"{variant}: {path} is there")
+    return done
+
+
+def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> Vectors:
+    with Embedder(path, device=job.device) as model, job.progress("measure F16", len(texts)) as advance:
+        return embed_texts(model, texts, advance)
+
+
+def _described(part: Path, path: Path) -> dict[str, Any]:
+    return {"file": path.name, "size_bytes": part.stat().st_size, "sha256": sha256_file(part)}
+
+
+def _by_size(report: dict[str, Any]) -> Callable[[str], int]:
+    return lambda variant: -int(report["files"][variant]["size_bytes"])

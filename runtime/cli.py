@@ -1,0 +1,179 @@
+"""The command `f2gguf`: embed, search, inspect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from f2gguf.runtime.console import Commands, progress
+from f2gguf.runtime.errors import WrongUsage
+
+_MODEL = click.option(
+    "-m", "--model", "model_path", envvar="F2GGUF_MODEL", metavar="FILE", help="A .gguf file [or $F2GGUF_MODEL]."
+)
+_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
+_THREADS = click.option("--threads", "n_threads", type=click.IntRange(1), help="[default: all processors]")
+_POOLING = click.option("--pooling", help="last, mean or cls, for a file whose header does not say.")
+_MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut longer texts here [default: the model's limit].")
+_DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
+_COLUMN = click.option("--column", default="text", show_default=True, help="Key or column of the text.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="f2gguf")
+def f2gguf() -> None:
+    """Embed texts with GGUF files whose quality has been measured."""
+
+
+@f2gguf.command()
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@_MODEL
+@click.option("--input", "input_path", metavar="FILE", help="A .txt, .jsonl or .csv file, or - for lines on stdin.")
+@_COLUMN
+@click.option("--query", is_flag=True, help="Put the model's query prompt before every text.")
+@click.option("--prompt", help="Put this text before every text.")
+@click.option("--prompt-name", help="Put this prompt of the model before every text.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file.")
+@click.option("--force", is_flag=True, help="Overwrite the output file.")
+@_DIMS
+@click.option("--dtype", default="float32", show_default=True, help="float32 or float16.")
+@click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
+@_MAX_TOKENS
+@_POOLING
+@_DEVICE
+@_THREADS
+def embed(
+    texts: tuple[str, ...],
+    model_path: str | None,
+    input_path: str | None,
+    column: str,
+    query: bool,
+    prompt: str | None,
+    prompt_name: str | None,
+    output: Path | None,
+    force: bool,
+    dims: int | None,
+    dtype: str,
+    no_normalize: bool,
+    max_tokens: int | None,
+    pooling: str | None,
+    device: str,
+    n_threads: int | None,
+) -> None:
+    """Turn texts into vectors: arguments, lines on stdin, or --input.
+
+    Without -o, one JSON object a text on stdout: its id and its embedding. Texts are documents unless --query says
+    otherwise.
+    """
+    from f2gguf.runtime.tables import json_rows, require_output, write_vectors
+
+    given = [name for name, value in (("--query", query), ("--prompt", prompt), ("--prompt-name", prompt_name)) if value]
+    if len(given) > 1:
+        raise WrongUsage(f"{' and '.join(given)}: choose one.")
+    if output:
+        require_output(output, force=force)
+    rows = _texts(texts, input_path, column)
+    options: dict[str, Any] = {"truncate_dim": dims, "precision": dtype}
+    if prompt is not None:
+        options["prompt"] = prompt
+    if query or prompt_name:
+        options["prompt_name"] = prompt_name or "query"
+    if no_normalize:
+        options["normalize_embeddings"] = False
+    with (
+        _open(model_path, device=device, n_threads=n_threads, pooling=pooling, max_tokens=max_tokens) as model,
+        progress("embed", len(rows.texts)) as advance,
+    ):
+        vectors = model.encode_document(rows.texts, on_progress=advance, **options)
+    if output is None:
+        for row in json_rows(rows, vectors):
+            click.echo(row)
+        return
+    for path in write_vectors(output, rows, vectors):
+        click.echo(str(path))
+
+
+@f2gguf.command()
+@click.argument("query")
+@_MODEL
+@click.option("--docs", required=True, metavar="FILE", help="A .txt, .jsonl or .csv file of documents.")
+@_COLUMN
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
+@_DIMS
+@_MAX_TOKENS
+@_POOLING
+@_DEVICE
+@_THREADS
+@_JSON
+def search(
+    query: str,
+    model_path: str | None,
+    docs: str,
+    column: str,
+    top: int,
+    dims: int | None,
+    max_tokens: int | None,
+    pooling: str | None,
+    device: str,
+    n_threads: int | None,
+    as_json: bool,
+) -> None:
+    """Rank the documents of --docs by their similarity to QUERY."""
+    from f2gguf.runtime.tables import read_texts
+
+    rows = read_texts(docs, column=column)
+    if not rows.texts:
+        raise WrongUsage(f"{docs}: holds no documents (--docs).")
+    with (
+        _open(model_path, device=device, n_threads=n_threads, pooling=pooling, max_tokens=max_tokens) as model,
+        progress("embed", len(rows.texts)) as advance,
+    ):
+        documents = model.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
+        scores = model.similarity(model.encode_query([query], truncate_dim=dims), documents)[0]
+    for rank, i in enumerate((-scores).argsort(kind="stable")[:top], start=1):
+        if as_json:
+            hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
+            click.echo(json.dumps(hit, ensure_ascii=False))
+        else:
+            shown = " ".join(rows.texts[i].split())
+            click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown if len(shown) <= 100 else shown[:97] + '...'}")
+
+
+@f2gguf.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_JSON
+def inspect(file: Path, as_json: bool) -> None:
+    """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
+    from f2gguf.runtime.header import read_header
+    from f2gguf.runtime.inspect import as_dict, describe
+
+    header = read_header(file)
+    click.echo(json.dumps(as_dict(header), indent=2, ensure_ascii=False) if as_json else describe(header))
+
+
+def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:
+    from f2gguf.runtime.tables import from_arguments, read_texts
+
+    if arguments and input_path:
+        raise WrongUsage("TEXT and --input: give one of them.")
+    if arguments:
+        return from_arguments(arguments)
+    if input_path is None and sys.stdin.isatty():
+        raise WrongUsage("no text: give TEXT arguments, --input FILE, or lines on stdin.")
+    rows = read_texts(input_path or "-", column=column)
+    if not rows.texts:
+        raise WrongUsage(f"{input_path or 'stdin'}: holds no text. Give TEXT arguments, --input FILE, or lines on stdin.")
+    return rows
+
+
+def _open(model_path: str | None, **options: Any) -> Any:
+    from f2gguf.runtime.embedder import Embedder
+
+    if not model_path:
+        raise WrongUsage("no model: pass -m FILE, or set F2GGUF_MODEL. Make one with `quantize all f2llm-nano`.")
+    return Embedder(model_path, **options)

@@ -1,0 +1,50 @@
+"""How the commands speak: results on stdout, progress and errors on stderr, one exit code for each kind of error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from f2gguf.runtime.errors import F2ggufError
+
+
+class Commands(click.Group):
+    """A group of commands that turns every F2ggufError into its words and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except F2ggufError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: finished files are kept; the same command goes on from here.", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of work, not of the alphabet
+
+
+def say(line: str) -> None:
+    """A line for the person who waits, on stderr."""
+    click.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, drawn only on a terminal; gives the function to advance it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=False) as bar:
+        yield bar.update
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {message}")

@@ -1,0 +1,75 @@
+"""What a .gguf file says of itself, in human words and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from f2gguf.runtime import header as keys
+from f2gguf.runtime.files import format_size
+from f2gguf.runtime.header import Header, LongArray
+
+
+def describe(header: Header) -> str:
+    """The header for people: one fact a line."""
+    width = max(len(label) for label, _ in _facts(header))
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in _facts(header))
+
+
+def as_dict(header: Header) -> dict[str, Any]:
+    """The header for machines: the facts that f2gguf uses, then every value and tensor of the file."""
+    return {
+        "path": str(header.path),
+        "architecture": header.architecture,
+        "pooling": header.pooling,
+        "n_embd": header.n_embd,
+        "dims": list(header.dims),
+        "max_tokens": header.max_tokens,
+        "prompts": header.prompts,
+        "file_type": header.file_type,
+        "values": {key: _plain(value) for key, value in header.values.items()},
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "type": t.type, "size_bytes": t.size_bytes} for t in header.tensors
+        ],
+    }
+
+
+def _facts(header: Header) -> list[tuple[str, str]]:
+    values = header.values
+    types = Counter(tensor.type for tensor in header.tensors)
+    base = values.get("general.base_model.0.repo_url")
+    revision = values.get(keys.KEY_REVISION)
+    closes = values.get("tokenizer.ggml.add_eos_token")
+    facts = [
+        ("file", f"{header.path} ({format_size(header.path.stat().st_size)})"),
+        ("model", f"{header.name}, {header.architecture}, {values.get('general.size_label', 'size not stated')}"),
+        ("source", f"{base} at {revision}" if base else values.get("general.source.url", "not stated")),
+        ("licence", values.get("general.license", "not stated")),
+        ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
+        ("drift", _drift(header)),
+        ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
+        ("vectors", "L2-normalised" if header.is_normalized else "not normalised"),
+        ("dimensions", ", ".join(map(str, header.dims))),
+        ("longest input", f"{header.max_tokens:,} tokens (positions: {header.n_ctx_train:,})"),
+        ("closing token", "added to every text" if closes else "none stated"),
+        ("tokenizer", f"{values.get('tokenizer.ggml.model')}, {values.get('tokenizer.ggml.pre')}"),
+        ("normaliser", header.normalizer or "none"),
+    ]
+    facts += [(f"prompt {name}", repr(text)) for name, text in header.prompts.items()]
+    facts.append(("made by", f"f2gguf {values[keys.KEY_VERSION]}" if keys.KEY_VERSION in values else "not f2gguf"))
+    return facts
+
+
+def _drift(header: Header) -> str:
+    values = header.values
+    if keys.KEY_MEAN_DRIFT not in values:
+        return "this is a reference" if header.file_type in ("F16", "BF16", "F32") else "not measured"
+    verdict = "under" if values[keys.KEY_HOLDS] else "OVER"
+    return (
+        f"mean {values[keys.KEY_MEAN_DRIFT]:.3%}, at most {values[keys.KEY_UPPER_DRIFT]:.3%} with 95% confidence, over "
+        f"{values[keys.KEY_N_TEXTS]} texts: {verdict} the bound of {values[keys.KEY_MAX_DRIFT]:.0%}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return {"length": value.length} if isinstance(value, LongArray) else value

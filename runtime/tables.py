@@ -1,0 +1,153 @@
+"""Texts in, vectors out: .txt, .jsonl and .csv files, and .npy, .jsonl and .safetensors files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from f2gguf.runtime.errors import InputError, OutputError, UnknownName
+from f2gguf.runtime.files import write_text, writing
+
+Id = str | int
+Vectors = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts in input order, each with its id: the input's own, or its position from 0."""
+
+    ids: tuple[Id, ...]
+    texts: tuple[str, ...]
+    has_ids: bool = False
+
+
+def from_arguments(texts: Iterable[str]) -> Texts:
+    chosen = tuple(texts)
+    return Texts(tuple(range(len(chosen))), chosen)
+
+
+def read_texts(source: str, *, column: str = "text") -> Texts:
+    """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (with a header row) file; '-' is stdin, as lines.
+
+    `column` names the key or column of the text; "id" is kept where there is one. Raises `InputError` with file and
+    line for what does not parse.
+    """
+    if source == "-":
+        return from_arguments(_decode("stdin", sys.stdin.buffer.read()).splitlines())
+    path = Path(source)
+    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UnknownName("input format", path.suffix or path.name, readers, " The file's ending decides (--input).")
+    try:
+        content = _decode(source, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    rows = list(readers[path.suffix.lower()](path, content, column))
+    has_ids = any(row_id is not None for row_id, _ in rows)
+    ids = tuple(i if row_id is None else row_id for i, (row_id, _) in enumerate(rows))
+    return Texts(ids, tuple(text for _, text in rows), has_ids)
+
+
+def require_output(path: Path, *, force: bool) -> None:
+    """Refuse an output of unknown format, or one that exists, before the work is done."""
+    if path.suffix not in _WRITERS:
+        raise UnknownName("output format", path.suffix or path.name, _WRITERS, " The file's ending decides (-o).")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
+
+
+def write_vectors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+    """Write vectors (n_texts, n_dims) in the format of the file's ending; gives the paths that were written.
+
+    .npy holds the vectors only: ids that the input had go to NAME.ids.jsonl beside it.
+    """
+    return _WRITERS[path.suffix](path, texts, vectors)
+
+
+def json_rows(texts: Texts, vectors: Vectors) -> Iterator[str]:
+    """One JSON object a text: its id and its vector, with the nine digits that keep a float32."""
+    for row_id, vector in zip(texts.ids, vectors, strict=True):
+        yield json.dumps({"id": row_id, "embedding": [float(f"{x:.9g}") for x in vector]}, ensure_ascii=False)
+
+
+def _write_npy(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+    with writing(path) as part, part.open("wb") as file:
+        np.save(file, vectors)
+    if not texts.has_ids:
+        return [path]
+    ids_path = path.with_suffix(".ids.jsonl")
+    write_text(ids_path, "".join(json.dumps(row_id, ensure_ascii=False) + "\n" for row_id in texts.ids))
+    return [path, ids_path]
+
+
+def _write_jsonl(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+    with writing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(row + "\n" for row in json_rows(texts, vectors))
+    return [path]
+
+
+def _write_safetensors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+    from safetensors.numpy import save_file
+
+    with writing(path) as part:
+        save_file({"embeddings": vectors}, part, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)})
+    return [path]
+
+
+_WRITERS: dict[str, Callable[[Path, Texts, Vectors], list[Path]]] = {
+    ".npy": _write_npy,
+    ".jsonl": _write_jsonl,
+    ".safetensors": _write_safetensors,
+}
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
+
+
+def _read_lines(_path: Path, content: str, _column: str) -> Iterator[tuple[None, str]]:
+    # only real line ends: str.splitlines would split at U+2028 and form feeds, which are part of a text
+    for line in io.StringIO(content, newline=None):
+        yield None, line.rstrip("\n")
+
+
+def _read_jsonl(path: Path, content: str, column: str) -> Iterator[tuple[Id | None, str]]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: does not parse as JSON: {error}.") from error
+        row = {column: row} if isinstance(row, str) else row
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            keys = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+            raise InputError(f"{path}, line {number}: has no text under {column!r} ({keys}). Name the key with --column.")
+        yield row.get("id"), row[column]
+
+
+def _read_csv(path: Path, content: str, column: str) -> Iterator[tuple[Id | None, str]]:
+    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        names: Sequence[str] = rows.fieldnames or []
+        if column not in names:
+            raise UnknownName(f"column of {path}", column, names, " Name one with --column.")
+        for row in rows:
+            if row[column] is None or None in row:
+                raise InputError(f"{path}, line {rows.line_num}: has another number of fields than the header row.")
+            yield row.get("id"), row[column]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: does not parse as CSV: {error}.") from error
