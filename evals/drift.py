@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.evals.texts import EvalText
+from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
 MAX_DRIFT = 0.02
@@ -64,7 +63,7 @@ def drift(candidate: Vectors, reference: Vectors) -> NDArray[np.float64]:
     """
     left, right = (vectors.astype(np.float64) for vectors in (candidate, reference))
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return 1.0 - (left * right).sum(axis=1) / norms
+    return np.asarray(1.0 - (left * right).sum(axis=1) / norms)
 
 
 def judge(
@@ -157,13 +156,14 @@ def _top(row: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
 
 def _normalized(vectors: Vectors) -> NDArray[np.float64]:
     wide = vectors.astype(np.float64)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
 def _groups(drifts: NDArray[np.float64], labels: Sequence[str]) -> dict[str, Group]:
     column = np.array(labels)
     return {
-        label: Group(int((column == label).sum()), float(drifts[column == label].mean())) for label in sorted(set(labels))
+        label: Group(int((column == label).sum()), float(drifts[column == label].mean()))
+        for label in sorted(set(labels))
     }
 
 

@@ -1,4 +1,4 @@
-"""The shipped evaluation texts: many languages and scripts, queries and their documents, code, long texts, edge cases."""
+"""The shipped evaluation texts: many languages, queries and their documents, code, long texts, edge cases."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import TruncationWarning
+from numpy.typing import NDArray
 
 PATH = Path(__file__).with_name("texts.jsonl")
 KINDS = ("query", "document", "code", "long", "edge")

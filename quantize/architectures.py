@@ -32,7 +32,9 @@ class Architecture:
     prefixes: tuple[str, ...]  # what some exports put before every tensor name
     renames: Mapping[str, str]  # endings of old exports -> today's
     dropped: re.Pattern[str]  # tensors that give no vector
-    required: Mapping[str, tuple[Any, ...]]  # config key -> values that llama.cpp computes (missing counts as the first)
+    required: Mapping[
+        str, tuple[Any, ...]
+    ]  # config key -> values that llama.cpp computes (missing counts as the first)
     targets: Callable[[Checkpoint], dict[str, Target]]
     facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
 
@@ -42,12 +44,16 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     kind = checkpoint.model_type
     config_path = checkpoint.folder / "config.json"
     if kind not in ARCHITECTURES:
-        raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are.")
+        raise UnsupportedCheckpoint(
+            f"{config_path}: model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are."
+        )
     architecture = ARCHITECTURES[kind]
     for key, values in architecture.required.items():
         found = checkpoint.config.get(key, values[0])
         if found not in values:
-            raise UnsupportedCheckpoint(f"{config_path}: {key} is {found!r}; f2gguf converts {kind} with {values[0]!r}.")
+            raise UnsupportedCheckpoint(
+                f"{config_path}: {key} is {found!r}; f2gguf converts {kind} with {values[0]!r}."
+            )
     return architecture
 
 
@@ -61,10 +67,10 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
     missing = [name for name in targets if name not in found]
     surplus = [name for name in found if name not in targets and not architecture.dropped.fullmatch(name)]
     if missing:
-        raise BrokenCheckpoint(f"{checkpoint.folder}: {_listed(missing)} missing from the weights. Fetch the model again.")
+        raise BrokenCheckpoint(f"{checkpoint.folder}: {_listed(missing)} missing from the weights. Fetch it again.")
     if surplus:
         raise BrokenCheckpoint(
-            f"{checkpoint.folder}: {_listed(surplus)} in the weights, but no part of a {checkpoint.model_type} model with "
+            f"{checkpoint.folder}: {_listed(surplus)} in the weights, but no part of a {checkpoint.model_type} with "
             f"{checkpoint.number('num_hidden_layers')} layers."
         )
     matched = {}
@@ -89,7 +95,9 @@ def _plain_name(name: str, architecture: Architecture) -> str:
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more are" if len(names) > 3 else f"{shown} {'is' if len(names) == 1 else 'are'}"
+    return (
+        f"{shown} and {len(names) - 3} more are" if len(names) > 3 else f"{shown} {'is' if len(names) == 1 else 'are'}"
+    )
 
 
 def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
@@ -121,7 +129,9 @@ def _qwen3_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: RoPE scaling {rope_type!r} is not supported.")
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.folder / 'config.json'}: RoPE scaling {rope_type!r} is not supported."
+        )
     theta = rope["rope_theta"] if "rope_theta" in rope else checkpoint.number("rope_theta")
     return {
         **_shared_facts(checkpoint),

@@ -63,12 +63,11 @@ def _front_matter(facts: Facts) -> str:
         language=list(entry.languages) or None,
         license=entry.license,
         base_model=entry.repo,
+        base_model_relation="quantized" if entry.repo else None,
         library_name="gguf",
         pipeline_tag="sentence-similarity",
         tags=["gguf", "llama.cpp", "f2gguf", "sentence-transformers", "feature-extraction"],
     )
-    if entry.repo:
-        data.base_model_relation = "quantized"
     return str(data.to_yaml())
 
 
@@ -92,11 +91,12 @@ def _measurement(report: dict[str, Any]) -> str:
         if n_stock
         else ""
     )
+    texts = report["texts"]
     return (
-        f"Drift is 1 - cosine to the F16 file's vector, over {report['texts']['n']} texts in the model's languages "
-        f"({', '.join(report['texts']['languages'])}): queries with the prompt, documents, code, long texts, edge cases. The bound holds when the upper end of the 95% "
-        f"interval, and the mean of every language and kind, are under {report['max_drift']:.0%}. "
-        f"Conversion: {sentence}.{stock} Everything measured is in `drift.json`."
+        f"Drift is 1 - cosine to the F16 file's vector, over {texts['n']} texts in the model's languages "
+        f"({', '.join(texts['languages'])}): queries with the prompt, documents, code, long texts, edge cases. The "
+        "bound holds when the upper end of the 95% interval, and the mean of every language and kind, are under "
+        f"{report['max_drift']:.0%}. Conversion: {sentence}.{stock} Everything measured is in `drift.json`."
     )
 
 

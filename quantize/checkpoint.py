@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from f2gguf.runtime.files import sha256_file
+from numpy.typing import NDArray
 
 # safetensors dtype -> numpy dtype of its bytes (numpy has no bfloat16: its bits are read as uint16)
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 CHUNK_ELEMENTS = 1 << 19  # 8 to 16 MB: what a conversion holds in memory at a time
+# What a conversion reads; never code, never pickle
+NEEDED = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "*_Pooling/config.json",
+)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _POOLING_MODES = {
     "pooling_mode_lasttoken": "last",
@@ -76,7 +87,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """One hash over the bytes of every file that shapes the result: weights, configuration, tokenizer."""
         total = hashlib.sha256()
-        for path in self._files():
+        for path in sorted({path for pattern in NEEDED for path in self.folder.glob(pattern)}):
             total.update(f"{path.relative_to(self.folder).as_posix()} {sha256_file(path)}\n".encode())
         return total.hexdigest()
 
@@ -86,11 +97,6 @@ class Checkpoint:
             if self.config.get(key) is not None:
                 return self.config[key]
         raise BrokenCheckpoint(f"{self.folder / 'config.json'}: has no {' or '.join(map(repr, keys))}.")
-
-    def _files(self) -> list[Path]:
-        weights = {tensor.file for tensor in self.tensors.values()}
-        described = {path for path in self.folder.rglob("*.json") if not path.name.startswith(".")}
-        return sorted(weights | described)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -144,7 +150,9 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
         raise UnsupportedCheckpoint(
             f"{path}: has the module {unknown[0]}; f2gguf converts Transformer, Pooling and Normalize."
         )
-    pooling = next((_read_pooling(folder / where / "config.json") for kind, where in modules if kind == "Pooling"), None)
+    pooling = next(
+        (_read_pooling(folder / where / "config.json") for kind, where in modules if kind == "Pooling"), None
+    )
     return pooling, "Normalize" in kinds
 
 
@@ -156,7 +164,7 @@ def _read_pooling(path: Path) -> str:
     others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(stated) != 1 or len(others) > 1:
         raise UnsupportedCheckpoint(
-            f"{path}: states {', '.join(others) or 'no pooling mode'}; f2gguf supports exactly one of last token, mean, CLS."
+            f"{path}: states {', '.join(others) or 'no pooling mode'}; last token, mean or CLS is supported."
         )
     return stated[0]
 
@@ -182,7 +190,9 @@ def _weight_files(folder: Path) -> list[Path]:
         if single.exists():
             return [single]
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise UnsupportedCheckpoint(f"{folder}: has only pickle weights, which can run code. Save it as safetensors.")
+            raise UnsupportedCheckpoint(
+                f"{folder}: has only pickle weights, which can run code. Save it as safetensors."
+            )
         raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -217,5 +227,7 @@ def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, entr
             f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. Fetch it again."
         )
     if tensor.dtype in DTYPES and end - begin != tensor.n_elements * DTYPES[tensor.dtype].itemsize:
-        raise BrokenCheckpoint(f"{path}: {name} has {end - begin:,} bytes, which its shape {tensor.shape} does not fill.")
+        raise BrokenCheckpoint(
+            f"{path}: {name} has {end - begin:,} bytes, which its shape {tensor.shape} does not fill."
+        )
     return tensor

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress, say
 from f2gguf.runtime.errors import OverBound
@@ -168,9 +167,7 @@ def variant(
 @_DEVICE
 @_LOCK
 @_JSON
-def verify(
-    candidate: Path, against: str, max_drift: float, device: str, lock_path: Path | None, as_json: bool
-) -> None:
+def verify(candidate: Path, against: str, max_drift: float, device: str, lock_path: Path | None, as_json: bool) -> None:
     """Measure the drift of a file, against another GGUF file or against its checkpoint run by transformers."""
     from f2gguf.evals.drift import judge
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
@@ -185,7 +182,7 @@ def verify(
         with Embedder(against, device=device) as model, progress(f"measure {against}", len(texts)) as advance:
             reference = embed_texts(model, texts, advance)
     else:
-        reference = _checkpoint_vectors(against, candidate, texts, lock_path)
+        reference = _checkpoint_vectors(against, texts, lock_path)
     verdict = judge(vectors, reference, texts, dims=dims, max_drift=max_drift)
     _show_verdict(candidate, verdict.as_dict(), as_json)
     _require_bound(candidate, verdict)
@@ -227,18 +224,16 @@ def _settle(entry: Any, folder: Path | None, pooling: str | None) -> Any:
     return settle_facts(entry, path, pooling=pooling)
 
 
-def _checkpoint_vectors(model: str, candidate: Path, texts: Any, lock_path: Path | None) -> Any:
+def _checkpoint_vectors(model: str, texts: Any, lock_path: Path | None) -> Any:
     from f2gguf.evals.conversion import require_transformers, transformers_vectors
-    from f2gguf.evals.texts import prompted
     from f2gguf.quantize.lock import read_lock
-    from f2gguf.runtime import Embedder
+    from f2gguf.quantize.readback import reference_ids
 
     require_transformers()
     entry, folder = _find(model, read_lock(lock_path))
     facts = _settle(entry, folder, None)
-    with Embedder(candidate, device="cpu") as embedder:
-        ids = [embedder.tokenize(prompted(text, embedder.prompts)) for text in texts]
     with progress("run the checkpoint", len(texts)) as advance:
+        ids = reference_ids(facts, texts)
         return transformers_vectors(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
 
 

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from numpy.typing import NDArray
-
 from f2gguf.quantize.architectures import match_tensors
 from f2gguf.quantize.checkpoint import StoredTensor
 from f2gguf.quantize.facts import Facts
@@ -23,6 +20,8 @@ from f2gguf.runtime import header as keys
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.llama import default_threads
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
 
 F16_MAX = 65504.0
 F16_TINY = 2.0**-25  # magnitudes up to half of the smallest subnormal round to zero
@@ -56,7 +55,9 @@ class Conversion:
     losses: tuple[Loss, ...]
 
 
-def convert(facts: Facts, out_path: Path, *, dtype: str = "f16", on_progress: Callable[[int], None] | None = None) -> Conversion:
+def convert(
+    facts: Facts, out_path: Path, *, dtype: str = "f16", on_progress: Callable[[int], None] | None = None
+) -> Conversion:
     """Write the checkpoint to `out_path` as GGUF with `dtype` weights (norms, biases and positions stay F32).
 
     Tensors are what llama.cpp's own converter writes, bit for bit. `on_progress` is told the bytes that were written.
@@ -68,7 +69,7 @@ def convert(facts: Facts, out_path: Path, *, dtype: str = "f16", on_progress: Ca
     tensors = match_tensors(facts.checkpoint, facts.architecture)
     with ThreadPoolExecutor(default_threads()) as pool:
         hashing = pool.submit(lambda: facts.checkpoint.sha256)  # numpy and hashlib both let go of the interpreter
-        losses = list(pool.map(lambda item: _scan(*item, dtype), tensors.items()))
+        losses = list(pool.map(lambda name: _scan(name, tensors[name], dtype), tensors))
         types = {loss.name: GGMLQuantizationType[loss.kept_as] for loss in losses}
         size_bytes = sum(tensor.n_elements * _SIZE_BYTES[types[name]] for name, tensor in tensors.items())
         require_free_space(out_path.parent, size_bytes, out_path.name)
@@ -91,7 +92,9 @@ def _planned_type(name: str, tensor: StoredTensor, dtype: str) -> GGMLQuantizati
 def _scan(name: str, tensor: StoredTensor, dtype: str) -> Loss:
     """Count what F16 cannot hold; a tensor that would overflow is kept in its own range. Refuses NaN and infinity."""
     if tensor.dtype not in _FINITE_LIMIT:
-        raise UnsupportedCheckpoint(f"{tensor.file}: {name} has the dtype {tensor.dtype}; BF16, F16 and F32 are supported.")
+        raise UnsupportedCheckpoint(
+            f"{tensor.file}: {name} has the dtype {tensor.dtype}; BF16, F16 and F32 are supported."
+        )
     target = _planned_type(name, tensor, dtype)
     narrows = target == GGMLQuantizationType.F16 and tensor.dtype in _F16_RANGE
     over, tiny = _F16_RANGE.get(tensor.dtype, (np.inf, 0.0))
@@ -182,7 +185,7 @@ def _write(
         for tensor, target in tensors:
             _pad(file, writer.data_alignment)
             for data in _ahead(pool, _converter(tensor.dtype, target), tensor.chunks()):
-                file.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+                file.write(np.ascontiguousarray(data).data)
                 if on_progress:
                     on_progress(data.nbytes)
         _pad(file, writer.data_alignment)

@@ -5,22 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from f2gguf.quantize.checkpoint import NEEDED
 from f2gguf.quantize.lock import Entry, Lock, package_folder
 from f2gguf.runtime.errors import DownloadFailed, WrongUsage
 from f2gguf.runtime.files import require_free_space
 
-# What a conversion reads; never code, never pickle
-NEEDED = (
-    "config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "*_Pooling/config.json",
-)
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 

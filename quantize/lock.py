@@ -50,7 +50,7 @@ class Lock:
 
 
 def read_lock(path: Path | None = None) -> Lock:
-    """Read models.lock: the file at `path`, or the one that came with f2gguf. Raises `WrongUsage` where it is damaged."""
+    """Read models.lock: the file at `path`, or the one that came with f2gguf; `WrongUsage` where it is damaged."""
     path = path or default_path()
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -98,5 +98,7 @@ def _entry(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[
     unknown = values.keys() - {f.name for f in fields(Entry)} - {"name"}
     if unknown:
         raise UnknownName(f"key of {name} in {path}", min(unknown), [f.name for f in fields(Entry)][1:])
-    as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    as_tuples: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
     return Entry(name=name, **as_tuples)

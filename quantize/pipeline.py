@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.evals.conversion import ConversionCheck, as_json, check_conversion
 from f2gguf.evals.drift import Verdict, judge
-from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, prompted, texts_sha256
+from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, texts_sha256
 from f2gguf.quantize.card import write_release
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts
-from f2gguf.quantize.readback import read_back
+from f2gguf.quantize.readback import read_back, reference_ids
 from f2gguf.quantize.stamp import stamp
 from f2gguf.quantize.variants import plan_variant, quantize_gguf
 from f2gguf.runtime import Embedder
@@ -34,7 +32,7 @@ from f2gguf.runtime import header as keys
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import format_size, sha256_file, write_text, writing
-from f2gguf.runtime.header import read_header
+from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -93,7 +91,9 @@ def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def convert_checked(facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]) -> list[str]:
+def convert_checked(
+    facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]
+) -> list[str]:
     """Convert to `path` and read it back; gives the texts that stock llama.cpp splits differently."""
     with progress(f"convert {path.name}", 2 * facts.checkpoint.n_parameters) as advance:
         conversion = convert(facts, path, dtype=dtype, on_progress=advance)
@@ -126,7 +126,7 @@ def measure_variant(
     plan = plan_variant(source, variant)
     for line in plan.lines():
         say(line)
-    stamps = {
+    stamps: dict[str, bool | int | float | str] = {
         keys.KEY_VARIANT: variant,
         keys.KEY_MEAN_DRIFT: 0.0,
         keys.KEY_UPPER_DRIFT: 0.0,
@@ -140,7 +140,10 @@ def measure_variant(
         with Embedder(part, device=device) as model, progress(f"measure {variant}", len(texts)) as advance:
             vectors = embed_texts(model, texts, advance)
             verdict = judge(vectors, reference, texts, dims=model.header.dims, max_drift=max_drift)
-        stamp(part, {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds})
+        stamp(
+            part,
+            {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds},
+        )
         before_rename(part, verdict)
     return verdict
 
@@ -185,7 +188,7 @@ def _make_reference(job: Job, texts: Sequence[EvalText], report: dict[str, Any])
     with writing(path) as part:
         differing = convert_checked(job.facts, part, dtype="f16", progress=job.progress, texts=texts)
         vectors = _embed(job, part, texts)
-        check = _check(job, vectors, texts, part)
+        check = _check(job, vectors, texts)
         with writing(cached) as cached_part, cached_part.open("wb") as file:
             np.save(file, vectors)
         report["files"]["F16"] = _described(part, path)
@@ -194,13 +197,8 @@ def _make_reference(job: Job, texts: Sequence[EvalText], report: dict[str, Any])
     return vectors
 
 
-def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText], path: Path) -> ConversionCheck:
+def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText]) -> ConversionCheck:
     facts = job.facts
-
-    def token_ids() -> list[NDArray[np.int32]]:
-        with Embedder(path, device="cpu") as model:
-            return [model.tokenize(prompted(text, model.prompts)) for text in texts]
-
     with job.progress("gate 1", len(texts)) as advance:
         check = check_conversion(
             vectors,
@@ -208,7 +206,7 @@ def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText], path: Path) ->
             folder=facts.checkpoint.folder,
             checkpoint_sha256=facts.checkpoint.sha256,
             n_parameters=facts.checkpoint.n_parameters,
-            token_ids=token_ids,
+            token_ids=lambda: reference_ids(facts, texts),
             pooling=facts.pooling,
             on_progress=advance,
         )
@@ -221,7 +219,9 @@ def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText], path: Path) ->
     return check
 
 
-def _make_variant(job: Job, variant: str, texts: Sequence[EvalText], reference: Vectors, report: dict[str, Any]) -> None:
+def _make_variant(
+    job: Job, variant: str, texts: Sequence[EvalText], reference: Vectors, report: dict[str, Any]
+) -> None:
     target = job.file(variant)
 
     def record(part: Path, verdict: Verdict) -> None:

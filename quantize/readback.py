@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.evals.texts import HOSTILE, EvalText, prompted
 from f2gguf.quantize.facts import Facts
 from f2gguf.quantize.vocabulary import load_tokenizer
@@ -15,6 +13,7 @@ from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.header import read_header
 from f2gguf.runtime.llama import Model
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
+from numpy.typing import NDArray
 
 _NO_LIMIT = 1 << 30
 
@@ -43,10 +42,21 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
         return [sample for sample, wanted in pairs if not np.array_equal(stock.tokenize(sample), wanted)]
 
 
-def checkpoint_ids(facts: Facts, samples: Sequence[str]) -> list[NDArray[np.int32]]:
-    """Token ids by the checkpoint's own tokenizer, with the closing token that models.lock adds where it adds none."""
+def reference_ids(facts: Facts, texts: Sequence[EvalText]) -> list[NDArray[np.int32]]:
+    """Token ids that the checkpoint itself sees of each text: prompt in front, cut to the longest input."""
+    prompts = dict(facts.prompts)
+    return checkpoint_ids(facts, [prompted(text, prompts) for text in texts], max_tokens=facts.max_tokens)
+
+
+def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | None = None) -> list[NDArray[np.int32]]:
+    """Token ids by the checkpoint's own tokenizer, with the closing token that models.lock adds where it adds none.
+
+    Longer texts than `max_tokens` are cut, the special tokens kept.
+    """
     closing = [facts.vocabulary.special_ids["eos"]] if facts.vocabulary.is_eos_forced else []
     tokenizer = load_tokenizer(facts.checkpoint)
+    if max_tokens is not None:
+        tokenizer.enable_truncation(max_tokens - len(closing))
     return [np.array(tokenizer.encode(sample).ids + closing, dtype=np.int32) for sample in samples]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-
 from f2gguf.runtime import llama
 from f2gguf.runtime.errors import QuantizationFailed, UnknownName
 from f2gguf.runtime.files import format_size, require_free_space
@@ -108,8 +107,8 @@ def quantize_gguf(
 ) -> None:
     """Write `source` quantised as planned to `target`, with `header` values added.
 
-    `on_progress` is told of each tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed` with
-    llama.cpp's reason, or where the written types are not the planned ones.
+    `on_progress` is told of each tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed`
+    with llama.cpp's reason, or where the written types are not the planned ones.
     """
     require_free_space(target.parent, plan.size_bytes, target.name)
     _run_quantizer(source, target, plan.variant, header=header, on_progress=on_progress)

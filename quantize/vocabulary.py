@@ -49,10 +49,11 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     path = checkpoint.tokenizer_path
     spec = read_json(path)
     kind = (spec.get("model") or {}).get("type")
-    if kind not in ("BPE", "WordPiece"):
-        raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are.")
-    _require_working(checkpoint)
-    tokens, token_types = _tokens(checkpoint, spec)
+    if kind not in _FAMILIES:
+        raise UnsupportedCheckpoint(
+            f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
+        )
+    load_tokenizer(checkpoint)  # says what is broken in the words of the library that defines the format
     opening, closing = _template(spec)
     stated = closing[-1] if closing else None
     if stated and eos_token and stated != eos_token:
@@ -60,58 +61,85 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
             f"models.lock says that texts end with {eos_token}, but {path} ends them with {stated}. "
             "Correct the lock, or fetch the revision that it means."
         )
-    special_tokens = [token["content"] for token in spec.get("added_tokens", []) if not token.get("normalized", False)]
-    build = _bpe if kind == "BPE" else _wordpiece
-    return build(
-        spec,
-        checkpoint,
+    eos_token = stated or eos_token
+    if eos_token is None:
+        raise BrokenCheckpoint(
+            f'{path}: does not say which token ends a text. State it in models.lock as `eos_token = "..."`.'
+        )
+    tokens, token_types = _tokens(checkpoint, spec)
+    ids = {text: i for i, text in enumerate(tokens)}
+    family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
+    for text in family.special.values():
+        if text not in ids:
+            raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
+    if kind == "WordPiece":
+        tokens = [_phantom(text, of) for text, of in zip(tokens, token_types, strict=True)]
+    return Vocabulary(
+        model=family.model,
+        pre=family.pre,
         tokens=tokens,
         token_types=token_types,
-        opening=opening,
-        closing=stated or eos_token,
+        merges=family.merges,
+        special_ids={name: ids[text] for name, text in family.special.items()},
+        flags=family.flags,
         normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
-        special_tokens=special_tokens,
-        is_eos_forced=stated is None and eos_token is not None,
+        special_tokens=[
+            token["content"] for token in spec.get("added_tokens", []) if not token.get("normalized", False)
+        ],
+        eos_token=eos_token,
+        is_eos_forced=stated is None,
     )
 
 
-def _bpe(
-    spec: dict[str, Any], checkpoint: Checkpoint, *, opening: list[str], closing: str | None, **rest: Any
-) -> Vocabulary:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own tokenizer (`tokenizers.Tokenizer`), without truncation or padding."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise BrokenCheckpoint(
+            f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What depends on the kind of tokenizer: llama.cpp's names for it, and its special tokens by role."""
+
+    model: str
+    pre: str
+    merges: list[str]
+    special: dict[str, str]
+    flags: dict[str, bool]
+
+
+def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
     path = checkpoint.tokenizer_path
     if opening:
         raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
-    if closing is None:
-        raise BrokenCheckpoint(
-            f"{path}: does not say which token ends a text. State it in models.lock as `eos_token = \"...\"`."
-        )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    ids = {"eos": rest["tokens"].index(closing)}
-    pad = _configured_token(checkpoint, "pad_token")
-    if pad in rest["tokens"]:
-        ids["padding"] = rest["tokens"].index(pad)
-    return Vocabulary(
+    pad = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    return _Family(
         model="gpt2",
         pre=_pre_tokenizer(spec, checkpoint),
-        merges=merges,
-        special_ids=ids,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
+        special={"eos": eos_token, **({"padding": pad} if pad else {})},
         flags={"add_bos_token": False, "add_eos_token": True},
-        eos_token=closing,
-        **rest,
     )
 
 
-def _wordpiece(
-    spec: dict[str, Any], checkpoint: Checkpoint, *, opening: list[str], closing: str | None, **rest: Any
-) -> Vocabulary:
+def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
     path = checkpoint.tokenizer_path
-    model = spec["model"]
-    normalizer = (spec.get("normalizer") or {}).get("type")
+    model, normalizer = spec["model"], spec.get("normalizer") or {}
     expected = {
-        "normalizer": (normalizer, "BertNormalizer"),
+        "normalizer": (normalizer.get("type"), "BertNormalizer"),
         "pre_tokenizer": ((spec.get("pre_tokenizer") or {}).get("type"), "BertPreTokenizer"),
         "continuing_subword_prefix": (model.get("continuing_subword_prefix", "##"), "##"),
         "max_input_chars_per_word": (model.get("max_input_chars_per_word", 100), 100),
@@ -120,32 +148,26 @@ def _wordpiece(
     for key, (found, wanted) in expected.items():
         if found != wanted:
             raise UnsupportedCheckpoint(f"{path}: {key} is {found!r}; WordPiece is supported with {wanted!r}.")
-    if len(opening) != 1 or closing is None:
+    if len(opening) != 1:
         raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
-    tokens, types = rest["tokens"], rest["token_types"]
-    ids = {"bos": tokens.index(opening[0]), "eos": tokens.index(closing), "seperator": tokens.index(closing)}
-    ids |= {name: tokens.index(text) for name, text in _WORDPIECE_IDS.items() if text in tokens}
-    options = spec["normalizer"]
-    strip = options.get("strip_accents")
-    rest["tokens"] = [_phantom(token, kind) for token, kind in zip(tokens, types, strict=True)]
-    return Vocabulary(
+    strip_accents = normalizer.get("strip_accents")
+    return _Family(
         model="bert",
         pre="default",
         merges=[],
-        special_ids=ids,
+        # llama.cpp's key is spelt "seperator"
+        special={"bos": opening[0], "eos": eos_token, "seperator": eos_token, "unknown": "[UNK]", "padding": "[PAD]"},
         flags={
             "add_bos_token": True,
             "add_eos_token": True,
             "add_sep_token": False,
-            "normalizer.lowercase": bool(options["lowercase"]),
-            "normalizer.strip_accents": bool(options["lowercase"] if strip is None else strip),
+            "normalizer.lowercase": bool(normalizer["lowercase"]),
+            "normalizer.strip_accents": bool(normalizer["lowercase"] if strip_accents is None else strip_accents),
         },
-        eos_token=closing,
-        **rest,
     )
 
 
-_WORDPIECE_IDS = {"unknown": "[UNK]", "padding": "[PAD]", "mask": "[MASK]"}
+_FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
 
 
 def _phantom(token: str, kind: int) -> str:
@@ -200,25 +222,3 @@ def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
             f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for its split {pattern or kinds!r}."
         )
     return PRE_TOKENIZERS[pattern]
-
-
-def _configured_token(checkpoint: Checkpoint, key: str) -> str | None:
-    token = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get(key)
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _require_working(checkpoint: Checkpoint) -> None:
-    load_tokenizer(checkpoint)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer (`tokenizers.Tokenizer`), without truncation or padding."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise BrokenCheckpoint(f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from f2gguf.runtime.console import Commands, progress
 from f2gguf.runtime.errors import WrongUsage
 
@@ -72,7 +71,9 @@ def embed(
     """
     from f2gguf.runtime.tables import json_rows, require_output, write_vectors
 
-    given = [name for name, value in (("--query", query), ("--prompt", prompt), ("--prompt-name", prompt_name)) if value]
+    given = [
+        name for name, value in (("--query", query), ("--prompt", prompt), ("--prompt-name", prompt_name)) if value
+    ]
     if len(given) > 1:
         raise WrongUsage(f"{' and '.join(given)}: choose one.")
     if output:
@@ -141,7 +142,9 @@ def search(
             click.echo(json.dumps(hit, ensure_ascii=False))
         else:
             shown = " ".join(rows.texts[i].split())
-            click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown if len(shown) <= 100 else shown[:97] + '...'}")
+            click.echo(
+                f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown if len(shown) <= 100 else shown[:97] + '...'}"
+            )
 
 
 @f2gguf.command()
@@ -167,7 +170,9 @@ def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> A
         raise WrongUsage("no text: give TEXT arguments, --input FILE, or lines on stdin.")
     rows = read_texts(input_path or "-", column=column)
     if not rows.texts:
-        raise WrongUsage(f"{input_path or 'stdin'}: holds no text. Give TEXT arguments, --input FILE, or lines on stdin.")
+        raise WrongUsage(
+            f"{input_path or 'stdin'}: holds no text. Give TEXT arguments, --input FILE, or lines on stdin."
+        )
     return rows
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-
 from f2gguf.runtime.errors import F2ggufError
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.runtime import llama
 from f2gguf.runtime.errors import TextError, TruncationWarning, UnknownDims, UnknownName, WrongUsage
 from f2gguf.runtime.header import Header, read_header
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
+from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
 PRECISIONS = ("float32", "float16")
@@ -69,10 +68,6 @@ class Embedder:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
         return self._tokenizer(text)[0]
 
-    @overload
-    def encode(self, sentences: str, **options: Any) -> Vectors: ...
-    @overload
-    def encode(self, sentences: Sequence[str], **options: Any) -> Vectors: ...
     def encode(
         self,
         sentences: str | Sequence[str],
@@ -117,7 +112,7 @@ class Embedder:
         """Cosine of every row of one with every row of the other, (n1, n2) float32."""
         left, right = (np.atleast_2d(np.asarray(e, dtype=np.float32)) for e in (embeddings1, embeddings2))
         left, right = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (left, right))
-        return left @ right.T
+        return np.asarray(left @ right.T)
 
     def close(self) -> None:
         """Free the model's memory. The Embedder is of no use afterwards."""

@@ -103,7 +103,7 @@ class Header:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        return self.values.get(KEY_SPECIAL_TOKENS, ())
+        return tuple(self.values.get(KEY_SPECIAL_TOKENS, ()))
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 
 import llama_cpp
 import numpy as np
-from llama_cpp._ggml import libggml
-from numpy.typing import NDArray
-
 from f2gguf.runtime.errors import DeviceMissing, GGUFError, TextError, UnknownName
 from f2gguf.runtime.header import POOLING_IDS
+from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
 
 Result = TypeVar("Result")
 
@@ -34,7 +33,7 @@ WARN, ERROR = 3, 4  # ggml_log_level
 _sinks: list[Callable[[int, str], None]] = []
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", errors="replace")
     for sink in list(_sinks):
@@ -234,17 +233,13 @@ def _batch(texts: Sequence[NDArray[np.int32]]) -> Any:
     counts = np.ones(n_tokens, dtype=np.int32)
     outputs = np.ones(n_tokens, dtype=np.int8)
     pointers = (sequences.ctypes.data + sequences.itemsize * np.arange(n_tokens)).astype(np.uintp)
-    batch = llama_cpp.llama_batch()
+    batch: Any = llama_cpp.llama_batch()  # its annotations are of arrays, its fields pointers
     batch.n_tokens = n_tokens
-    for name, array in (
-        ("token", tokens),
-        ("pos", positions),
-        ("n_seq_id", counts),
-        ("seq_id", pointers),
-        ("logits", outputs),
-    ):
-        kind = dict(llama_cpp.llama_batch._fields_)[name]
-        setattr(batch, name, ctypes.cast(array.ctypes.data, kind))
+    batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+    batch.pos = positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+    batch.n_seq_id = counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id)))
+    batch.logits = outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
     batch.arrays = (tokens, positions, sequences, counts, outputs, pointers)
     return batch
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.runtime.errors import InputError, OutputError, UnknownName
 from f2gguf.runtime.files import write_text, writing
+from numpy.typing import NDArray
 
 Id = str | int
 Vectors = NDArray[np.floating[Any]]
@@ -36,7 +35,7 @@ def from_arguments(texts: Iterable[str]) -> Texts:
 
 
 def read_texts(source: str, *, column: str = "text") -> Texts:
-    """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (with a header row) file; '-' is stdin, as lines.
+    """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (header row) file; '-' is stdin, as lines.
 
     `column` names the key or column of the text; "id" is kept where there is one. Raises `InputError` with file and
     line for what does not parse.
@@ -135,7 +134,9 @@ def _read_jsonl(path: Path, content: str, column: str) -> Iterator[tuple[Id | No
         row = {column: row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             keys = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-            raise InputError(f"{path}, line {number}: has no text under {column!r} ({keys}). Name the key with --column.")
+            raise InputError(
+                f"{path}, line {number}: has no text under {column!r} ({keys}). Name the key with --column."
+            )
         yield row.get("id"), row[column]
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.header import Header
 from f2gguf.runtime.llama import Model
+from numpy.typing import NDArray
 
 Normalize = Callable[[str], str]
 
