@@ -145,6 +145,12 @@ class Model:
             raise TextError(f"a text of {len(data):,} bytes gave more than {n_max:,} tokens")
         return ids[:n].copy()
 
+    def token_texts(self) -> list[str]:
+        """The vocabulary as the header spells it, by id."""
+        ids = range(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        texts = (llama_cpp.llama_vocab_get_text(self.vocab, i) for i in ids)
+        return [text.decode("utf-8", errors="replace") for text in texts]
+
     @property
     def closes_texts(self) -> bool:
         """Whether the tokenizer puts a special token (EOS or [SEP]) after every text."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 Normalize = Callable[[str], str]
 
 MAX_WORD_CHARS = 100  # WordPiece gives [UNK] for longer words; llama.cpp has no such limit
-_WORD_START = "\u2581"  # llama.cpp's mark for the start of a word; inside a word it would start a second one
+_WORD_START = "\u2581"  # llama.cpp's mark for a token that starts a word
 _UNKNOWN = "[UNK]"
 
 
@@ -34,7 +33,7 @@ class Tokenizer:
         self.max_tokens = max_tokens
         self._model = model
         self._n_closing = int(model.closes_texts)
-        self._normalize = _normalizer(header.path, normalizer_spec(header))
+        self._normalize = _normalizer(header, model)
         longest_first = sorted(header.special_tokens, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
@@ -79,32 +78,38 @@ def load_overrides(header: Header) -> dict[str, bool]:
     return {f"tokenizer.ggml.normalizer.{step}": False for step in ("lowercase", "strip_accents")}
 
 
-def _normalizer(path: Path, spec: dict[str, Any] | None) -> Normalize | None:
+def _normalizer(header: Header, model: Model) -> Normalize | None:
+    spec = normalizer_spec(header)
     if spec is None:
         return None
     builders = {"NFC": _nfc, "BertNormalizer": _bert}
     if spec["type"] not in builders:
-        raise GGUFError(f"{path}: needs the normaliser {spec['type']}, which this f2gguf does not know; update it.")
-    return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"})
+        raise GGUFError(f"{header.path}: needs the normaliser {spec['type']}, unknown to this f2gguf; update it.")
+    return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"}, model)
 
 
-def _nfc(_options: dict[str, Any]) -> Normalize:
+def _nfc(_options: dict[str, Any], _model: Model) -> Normalize:
     from tokenizers.normalizers import NFC
 
     normalize_str = NFC().normalize_str
     return lambda text: text if text.isascii() else normalize_str(text)
 
 
-def _bert(options: dict[str, Any]) -> Normalize:
-    """BERT's cleaning, then its split into words and punctuation, which llama.cpp would do a little differently."""
+def _bert(options: dict[str, Any], model: Model) -> Normalize:
+    """BERT's cleaning, then its split into words and punctuation, which llama.cpp would do a little differently.
+
+    A word with a character that no token has is unknown as a whole. It is replaced here: llama.cpp, whose Unicode
+    tables are newer, could take the character for punctuation and split the word.
+    """
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
     normalize_str = BertNormalizer(**options).normalize_str
     split = BertPreTokenizer().pre_tokenize_str
+    known = set().union(*(text.removeprefix(_WORD_START) for text in model.token_texts()))
 
     def normalize(text: str) -> str:
         words = (word for word, _ in split(normalize_str(text)))
-        return " ".join(_UNKNOWN if len(word) > MAX_WORD_CHARS or _WORD_START in word[1:] else word for word in words)
+        return " ".join(word if len(word) <= MAX_WORD_CHARS and known.issuperset(word) else _UNKNOWN for word in words)
 
     return normalize
