@@ -20,7 +20,7 @@ from f2gguf.runtime import header as keys
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.llama import default_threads
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
 F16_MAX = 65504.0
@@ -241,7 +241,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
     writer.add_bool(keys.KEY_NORMALIZE, facts.checkpoint.is_normalized)
     writer.add_array(keys.KEY_MATRYOSHKA_DIMS, list(facts.dims))
     for name, text in facts.prompts.items():
-        writer.add_string(keys.KEY_PROMPT + name, text)
+        writer.add_key_value(keys.KEY_PROMPT + name, text, GGUFValueType.STRING)  # add_string leaves out empty ones
     if vocabulary.normalizer:
         writer.add_string(keys.KEY_NORMALIZER, vocabulary.normalizer)
     if vocabulary.special_tokens:

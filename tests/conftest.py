@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkpoints import MINILM, NANO, write_tiny
+from f2gguf.quantize.convert import convert
+from f2gguf.quantize.facts import Facts, settle_facts
+from f2gguf.quantize.lock import Entry, read_lock
+from f2gguf.runtime import Embedder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+COMMANDS = {"quantize": "quantize", "f2gguf": "f2gguf"}
+
+
+@dataclass(frozen=True)
+class Release:
+    """What `quantize all` left behind."""
+
+    folder: Path
+    process: subprocess.CompletedProcess[str]
+
+    def file(self, variant: str) -> Path:
+        return self.folder / f"{self.folder.name}-{variant}.gguf"
+
+
+def run_command(
+    *arguments: str | Path, stdin: str | bytes = "", timeout_s: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `quantize ...` or `f2gguf ...` in a process of its own."""
+    name, *rest = map(str, arguments)
+    code = f"from f2gguf.quantize.cli import {COMMANDS[name]}; {name}(prog_name='{name}')"
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    process = subprocess.run([sys.executable, "-c", code, *rest], input=data, capture_output=True, timeout=timeout_s)
+    out, err = (stream.decode("utf-8", errors="replace") for stream in (process.stdout, process.stderr))
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def run() -> Run:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def nano_facts() -> Facts:
+    return settle_facts(read_lock().entry("f2llm-nano"), NANO)
+
+
+@pytest.fixture(scope="session")
+def minilm_facts() -> Facts:
+    return settle_facts(read_lock().entry("all-MiniLM-L6-v2"), MINILM)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="session")
+def nano_f16(nano_facts: Facts, made: Path) -> Path:
+    path = made / "nano-F16.gguf"
+    convert(nano_facts, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm_f16(minilm_facts: Facts, made: Path) -> Path:
+    path = made / "minilm-F16.gguf"
+    convert(minilm_facts, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def nano(nano_f16: Path) -> Iterator[Embedder]:
+    with Embedder(nano_f16) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def minilm(minilm_f16: Path) -> Iterator[Embedder]:
+    with Embedder(minilm_f16) as model:
+        yield model
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny")
+
+
+def facts_of(folder: Path, **stated: object) -> Facts:
+    """The settled facts of a folder that no lock knows."""
+    return settle_facts(Entry(name=folder.name, **stated), folder)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def nano_release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    out = tmp_path_factory.mktemp("release")
+    process = run_command("quantize", "all", "f2llm-nano", "--out", out)
+    return Release(out / "f2llm-nano", process)
+
+
+@pytest.fixture(scope="session")
+def minilm_release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    out = tmp_path_factory.mktemp("release")
+    process = run_command("quantize", "all", "all-MiniLM-L6-v2", "--out", out)
+    return Release(out / "all-MiniLM-L6-v2", process)

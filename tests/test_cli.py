@@ -1,0 +1,186 @@
+"""`f2gguf` as a user types it: inputs, outputs, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from conftest import Run
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.llama import _backends
+from safetensors import safe_open
+
+DOCUMENTS = ["an archiver for zip files", "a chess engine", "a database server"]
+
+
+def embeddings(output: str) -> np.ndarray:
+    return np.array([json.loads(line)["embedding"] for line in output.splitlines()], dtype=np.float32)
+
+
+def test_arguments_become_json_lines(run: Run, nano_f16: Path, nano: Embedder) -> None:
+    process = run("f2gguf", "embed", "-m", nano_f16, *DOCUMENTS)
+    assert process.returncode == 0, process.stderr
+    assert [json.loads(line)["id"] for line in process.stdout.splitlines()] == [0, 1, 2]
+    np.testing.assert_array_equal(embeddings(process.stdout), nano.encode_document(DOCUMENTS))
+
+
+def test_lines_on_stdin_with_the_query_prompt(run: Run, nano_f16: Path, nano: Embedder) -> None:
+    process = run("f2gguf", "embed", "-m", nano_f16, "--query", "--dims", "64", stdin="\n".join(DOCUMENTS) + "\n")
+    np.testing.assert_array_equal(embeddings(process.stdout), nano.encode_query(DOCUMENTS, truncate_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "ids"),
+    [
+        ("x.txt", "one\n\nt\u2028wo\r\nthree", [0, 1, 2, 3]),
+        ("x.jsonl", '{"id": "a", "text": "one"}\n\n{"id": "b", "text": "two"}\n', ["a", "b"]),
+        ("x.jsonl", '"one"\n"two"\n', [0, 1]),
+        ("x.csv", 'id,text\r\n7,"one, with\nline"\r\n8,two\r\n', ["7", "8"]),
+        ("bom.csv", "\ufeffid,text\n7,one\n", ["7"]),
+    ],
+)
+def test_input_files_keep_their_ids(
+    run: Run, nano_f16: Path, tmp_path: Path, name: str, content: str, ids: list
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    process = run("f2gguf", "embed", "-m", nano_f16, "--input", tmp_path / name)
+    assert process.returncode == 0, process.stderr
+    assert [json.loads(line)["id"] for line in process.stdout.splitlines()] == ids
+
+
+def test_outputs_hold_the_same_vectors_and_ids(run: Run, nano_f16: Path, nano: Embedder, tmp_path: Path) -> None:
+    rows = [{"id": f"doc-{i}", "body": text} for i, text in enumerate(DOCUMENTS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted, ids = nano.encode_document(DOCUMENTS), [row["id"] for row in rows]
+    for ending in ("npy", "jsonl", "safetensors"):
+        arguments = (
+            "-m",
+            nano_f16,
+            "--input",
+            tmp_path / "in.jsonl",
+            "--column",
+            "body",
+            "-o",
+            tmp_path / f"out.{ending}",
+        )
+        process = run("f2gguf", "embed", *arguments)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.splitlines()[0] == str(tmp_path / f"out.{ending}")
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), wanted)
+    assert [json.loads(line) for line in (tmp_path / "out.ids.jsonl").read_text().splitlines()] == ids
+    np.testing.assert_array_equal(embeddings((tmp_path / "out.jsonl").read_text()), wanted)
+    with safe_open(tmp_path / "out.safetensors", framework="numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("embeddings"), wanted)
+        assert json.loads(file.metadata()["ids"]) == ids
+
+
+def test_search_ranks_what_fits_first(run: Run, nano_f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs.txt").write_text("\n".join(DOCUMENTS))
+    process = run("f2gguf", "search", "-m", nano_f16, "--docs", tmp_path / "docs.txt", "unpack zip archives", "--json")
+    hits = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert hits[0]["text"] == DOCUMENTS[0]
+    assert hits[0]["score"] > hits[1]["score"] >= hits[2]["score"]
+
+
+def test_inspect_speaks_to_people_and_machines(run: Run, nano_f16: Path) -> None:
+    words, machine = run("f2gguf", "inspect", nano_f16), run("f2gguf", "inspect", nano_f16, "--json")
+    assert re.search(r"^pooling +last$", words.stdout, re.MULTILINE)
+    assert json.loads(machine.stdout)["dims"] == [32, 64, 128, 256]
+    assert len(json.loads(machine.stdout)["tensors"]) == 46
+
+
+def test_model_may_come_from_the_environment(run: Run, nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("F2GGUF_MODEL", str(nano_f16))
+    assert run("f2gguf", "embed", "a").returncode == 0
+
+
+def test_cut_texts_are_announced_once(run: Run, nano_f16: Path) -> None:
+    process = run("f2gguf", "embed", "-m", nano_f16, "--max-tokens", "8", "word " * 20, "other " * 20)
+    assert process.stderr.count("warning: 2 of 2 texts are longer than 8 tokens and were cut") == 1
+    assert process.stderr.count("\n") == 1
+
+
+BAD_CALLS = [
+    (["embed", "a"], 2, "no model: pass -m FILE"),
+    (["embed", "-m", "absent.gguf", "a"], 1, "absent.gguf: no such file"),
+    (["embed", "-m", "{nano}"], 2, "stdin: holds no text"),
+    (["embed", "-m", "{nano}", "--query", "--prompt", "x", "a"], 2, "--query and --prompt: choose one"),
+    (["embed", "-m", "{nano}", "--prompt-name", "queri", "a"], 2, "Did you mean 'query'?"),
+    (["embed", "-m", "{nano}", "--dims", "100", "a"], 2, "was trained for 32, 64, 128, 256"),
+    (["embed", "-m", "{nano}", "--dtype", "int8", "a"], 2, "no precision is called 'int8'"),
+    (["embed", "-m", "{nano}", "--device", "cude", "a"], 2, "Did you mean 'cuda'?"),
+    (["embed", "-m", "{nano}", "--max-tokens", "1", "a"], 2, "max_tokens is 1"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/x.docx"], 2, "no input format is called '.docx'"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/absent.txt"], 1, "absent.txt: cannot be read: No such file"),
+    (["embed", "-m", "{nano}", "-o", "{dir}/x.parquet", "a"], 2, "no output format is called '.parquet'"),
+    (["embed", "-m", "{nano}", "-o", "{dir}/there.npy", "a"], 1, "there.npy: exists already. Pass --force"),
+    (["embed", "-m", "{nano}", "-o", "{dir}/there.npy/x.npy", "a"], 1, "x.npy: cannot be written"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/bad.jsonl"], 1, "bad.jsonl, line 2: does not parse as JSON"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/number.jsonl"], 1, "number.jsonl, line 1: has no text under 'text'"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/surrogate.jsonl"], 1, "text 1 of 1: character 1 is a lone surrogate"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/latin1.txt"], 1, "latin1.txt, line 2: is not UTF-8"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/ragged.csv"], 1, "ragged.csv, line 3: has another number of fields"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/other.csv"], 2, "Known: id, body. Name one with --column"),
+    (["embed", "-m", "{nano}", "--input", "{dir}/empty.txt"], 2, "holds no text"),
+    (["search", "-m", "{nano}", "--docs", "{dir}/empty.txt", "q"], 2, "holds no documents"),
+    (["inspect", "{dir}/there.npy"], 1, "there.npy: is not a GGUF file"),
+    (["inspect", "{dir}/empty.txt"], 1, "empty.txt: cannot be read as GGUF"),
+    (["inspect", "{dir}/cut.gguf"], 1, "cut.gguf: truncated: "),
+    (["inspect", "{dir}/cut-header.gguf"], 1, "cut-header.gguf: truncated inside its header"),
+    (["embed", "-m", "{dir}/imatrix.gguf", "a"], 1, "imatrix.gguf: holds no model (general.type is 'imatrix'"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory, nano_f16: Path) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in {
+        "there.npy": b"there",
+        "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+        "number.jsonl": b'{"text": 5}\n',
+        "surrogate.jsonl": b'{"text": "\\ud83d"}\n',
+        "latin1.txt": "fine\nMünchen\n".encode("latin-1"),
+        "ragged.csv": b"id,text\n1,one\n2,two,three\n",
+        "other.csv": b"id,body\n1,one\n",
+        "empty.txt": b"",
+        "cut.gguf": nano_f16.read_bytes()[:-100_000],
+        "cut-header.gguf": nano_f16.read_bytes()[:5000],
+    }.items():
+        (folder / name).write_bytes(content)
+    writer = gguf.GGUFWriter(folder / "imatrix.gguf", "qwen3")
+    writer.add_type("imatrix")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "message"), BAD_CALLS)
+def test_mistakes_get_one_clear_error(
+    run: Run, nano_f16: Path, bad_files: Path, arguments: list[str], exit_code: int, message: str
+) -> None:
+    before = sorted(bad_files.iterdir())
+    process = run("f2gguf", *(a.replace("{nano}", str(nano_f16)).replace("{dir}", str(bad_files)) for a in arguments))
+    assert message in process.stderr
+    assert process.returncode == exit_code
+    assert process.stderr.startswith("error: ")
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+    assert sorted(bad_files.iterdir()) == before
+
+
+@pytest.mark.skipif("CUDA" in _backends(), reason="this build has CUDA")
+def test_missing_device_says_how_to_reinstall(run: Run, nano_f16: Path) -> None:
+    process = run("f2gguf", "embed", "-m", nano_f16, "--device", "cuda", "a")
+    assert process.returncode == 1
+    assert 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall' in process.stderr
+
+
+def test_nothing_is_written_where_the_work_fails(run: Run, nano_f16: Path, tmp_path: Path) -> None:
+    run("f2gguf", "embed", "-m", nano_f16, "--dims", "7", "-o", tmp_path / "x.npy", "a")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,273 @@
+"""`quantize all`, end to end: measured, labelled, resumable, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import edit_tensors, tiny_tensors, write_tiny
+from conftest import Release, Run, facts_of
+from f2gguf.evals.report import drift_rows
+from f2gguf.quantize.convert import convert
+from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.variants import plan_variant
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.errors import UnknownName
+from f2gguf.runtime.header import read_header
+from huggingface_hub import ModelCard
+
+FILES = {"F16", "Q8_0", "Q4_K_M", "Q4_0"}
+
+
+def report_of(release: Release) -> dict:
+    return json.loads((release.folder / "drift.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_release_holds_every_file_and_prints_their_paths(nano_release: Release) -> None:
+    names = {f"f2llm-nano-{variant}.gguf" for variant in FILES} | {"README.md", "Modelfile", "SHA256SUMS", "drift.json"}
+    assert nano_release.process.returncode == 0, nano_release.process.stderr
+    assert {path.name for path in nano_release.folder.iterdir()} == names
+    assert nano_release.process.stdout.splitlines()[-len(names) :] == sorted(
+        str(nano_release.folder / n) for n in names
+    )
+
+
+def test_every_variant_of_nano_is_under_the_bound(nano_release: Release) -> None:
+    report = report_of(nano_release)
+    assert report["conversion"]["holds"]
+    assert report["conversion"]["n"] == 594
+    assert all(verdict["holds"] for verdict in report["variants"].values())
+    assert 0 < report["variants"]["Q8_0"]["mean"] < report["variants"]["Q4_K_M"]["mean"] < 0.005
+
+
+def test_minilm_drifts_as_published_and_q4_0_is_over_the_bound(minilm_release: Release) -> None:
+    """Stock variants on 800 English texts, measured elsewhere: 0.03%, 0.74%, 2.8%."""
+    report = report_of(minilm_release)
+    means = {name: verdict["mean"] for name, verdict in report["variants"].items()}
+    assert minilm_release.process.returncode == 3
+    assert "over the bound of 2%: all-MiniLM-L6-v2 Q4_0" in minilm_release.process.stderr
+    assert report["conversion"]["min_cosine"] >= 0.9999
+    assert means["Q8_0"] == pytest.approx(0.0003, rel=0.5)
+    assert means["Q4_K_M"] == pytest.approx(0.0074, rel=0.5)
+    assert means["Q4_0"] == pytest.approx(0.028, rel=0.5)
+    assert [name for name, verdict in report["variants"].items() if not verdict["holds"]] == ["Q4_0"]
+
+
+def test_over_the_bound_is_said_in_report_card_and_header(minilm_release: Release, run: Run) -> None:
+    card = (minilm_release.folder / "README.md").read_text()
+    inspected = run("f2gguf", "inspect", minilm_release.file("Q4_0")).stdout
+    assert "OVER 2%" in minilm_release.process.stdout
+    assert "**Q4_0 is over the bound: " in card
+    assert "OVER the bound of 2%" in inspected
+    assert read_header(minilm_release.file("Q4_0")).values["f2gguf.drift.holds"] is False
+    assert read_header(minilm_release.file("Q8_0")).values["f2gguf.drift.holds"] is True
+    assert (minilm_release.folder / "Modelfile").read_text().startswith("FROM ./all-MiniLM-L6-v2-Q4_K_M.gguf\n")
+
+
+def test_header_and_report_state_the_same_drift(nano_release: Release) -> None:
+    for variant, verdict in report_of(nano_release)["variants"].items():
+        values = read_header(nano_release.file(variant)).values
+        assert values["f2gguf.variant"] == variant
+        assert values["f2gguf.drift.mean"] == pytest.approx(verdict["mean"], abs=1e-6)
+        assert values["f2gguf.drift.n_texts"] == verdict["n"]
+
+
+def test_measured_drift_is_that_of_the_file_on_disk(nano_release: Release) -> None:
+    texts = ["how do I compress a folder?", "ein Texteditor", "画像を表示する"]
+    with Embedder(nano_release.file("F16")) as reference, Embedder(nano_release.file("Q4_0")) as candidate:
+        drifts = 1 - (reference.encode(texts) * candidate.encode(texts)).sum(axis=1)
+    assert 0 < drifts.mean() < 3 * report_of(nano_release)["variants"]["Q4_0"]["mean"]
+
+
+def test_checksums_are_those_of_the_files(nano_release: Release) -> None:
+    lines = (nano_release.folder / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    found = contents(nano_release.folder)
+    del found["SHA256SUMS"]
+    assert sums == found
+
+
+def test_card_has_front_matter_that_the_hub_reads(minilm_release: Release) -> None:
+    card = ModelCard.load(minilm_release.folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert card.data.base_model_relation == "quantized"
+    assert card.data.language == ["en"]
+    for file in report_of(minilm_release)["files"].values():
+        assert file["sha256"] in card.text
+
+
+def test_second_run_makes_nothing_again(nano_release: Release, run: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in nano_release.folder.glob("*.gguf")}
+    again = run("quantize", "all", "f2llm-nano", "--out", nano_release.folder.parent)
+    assert again.returncode == 0
+    assert again.stdout == nano_release.process.stdout
+    assert {path: path.stat().st_mtime_ns for path in nano_release.folder.glob("*.gguf")} == before
+
+
+def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(nano_release: Release, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    code = "from f2gguf.quantize.cli import quantize; quantize()"
+    command = [sys.executable, "-c", code, "all", "f2llm-nano", "--out", str(out)]
+    wanted = contents(nano_release.folder)
+    random.seed(time.time_ns())
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(random.uniform(0.5, 25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (out / "f2llm-nano").glob("*.gguf"):
+            assert contents(path.parent)[path.name] == wanted[path.name], "a final name carries other bytes"
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(out / "f2llm-nano") == wanted
+
+
+def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
+    code = "from f2gguf.quantize.cli import quantize; quantize()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "all", "f2llm-nano", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "F16: " not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: finished files are kept" in err
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
+    folder = write_tiny(tmp_path / "tiny")
+    arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
+    assert run(*arguments).returncode == 0
+    first = contents(tmp_path / "dist" / "tiny")
+    edit_tensors(folder, norm__weight=tiny_tensors(seed=1)["norm.weight"])
+    assert run(*arguments).returncode == 0
+    second = contents(tmp_path / "dist" / "tiny")
+    assert first["tiny-F16.gguf"] != second["tiny-F16.gguf"]
+    assert first["tiny-Q8_0.gguf"] != second["tiny-Q8_0.gguf"]
+
+
+def test_damaged_variant_is_made_again(tmp_path: Path, run: Run) -> None:
+    folder = write_tiny(tmp_path / "tiny")
+    arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
+    assert run(*arguments).returncode == 0
+    wanted = contents(tmp_path / "dist" / "tiny")
+    path = tmp_path / "dist" / "tiny" / "tiny-Q8_0.gguf"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    assert run(*arguments).returncode == 0
+    assert contents(tmp_path / "dist" / "tiny") == wanted
+
+
+def test_without_transformers_the_stored_vectors_are_the_reference(nano_release: Release, tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('torch', 'transformers') else find(name, *a)\n"
+        "from f2gguf.quantize.cli import quantize; quantize()"
+    )
+    arguments = ["all", "f2llm-nano", "--variants", "Q8_0", "--json", "--out", str(tmp_path)]
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    report = json.loads(process.stdout)
+    assert report["conversion"]["reference"] == "stored vectors (transformers float32)"
+    assert report["conversion"]["min_cosine"] >= 0.9999
+    assert report["variants"]["Q8_0"] == report_of(nano_release)["variants"]["Q8_0"]
+
+
+def test_what_cannot_be_checked_is_said(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from f2gguf.evals import conversion
+
+    monkeypatch.setattr(conversion, "available_memory_bytes", lambda: 1)
+    check = conversion.check_conversion(
+        np.ones((1, 2), np.float32),
+        [],
+        folder=tmp_path,
+        checkpoint_sha256="0",
+        n_parameters=10**9,
+        token_ids=list,
+        pooling="last",
+    )
+    assert (check.reference, check.holds) == ("not checked", None)
+    assert "need 5 GB" in check.why
+
+
+def test_plan_is_what_llama_cpp_writes_and_names_fallbacks(tiny: Path, tmp_path: Path) -> None:
+    convert(facts_of(tiny), tmp_path / "x.gguf")
+    plan = plan_variant(tmp_path / "x.gguf", "Q4_K_M")
+    types = {tensor.name: (tensor.new_type, tensor.wanted) for tensor in plan.tensors}
+    assert types["blk.0.ffn_up.weight"] == ("Q5_0", "Q4_K")
+    assert types["output_norm.weight"] == ("F32", None)
+    assert "instead of Q4_K: their rows do not fill its blocks" in "\n".join(plan.lines())
+
+
+def test_stamp_moves_no_other_byte(nano_release: Release, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    before = nano_release.file("Q8_0").read_bytes()
+    path.write_bytes(before)
+    stamp(path, {"f2gguf.drift.mean": 0.5})
+    after = path.read_bytes()
+    changed = [i for i in range(len(before)) if before[i] != after[i]]
+    assert read_header(path).values["f2gguf.drift.mean"] == 0.5
+    assert 0 < len(changed) <= 4
+    with pytest.raises(ValueError, match="does not fit"):
+        stamp(path, {"f2gguf.variant": "Q4_K_M"})
+
+
+def test_verify_measures_a_file_against_another_and_against_its_checkpoint(nano_release: Release, run: Run) -> None:
+    against_file = run("quantize", "verify", nano_release.file("Q4_0"), "--against", nano_release.file("F16"), "--json")
+    verdict = json.loads(against_file.stdout)
+    assert against_file.returncode == 0
+    assert verdict["mean"] == pytest.approx(report_of(nano_release)["variants"]["Q4_0"]["mean"], abs=1e-6)
+    strict = run("quantize", "verify", nano_release.file("Q4_0"), "--against", "f2llm-nano", "--max-drift", "0.0001")
+    assert strict.returncode == 3
+    assert "over the bound of 0%" not in strict.stderr
+
+
+def test_variant_command_makes_one_measured_file(nano_release: Release, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "one.gguf"
+    process = run("quantize", "variant", nano_release.file("F16"), "q4_0", "-o", path)
+    assert process.returncode == 0
+    assert process.stdout.splitlines()[-1] == str(path)
+    assert path.read_bytes() == nano_release.file("Q4_0").read_bytes()
+
+
+def test_unknown_names_are_answered_with_the_nearest(run: Run, nano_release: Release) -> None:
+    model = run("quantize", "all", "F2LLM-v2-4b-x")
+    assert (model.returncode, "Did you mean 'F2LLM-v2-4B'?" in model.stderr) == (2, True)
+    variant = run("quantize", "all", "f2llm-nano", "--variants", "Q4_M")
+    assert (variant.returncode, "Did you mean 'Q4_K_M'?" in variant.stderr) == (2, True)
+    with pytest.raises(UnknownName, match="no pooling is called 'lst'"):
+        Embedder(nano_release.file("Q8_0"), pooling="lst")
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(run: Run, tmp_path: Path) -> None:
+    process = run("quantize", "all", "--out", tmp_path / "dist", "--dry-run")
+    assert process.returncode == 0
+    assert "F2LLM-v2-4B: from codefuse-ai/F2LLM-v2-4B@e04d1a0" in process.stdout
+    assert "F2LLM-v2-4B-Q4_K_M.gguf: would be made and measured" in process.stdout
+    assert not (tmp_path / "dist").exists()
+
+
+def test_table_has_a_row_for_every_file(nano_release: Release) -> None:
+    assert [row[0] for row in drift_rows(report_of(nano_release))] == ["F16", "Q8_0", "Q4_K_M", "Q4_0"]
