@@ -66,6 +66,11 @@ class Job:
         """Where a run keeps what only a resumed run needs; removed at the end."""
         return self.folder / ".work"
 
+    @property
+    def reference_path(self) -> Path:
+        """Vectors of the F16 file on the texts that variants are measured with."""
+        return self.work / "reference.npy"
+
     def file(self, variant: str) -> Path:
         return self.folder / f"{self.name}-{variant}.gguf"
 
@@ -79,10 +84,16 @@ def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
     texts = load_texts()
     claimed = claimed_texts(texts, job.facts.entry.languages)
     report = _start_report(job, texts, claimed)
-    vectors = _make_reference(job, texts, report)
-    reference = vectors[[i for i, text in enumerate(texts) if text in claimed]]
+    if _is_there(job, report, "F16"):
+        say(f"F16: {job.file('F16')} is there")
+    else:
+        _make_f16(job, texts, claimed, report)
+    missing = [variant for variant in variants if not _is_there(job, report, variant)]
+    reference = _reference(job, claimed) if missing else None
     for variant in variants:
-        if not _is_done(job, report, variant):
+        if variant not in missing or reference is None:
+            say(f"{variant}: {job.file(variant)} is there")
+        else:
             _make_variant(job, variant, claimed, reference, report)
     report["variants"] = {name: report["variants"][name] for name in sorted(report["variants"], key=_by_size(report))}
     write_text(job.report_path, as_json(report))
@@ -175,26 +186,27 @@ def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalTex
     return {**new, "conversion": {}, "files": {}, "variants": {}}
 
 
-def _make_reference(job: Job, texts: Sequence[EvalText], report: dict[str, Any]) -> Vectors:
-    """Make or find the F16 file; its vectors on the evaluation texts, which every variant is measured against."""
+def _make_f16(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText], report: dict[str, Any]) -> None:
+    """Convert, read back, pass gate 1 on all texts; keep the vectors of the claimed ones for the variants."""
     path = job.file("F16")
-    cached = job.work / "reference.npy"
-    if report["files"].get("F16") and path.exists() and sha256_file(path) == report["files"]["F16"]["sha256"]:
-        say(f"F16: {path} is there")
-        if cached.exists():
-            return np.asarray(np.load(cached))
-        return _embed(job, path, texts)
     report["variants"] = {}
     with writing(path) as part:
         differing = convert_checked(job.facts, part, dtype="f16", progress=job.progress, texts=texts)
         vectors = _embed(job, part, texts)
         check = _check(job, vectors, texts)
-        with writing(cached) as cached_part, cached_part.open("wb") as file:
-            np.save(file, vectors)
+        with writing(job.reference_path) as cached, cached.open("wb") as file:
+            wanted = {text.id for text in claimed}
+            np.save(file, vectors[[text.id in wanted for text in texts]])
         report["files"]["F16"] = _described(part, path)
         report["conversion"] = {**check.as_dict(), "n_stock_tokenizer_differs": len(differing)}
         write_text(job.report_path, as_json(report))
-    return vectors
+
+
+def _reference(job: Job, claimed: Sequence[EvalText]) -> Vectors:
+    """The F16 file's vectors, which every variant is measured against."""
+    if job.reference_path.exists():
+        return np.asarray(np.load(job.reference_path))
+    return _embed(job, job.file("F16"), claimed)
 
 
 def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText]) -> ConversionCheck:
@@ -242,12 +254,11 @@ def _make_variant(
     )
 
 
-def _is_done(job: Job, report: dict[str, Any], variant: str) -> bool:
-    path = job.file(variant)
-    done = variant in report["variants"] and path.exists() and sha256_file(path) == report["files"][variant]["sha256"]
-    if done:
-        say(f"{variant}: {path} is there")
-    return done
+def _is_there(job: Job, report: dict[str, Any], variant: str) -> bool:
+    """Whether the file is there with the bytes that were measured."""
+    path, described = job.file(variant), report["files"].get(variant)
+    measured = variant == "F16" or variant in report["variants"]
+    return bool(described and measured and path.exists() and sha256_file(path) == described["sha256"])
 
 
 def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> Vectors:

@@ -41,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
-def require_free_space(folder: Path, size_bytes: int, what: str) -> None:
+def require_free_space(folder: Path, size_bytes: int, what: str, *, choose_with: str = "--out") -> None:
     """Raise `OutputError` unless the disk of `folder` can take `size_bytes` more for `what`."""
     existing = folder.absolute()
     while not existing.exists():
@@ -50,7 +50,7 @@ def require_free_space(folder: Path, size_bytes: int, what: str) -> None:
     if free < size_bytes:
         raise OutputError(
             f"{folder}: {what} needs {format_size(size_bytes)} and the disk has {format_size(free)} left. "
-            "Free some space, or choose another disk with --out."
+            f"Free some space, or choose another disk with {choose_with}."
         )
 
 

@@ -63,7 +63,10 @@ def captured_errors() -> Iterator[list[str]]:
 
 
 def interruptible(work: Callable[[], Result]) -> Result:
-    """Run a long C call so that Ctrl-C is answered at once: the call goes on in a daemon thread, unheard."""
+    """Run a C call in a thread of its own, so that Ctrl-C is answered at once while the call goes on unheard.
+
+    In the main thread the signal would raise inside the log callback, where ctypes swallows it.
+    """
     outcome: list[Result] = []
     failure: list[BaseException] = []
 
@@ -123,7 +126,7 @@ class Model:
         kept = kv_overrides(overrides or {})
         params.kv_overrides = kept
         with captured_errors() as errors:
-            self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+            self.pointer = interruptible(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
         if not self.pointer:
             reason = errors[-1] if errors else "no reason given"
             raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}")
@@ -182,7 +185,7 @@ class Context:
         params.pooling_type = POOLING_IDS[pooling]
         params.n_threads = params.n_threads_batch = n_threads
         with captured_errors() as errors:
-            self.pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+            self.pointer = interruptible(lambda: llama_cpp.llama_init_from_model(model.pointer, params))
         if not self.pointer:
             reason = errors[-1] if errors else "out of memory?"
             raise GGUFError(f"{model.path}: no context for {n_ctx:,} tokens: {reason}. Try a smaller --max-tokens.")

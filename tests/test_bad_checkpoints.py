@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "config of another size": (
         edit("config.json", intermediate_size=128),
         BrokenCheckpoint,
-        r"model.safetensors: layers.0.mlp.gate_proj.weight has the shape \(64, 32\), but config.json implies \(128, 32\)",
+        r"layers.0.mlp.gate_proj.weight has the shape \(64, 32\), but config.json implies \(128, 32\)",
     ),
     "more layers than tensors": (
         edit("config.json", num_hidden_layers=3),
