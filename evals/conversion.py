@@ -100,11 +100,8 @@ def transformers_vectors(
 ) -> NDArray[np.float32]:
     """Vectors of the checkpoint run by transformers in float32, text by text, (n_texts, n_embd), L2-normalised."""
     import torch
-    from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    model = _load(folder)
     rows = []
     with torch.inference_mode():
         for ids in token_ids:
@@ -114,6 +111,21 @@ def transformers_vectors(
             if on_progress:
                 on_progress(1)
     return np.stack(rows)
+
+
+def _load(folder: Path) -> Any:
+    """The checkpoint in float32. F2LLM-v2-80M lists 28 layer_types for its 8 layers, which transformers refuses."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    stated = json.loads((folder / "config.json").read_bytes())
+    if len(stated.get("layer_types") or ()) != stated["num_hidden_layers"]:
+        stated.pop("layer_types", None)
+    config = AutoConfig.for_model(**stated)
+    options = {"config": config, "dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    return AutoModel.from_pretrained(folder, **options).eval()
 
 
 def require_transformers() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from f2gguf.evals.conversion import NOT_CHECKED
-from f2gguf.runtime.files import format_size
+from f2gguf.runtime.files import format_bound, format_size
 
 COLUMNS = ("file", "size", "mean drift", "95% interval", "p99", "worst", "top-10 kept", "nDCG@10", "verdict")
 
@@ -39,7 +39,7 @@ def verdict_cells(verdict: dict[str, Any]) -> list[str]:
 
 
 def label(verdict: dict[str, Any]) -> str:
-    return f"under {verdict['max_drift']:.0%}" if verdict["holds"] else f"OVER {verdict['max_drift']:.0%}"
+    return f"{'under' if verdict['holds'] else 'OVER'} {format_bound(verdict['max_drift'])}"
 
 
 def percent(fraction: float) -> str:

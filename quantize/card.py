@@ -7,7 +7,7 @@ from typing import Any
 
 from f2gguf.evals.report import COLUMNS, conversion_sentence, drift_rows, markdown_table, over_lines
 from f2gguf.quantize.facts import Facts
-from f2gguf.runtime.files import sha256_file, write_text
+from f2gguf.runtime.files import format_bound, sha256_file, write_text
 
 _PREFERRED = ("Q4_K_M", "Q8_0", "Q4_0", "F16")
 
@@ -96,7 +96,7 @@ def _measurement(report: dict[str, Any]) -> str:
         f"Drift is 1 - cosine to the F16 file's vector, over {texts['n']} texts in the model's languages "
         f"({', '.join(texts['languages'])}): queries with the prompt, documents, code, long texts, edge cases. The "
         "bound holds when the upper end of the 95% interval, and the mean of every language and kind, are under "
-        f"{report['max_drift']:.0%}. Conversion: {sentence}.{stock} Everything measured is in `drift.json`."
+        f"{format_bound(report['max_drift'])}. Conversion: {sentence}.{stock} Everything measured is in `drift.json`."
     )
 
 

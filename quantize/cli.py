@@ -62,6 +62,7 @@ def all_(
     from f2gguf.quantize.lock import read_lock
     from f2gguf.quantize.pipeline import Job, make_release
     from f2gguf.quantize.variants import require_variant
+    from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama import require_device
 
     lock = read_lock(lock_path)
@@ -82,7 +83,9 @@ def all_(
         for path in sorted(job.folder.iterdir()):
             click.echo(str(path), err=as_json)
     if over:
-        raise OverBound(f"over the bound of {max_drift:.0%}: {', '.join(over)}. Every file was written, and says so.")
+        raise OverBound(
+            f"over the bound of {format_bound(max_drift)}: {', '.join(over)}. Every file was written, and says so."
+        )
 
 
 @quantize.command()
@@ -245,8 +248,10 @@ def _require_absent(path: Path, force: bool) -> None:
 
 
 def _require_bound(path: Path, verdict: Any) -> None:
+    from f2gguf.runtime.files import format_bound
+
     if not verdict.holds:
-        raise OverBound(f"{path}: over the bound of {verdict.max_drift:.0%}: {'; '.join(verdict.over[:5])}.")
+        raise OverBound(f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}.")
 
 
 def _show_verdict(path: Path, verdict: dict[str, Any], as_json: bool) -> None:

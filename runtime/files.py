@@ -69,6 +69,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.2f} GB"
 
 
+def format_bound(fraction: float) -> str:
+    """0.02 -> '2%', 0.0001 -> '0.01%'."""
+    return f"{100 * fraction:.4g}%"
+
+
 def _output_error(path: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     return OutputError(f"{path}: cannot be written: {reason}. What was there before is untouched.")

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from f2gguf.runtime import header as keys
-from f2gguf.runtime.files import format_size
+from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.header import Header, LongArray
 
 
@@ -67,7 +67,7 @@ def _drift(header: Header) -> str:
     verdict = "under" if values[keys.KEY_HOLDS] else "OVER"
     return (
         f"mean {values[keys.KEY_MEAN_DRIFT]:.3%}, at most {values[keys.KEY_UPPER_DRIFT]:.3%} with 95% confidence, over "
-        f"{values[keys.KEY_N_TEXTS]} texts: {verdict} the bound of {values[keys.KEY_MAX_DRIFT]:.0%}"
+        f"{values[keys.KEY_N_TEXTS]} texts: {verdict} the bound of {format_bound(values[keys.KEY_MAX_DRIFT])}"
     )
 
 

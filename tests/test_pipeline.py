@@ -139,7 +139,10 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(nano_release: 
 
 
 def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
-    code = "from f2gguf.quantize.cli import quantize; quantize()"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from f2gguf.quantize.cli import quantize; quantize()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "all", "f2llm-nano", "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -150,7 +153,7 @@ def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
     while "F16: " not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130
     assert "interrupted: finished files are kept" in err
     assert list(tmp_path.rglob("*.part")) == []
@@ -241,7 +244,7 @@ def test_verify_measures_a_file_against_another_and_against_its_checkpoint(nano_
     assert verdict["mean"] == pytest.approx(report_of(nano_release)["variants"]["Q4_0"]["mean"], abs=1e-6)
     strict = run("quantize", "verify", nano_release.file("Q4_0"), "--against", "f2llm-nano", "--max-drift", "0.0001")
     assert strict.returncode == 3
-    assert "over the bound of 0%" not in strict.stderr
+    assert "over the bound of 0.01%" in strict.stderr
 
 
 def test_variant_command_makes_one_measured_file(nano_release: Release, run: Run, tmp_path: Path) -> None:
