@@ -63,6 +63,8 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
     Raises `BrokenCheckpoint` for a tensor that is missing, surplus, or shaped at odds with config.json.
     """
     found = {_plain_name(name, architecture): (name, tensor) for name, tensor in checkpoint.tensors.items()}
+    if len(found) < len(checkpoint.tensors):
+        raise BrokenCheckpoint(f"{checkpoint.folder}: the weights hold a tensor twice, with and without a prefix.")
     targets = architecture.targets(checkpoint)
     missing = [name for name in targets if name not in found]
     surplus = [name for name in found if name not in targets and not architecture.dropped.fullmatch(name)]
@@ -71,7 +73,7 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
     if surplus:
         raise BrokenCheckpoint(
             f"{checkpoint.folder}: {_listed(surplus)} in the weights, but no part of a {checkpoint.model_type} with "
-            f"{checkpoint.number('num_hidden_layers')} layers."
+            f"{checkpoint.count('num_hidden_layers')} layers."
         )
     matched = {}
     for plain, target in targets.items():
@@ -101,8 +103,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
-    n_embd, n_ff, n_vocab = (checkpoint.number(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    n_head, n_head_kv = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
+    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    n_head, n_head_kv = checkpoint.count("num_attention_heads"), checkpoint.count("num_key_value_heads")
     head_dim = _head_dim(checkpoint)
     block = {
         "input_layernorm": ("attn_norm", (n_embd,)),
@@ -118,7 +120,7 @@ def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
         "mlp.down_proj": ("ffn_down", (n_embd, n_ff)),
     }
     targets = {"embed_tokens.weight": Target("token_embd.weight", (n_vocab, n_embd))}
-    for i in range(checkpoint.number("num_hidden_layers")):
+    for i in range(checkpoint.count("num_hidden_layers")):
         for module, (name, shape) in block.items():
             targets[f"layers.{i}.{module}.weight"] = Target(f"blk.{i}.{name}.weight", shape)
     targets["norm.weight"] = Target("output_norm.weight", (n_embd,))
@@ -126,25 +128,23 @@ def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
 
 
 def _qwen3_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    config_path = checkpoint.folder / "config.json"
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.folder / 'config.json'}: RoPE scaling {rope_type!r} is not supported."
-        )
-    theta = rope["rope_theta"] if "rope_theta" in rope else checkpoint.number("rope_theta")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UnsupportedCheckpoint(f"{config_path}: RoPE scaling is not supported: {rope!r}.")
+    theta = checkpoint.real("rope_theta", rope if "rope_theta" in rope else None)
     return {
         **_shared_facts(checkpoint),
-        "attention.head_count_kv": int(checkpoint.number("num_key_value_heads")),
+        "attention.head_count_kv": checkpoint.count("num_key_value_heads"),
         "attention.key_length": _head_dim(checkpoint),
         "attention.value_length": _head_dim(checkpoint),
-        "attention.layer_norm_rms_epsilon": float(checkpoint.number("rms_norm_eps")),
-        "rope.freq_base": float(theta),
+        "attention.layer_norm_rms_epsilon": checkpoint.real("rms_norm_eps"),
+        "rope.freq_base": theta,
     }
 
 
 def _bert_targets(checkpoint: Checkpoint) -> dict[str, Target]:
-    n_embd, n_ff, n_vocab = (checkpoint.number(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
     block = {
         "attention.self.query": ("attn_q", (n_embd, n_embd)),
         "attention.self.key": ("attn_k", (n_embd, n_embd)),
@@ -155,7 +155,7 @@ def _bert_targets(checkpoint: Checkpoint) -> dict[str, Target]:
         "output.dense": ("ffn_down", (n_embd, n_ff)),
         "output.LayerNorm": ("layer_output_norm", (n_embd,)),
     }
-    n_ctx, n_types = checkpoint.number("max_position_embeddings"), checkpoint.number("type_vocab_size")
+    n_ctx, n_types = checkpoint.count("max_position_embeddings"), checkpoint.count("type_vocab_size")
     targets = {
         "embeddings.word_embeddings.weight": Target("token_embd.weight", (n_vocab, n_embd)),
         "embeddings.position_embeddings.weight": Target("position_embd.weight", (n_ctx, n_embd)),
@@ -163,7 +163,7 @@ def _bert_targets(checkpoint: Checkpoint) -> dict[str, Target]:
         "embeddings.LayerNorm.weight": Target("token_embd_norm.weight", (n_embd,)),
         "embeddings.LayerNorm.bias": Target("token_embd_norm.bias", (n_embd,)),
     }
-    for i in range(checkpoint.number("num_hidden_layers")):
+    for i in range(checkpoint.count("num_hidden_layers")):
         for module, (name, shape) in block.items():
             targets[f"encoder.layer.{i}.{module}.weight"] = Target(f"blk.{i}.{name}.weight", shape)
             targets[f"encoder.layer.{i}.{module}.bias"] = Target(f"blk.{i}.{name}.bias", shape[:1])
@@ -171,26 +171,33 @@ def _bert_targets(checkpoint: Checkpoint) -> dict[str, Target]:
 
 
 def _bert_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    _head_dim(checkpoint)  # llama.cpp divides the width among the heads by itself
     return {
         **_shared_facts(checkpoint),
-        "attention.layer_norm_epsilon": float(checkpoint.number("layer_norm_eps")),
+        "attention.layer_norm_epsilon": checkpoint.real("layer_norm_eps"),
         "attention.causal": False,
     }
 
 
 def _shared_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "block_count": int(checkpoint.number("num_hidden_layers")),
-        "context_length": int(checkpoint.number("max_position_embeddings")),
-        "embedding_length": int(checkpoint.number("hidden_size")),
-        "feed_forward_length": int(checkpoint.number("intermediate_size")),
-        "attention.head_count": int(checkpoint.number("num_attention_heads")),
+        "block_count": checkpoint.count("num_hidden_layers"),
+        "context_length": checkpoint.count("max_position_embeddings"),
+        "embedding_length": checkpoint.count("hidden_size"),
+        "feed_forward_length": checkpoint.count("intermediate_size"),
+        "attention.head_count": checkpoint.count("num_attention_heads"),
     }
 
 
 def _head_dim(checkpoint: Checkpoint) -> int:
-    stated = checkpoint.config.get("head_dim")
-    return int(stated or checkpoint.number("hidden_size") // checkpoint.number("num_attention_heads"))
+    if checkpoint.config.get("head_dim") is not None:
+        return checkpoint.count("head_dim")
+    n_embd, n_head = checkpoint.count("hidden_size"), checkpoint.count("num_attention_heads")
+    if n_embd % n_head:
+        raise BrokenCheckpoint(
+            f"{checkpoint.folder / 'config.json'}: {n_head} heads do not divide hidden_size {n_embd}."
+        )
+    return n_embd // n_head
 
 
 ARCHITECTURES = {

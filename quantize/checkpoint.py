@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
 from f2gguf.runtime.files import sha256_file
 from numpy.typing import NDArray
 
@@ -31,6 +31,7 @@ NEEDED = (
     "*_Pooling/config.json",
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+_FETCH_AGAIN = "Fetch the model again."
 _POOLING_MODES = {
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
@@ -50,6 +51,10 @@ class StoredTensor:
     @property
     def n_elements(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.n_elements * DTYPES[self.dtype].itemsize
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """The values in order, flat, mapped from the file a chunk at a time so that memory stays small."""
@@ -91,12 +96,25 @@ class Checkpoint:
             total.update(f"{path.relative_to(self.folder).as_posix()} {sha256_file(path)}\n".encode())
         return total.hexdigest()
 
-    def number(self, *keys: str) -> Any:
-        """The first of `keys` that config.json has; raises `BrokenCheckpoint` where it has none."""
-        for key in keys:
-            if self.config.get(key) is not None:
-                return self.config[key]
-        raise BrokenCheckpoint(f"{self.folder / 'config.json'}: has no {' or '.join(map(repr, keys))}.")
+    def count(self, key: str) -> int:
+        """A positive integer of config.json; raises `BrokenCheckpoint` for anything else."""
+        value = self.config.get(key)
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise self._bad(key, value, "a positive integer")
+        return value
+
+    def real(self, key: str, within: Mapping[str, Any] | None = None) -> float:
+        """A positive finite number of config.json; raises `BrokenCheckpoint` for anything else."""
+        value: Any = (self.config if within is None else within).get(key)
+        if type(value) not in (int, float) or not 0 < value < np.inf:
+            raise self._bad(key, value, "a positive number")
+        return float(value)
+
+    def _bad(self, key: str, value: object, wanted: str) -> BrokenCheckpoint:
+        path = self.folder / "config.json"
+        if value is None:
+            return BrokenCheckpoint(f"{path}: has no {key!r}. Fetch the model again.")
+        return BrokenCheckpoint(f"{path}: {key} is {value!r}, which is not {wanted}. Fetch the model again.")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -106,17 +124,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     modules and weight formats that f2gguf does not convert.
     """
     config = read_json(folder / "config.json")
-    pooling, is_normalized = _read_modules(folder)
-    sentence = read_json(folder / "config_sentence_transformers.json", optional=True)
-    limits = read_json(folder / "sentence_bert_config.json", optional=True)
+    with parsing(folder / "modules.json", BrokenCheckpoint, _FETCH_AGAIN):
+        pooling, is_normalized = _read_modules(folder)
     return Checkpoint(
         folder=folder,
         config=config,
         tensors=_read_tensors(folder),
         pooling=pooling,
         is_normalized=is_normalized,
-        prompts={name: text for name, text in (sentence.get("prompts") or {}).items() if text is not None},
-        max_seq_length=limits.get("max_seq_length"),
+        prompts=_read_prompts(folder / "config_sentence_transformers.json"),
+        max_seq_length=_read_max_seq_length(folder / "sentence_bert_config.json"),
     )
 
 
@@ -128,10 +145,10 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"{path}: no such file. A checkpoint folder needs it; fetch the model again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{path}: does not parse as JSON: {error}. Fetch the model again.") from error
     if not isinstance(content, dict):
-        raise BrokenCheckpoint(f"{path}: holds a JSON {type(content).__name__}, not an object.")
+        raise BrokenCheckpoint(f"{path}: holds a JSON {type(content).__name__}, not an object. {_FETCH_AGAIN}")
     return content
 
 
@@ -140,10 +157,7 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
     path = folder / "modules.json"
     if not path.exists():
         return None, True
-    try:
-        modules = [(module["type"].rsplit(".", 1)[-1], module["path"]) for module in json.loads(path.read_bytes())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{path}: is no list of modules with 'type' and 'path': {error!r}.") from error
+    modules = [(module["type"].rsplit(".", 1)[-1], module["path"]) for module in json.loads(path.read_text())]
     kinds = [kind for kind, _ in modules]
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
@@ -156,9 +170,33 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
     return pooling, "Normalize" in kinds
 
 
+def _read_prompts(path: Path) -> dict[str, str]:
+    with parsing(path, BrokenCheckpoint, _FETCH_AGAIN):
+        prompts = {
+            name: text
+            for name, text in (read_json(path, optional=True).get("prompts") or {}).items()
+            if text is not None
+        }
+        for text in prompts.values():
+            text.encode("utf-8")
+        return prompts
+
+
+def _read_max_seq_length(path: Path) -> int | None:
+    config = read_json(path, optional=True)
+    if config.get("do_lower_case"):
+        raise UnsupportedCheckpoint(f"{path}: do_lower_case is set; f2gguf normalises as tokenizer.json says, no more.")
+    limit = config.get("max_seq_length")
+    if limit is not None and (type(limit) is not int or limit < 2):
+        raise BrokenCheckpoint(f"{path}: max_seq_length is {limit!r}, which is not a number of tokens. {_FETCH_AGAIN}")
+    return limit
+
+
 def _read_pooling(path: Path) -> str:
     config = read_json(path)
-    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(key)]
+    if config.get("include_prompt") is False:
+        raise UnsupportedCheckpoint(f"{path}: include_prompt is false; llama.cpp pools over the prompt too.")
+    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(key) is True]
     if not stated:  # sentence-transformers 5.2 and later write one word
         stated = [p for p in _POOLING_MODES.values() if config.get("pooling_mode") in (p, f"{p}token")]
     others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
@@ -189,45 +227,65 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise UnsupportedCheckpoint(
-                f"{folder}: has only pickle weights, which can run code. Save it as safetensors."
-            )
+        if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx") for path in folder.iterdir()):
+            raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
         raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrokenCheckpoint(f"{index_path}: has no 'weight_map'. Fetch the model again.")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    with parsing(index_path, BrokenCheckpoint, _FETCH_AGAIN):
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     for path in files:
-        if not path.exists():
+        if not path.is_file():
             raise BrokenCheckpoint(f"{path}: no such file, but {index_path.name} names it. Fetch the model again.")
     return files
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensor index of one file. Source: https://github.com/huggingface/safetensors#format"""
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{path}: is no file. {_FETCH_AGAIN}")
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size_bytes - 8):
-            raise BrokenCheckpoint(f"{path}: is no safetensors file, or is cut off in its header. Fetch it again.")
+            raise BrokenCheckpoint(f"{path}: is no safetensors file, or is cut off in its header. {_FETCH_AGAIN}")
         raw = file.read(length)
-    try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        return {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{path}: its header is damaged: {error!r}. Fetch it again.") from error
+    with parsing(f"{path}, its header", BrokenCheckpoint, _FETCH_AGAIN):
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        tensors = {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in entries.items()}
+    _refuse_overlap(path, tensors)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return content
 
 
 def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    numbers = [*entry["data_offsets"], *entry["shape"]]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{name} has an offset or dimension that is no count")
     begin, end = (data_start + offset for offset in entry["data_offsets"])
     tensor = StoredTensor(path, str(entry["dtype"]), tuple(entry["shape"]), begin)
     if end > size_bytes:
         raise BrokenCheckpoint(
-            f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. Fetch it again."
+            f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. {_FETCH_AGAIN}"
         )
-    if tensor.dtype in DTYPES and end - begin != tensor.n_elements * DTYPES[tensor.dtype].itemsize:
+    if tensor.dtype in DTYPES and end - begin != tensor.size_bytes:
         raise BrokenCheckpoint(
             f"{path}: {name} has {end - begin:,} bytes, which its shape {tensor.shape} does not fill."
         )
     return tensor
+
+
+def _refuse_overlap(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin < end:
+            raise BrokenCheckpoint(f"{path}: {name} overlaps the tensor before it. {_FETCH_AGAIN}")
+        end = tensor.begin + (tensor.size_bytes if tensor.dtype in DTYPES else 0)

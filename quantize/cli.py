@@ -8,12 +8,25 @@ from typing import Any
 import click
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress, say
-from f2gguf.runtime.errors import OverBound
+from f2gguf.runtime.errors import OverBound, WrongUsage
 
 _DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
 _LOCK = click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Another models.lock.")
+
+
+def _require_number(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if value != value:
+        raise click.BadParameter("nan is no bound.")
+    return value
+
+
 _MAX_DRIFT = click.option(
-    "--max-drift", type=click.FloatRange(0, 2, min_open=True), default=0.02, show_default=True, help="The bound."
+    "--max-drift",
+    type=click.FloatRange(0, 2, min_open=True),
+    default=0.02,
+    show_default=True,
+    callback=_require_number,
+    help="The bound.",
 )
 _POOLING = click.option("--pooling", help="last, mean or cls, for a checkpoint that does not state it.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -111,14 +124,16 @@ def convert(
 ) -> None:
     """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
     from f2gguf.evals.texts import load_texts
+    from f2gguf.quantize.convert import require_dtype
     from f2gguf.quantize.lock import read_lock
     from f2gguf.quantize.pipeline import convert_checked
-    from f2gguf.runtime.files import writing
+    from f2gguf.runtime.files import require_absent, writing
 
+    require_dtype(dtype)
     entry, folder = _find(model, read_lock(lock_path))
     facts = _settle(entry, folder, pooling)
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
-    _require_absent(path, force)
+    require_absent(path, force=force)
     with writing(path) as part:
         convert_checked(facts, part, dtype=dtype, progress=progress, texts=load_texts())
     click.echo(str(path))
@@ -140,10 +155,13 @@ def variant(
     from f2gguf.quantize.pipeline import measure_variant
     from f2gguf.quantize.variants import require_variant
     from f2gguf.runtime import Embedder
+    from f2gguf.runtime.files import require_absent
+    from f2gguf.runtime.header import read_header
 
     name = require_variant(name)
+    read_header(source)
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
-    _require_absent(path, force)
+    require_absent(path, force=force)
     with Embedder(source, device=device) as model:
         texts = claimed_texts(load_texts(), model.header.languages)
         with progress(f"measure {source.name}", len(texts)) as advance:
@@ -204,7 +222,10 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
 
     entry, folder = _find(model, read_lock(lock_path))
     facts = _settle(entry, folder, pooling)
-    report = read_json(out / facts.name / "drift.json")
+    path = out / facts.name / "drift.json"
+    if not path.exists():
+        raise WrongUsage(f"{path}: no such file. Measure the model first: quantize all {model} --out {out}")
+    report = read_json(path)
     for path in write_release(facts, out / facts.name, report):
         click.echo(str(path))
 
@@ -238,13 +259,6 @@ def _checkpoint_vectors(model: str, texts: Any, lock_path: Path | None) -> Any:
     with progress("run the checkpoint", len(texts)) as advance:
         ids = reference_ids(facts, texts)
         return transformers_vectors(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
-
-
-def _require_absent(path: Path, force: bool) -> None:
-    from f2gguf.runtime.errors import OutputError
-
-    if path.exists() and not force:
-        raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
 
 
 def _require_bound(path: Path, verdict: Any) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.quantize.architectures import match_tensors
 from f2gguf.quantize.checkpoint import StoredTensor
 from f2gguf.quantize.facts import Facts
 from f2gguf.quantize.stamp import stamp
@@ -64,9 +63,8 @@ def convert(
     Raises `BrokenCheckpoint` for tensors that are missing, surplus, misshapen or not finite, `OutputError` for a disk
     that is too small, `UnknownName` for an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
-    tensors = match_tensors(facts.checkpoint, facts.architecture)
+    require_dtype(dtype)
+    tensors = facts.tensors
     with ThreadPoolExecutor(default_threads()) as pool:
         hashing = pool.submit(lambda: facts.checkpoint.sha256)  # numpy and hashlib both let go of the interpreter
         losses = list(pool.map(lambda name: _scan(name, tensors[name], dtype), tensors))
@@ -81,6 +79,12 @@ def convert(
         _write(writer, [(tensor, types[name]) for name, tensor in tensors.items()], pool, on_progress)
         stamp(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
     return Conversion(len(tensors), size_bytes, tuple(loss for loss in losses if loss.n_overflow or loss.n_zeroed))
+
+
+def require_dtype(dtype: str) -> None:
+    """Raise `UnknownName` unless `dtype` is one that `convert` writes."""
+    if dtype not in DTYPES:
+        raise UnknownName("dtype", dtype, DTYPES)
 
 
 def _planned_type(name: str, tensor: StoredTensor, dtype: str) -> GGMLQuantizationType:
@@ -262,7 +266,7 @@ def _add_vocabulary(writer: GGUFWriter, facts: Facts) -> None:
     for name, flag in vocabulary.flags.items():
         writer.add_bool(f"tokenizer.ggml.{name}", flag)
     if facts.architecture.name == "bert":
-        writer.add_token_type_count(int(facts.checkpoint.number("type_vocab_size")))
+        writer.add_token_type_count(facts.checkpoint.count("type_vocab_size"))
 
 
 def _add(writer: GGUFWriter, key: str, value: bool | int | float) -> None:

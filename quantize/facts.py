@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from f2gguf.quantize.architectures import Architecture, architecture_of
-from f2gguf.quantize.checkpoint import Checkpoint, read_checkpoint
+from f2gguf.quantize.architectures import Architecture, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from f2gguf.quantize.lock import Entry
 from f2gguf.quantize.vocabulary import Vocabulary, read_vocabulary
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnknownName
@@ -21,6 +21,7 @@ class Facts:
     entry: Entry
     checkpoint: Checkpoint
     architecture: Architecture
+    tensors: Mapping[str, StoredTensor]  # by GGUF name, in GGUF order
     vocabulary: Vocabulary
     pooling: str  # 'last', 'mean' or 'cls'
     prompts: Mapping[str, str]
@@ -33,7 +34,7 @@ class Facts:
 
     @property
     def n_embd(self) -> int:
-        return int(self.checkpoint.number("hidden_size"))
+        return self.checkpoint.count("hidden_size")
 
 
 def settle_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
@@ -48,6 +49,7 @@ def settle_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> F
         entry=entry,
         checkpoint=checkpoint,
         architecture=architecture,
+        tensors=match_tensors(checkpoint, architecture),
         vocabulary=read_vocabulary(checkpoint, eos_token=entry.eos_token),
         pooling=_settle_pooling(entry, checkpoint, pooling),
         prompts=_settle_prompts(entry, checkpoint),
@@ -87,12 +89,12 @@ def _settle_prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def _settle_max_tokens(entry: Entry, checkpoint: Checkpoint) -> int:
-    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.number("max_position_embeddings"))
+    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
     return min(int(limit) for limit in limits if limit)
 
 
 def _settle_dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:
-    n_embd = int(checkpoint.number("hidden_size"))
+    n_embd = checkpoint.count("hidden_size")
     if entry.matryoshka_dims and max(entry.matryoshka_dims) > n_embd:
         raise Disagreement(
             f"models.lock gives {entry.name} up to {max(entry.matryoshka_dims)} dimensions, but "

@@ -25,10 +25,16 @@ def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
         entry = lock.entry(model)
         return entry, package_folder(entry) if entry.package else None
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        is_folder, exists = bool(model) and folder.is_dir(), bool(model) and folder.exists()
+    except OSError:  # a name too long for any file system
+        is_folder = exists = False
+    if is_folder:
         return Entry(name=folder.resolve().name), folder
+    if exists or folder.is_absolute() or model.startswith("."):
+        raise WrongUsage(f"{model}: is no folder. Pass the folder that holds the checkpoint's config.json.")
     match = _REPO.fullmatch(model)
-    if not match or model.startswith("."):
+    if not match:
         return lock.entry(model), None  # raises, and suggests the nearest name
     repo, revision = match["repo"], match["revision"]
     known = next((entry for entry in lock.entries.values() if entry.repo == repo), None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage
+from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage, parsing
+from f2gguf.runtime.header import POOLING_IDS
 
 FILE_NAME = "models.lock"
 
@@ -58,12 +60,13 @@ def read_lock(path: Path | None = None) -> Lock:
         raise WrongUsage(f"{path}: no such file (--lock).") from error
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{path}: does not parse as TOML: {error}") from error
-    shared = content.get("shared", {})
-    entries = {name: _entry(path, name, table, shared) for name, table in content.get("models", {}).items()}
-    default = content.get("default", "")
-    if default not in entries:
-        raise WrongUsage(f"{path}: the default {default!r} is not among its models.")
-    return Lock(path, default, entries)
+    with parsing(path, WrongUsage, "Correct the lock."):
+        shared = content.get("shared", {})
+        entries = {name: _entry(path, name, table, shared) for name, table in content.get("models", {}).items()}
+        default = content.get("default", "")
+        if default not in entries:
+            raise WrongUsage(f"{path}: the default {default!r} is not among its models.")
+        return Lock(path, default, entries)
 
 
 def default_path() -> Path:
@@ -81,12 +84,16 @@ def package_folder(entry: Entry) -> Path:
     """The folder of a model that lives in an installed package; `F2ggufError` says what to install."""
     if entry.package is None or entry.folder is None:
         raise WrongUsage(f"{entry.name}: models.lock gives it neither a repo nor a package with a folder.")
-    spec = importlib.util.find_spec(entry.package)
+    try:
+        spec = importlib.util.find_spec(entry.package)
+    except ImportError:  # a parent package is missing
+        spec = None
     for location in (spec.submodule_search_locations or []) if spec else []:
         if (Path(location) / entry.folder).is_dir():
             return Path(location) / entry.folder
     raise F2ggufError(
-        f"{entry.name} lives in the package {entry.package}, which is not installed. Run: pip install {entry.install}"
+        f"{entry.name} lives in the folder {entry.folder} of the package {entry.package}, which is not installed. "
+        f"Run: pip install {entry.install or entry.package}"
     )
 
 
@@ -95,10 +102,41 @@ def _entry(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[
     if like is not None and like not in shared:
         raise WrongUsage(f"{path}: {name} is like {like!r}, which [shared] does not have.")
     values = {**(shared[like] if like else {}), **{key: value for key, value in table.items() if key != "like"}}
-    unknown = values.keys() - {f.name for f in fields(Entry)} - {"name"}
-    if unknown:
-        raise UnknownName(f"key of {name} in {path}", min(unknown), [f.name for f in fields(Entry)][1:])
+    for key, value in values.items():
+        if key not in _KEYS:
+            raise UnknownName(f"key of {name} in {path}", key, _KEYS)
+        if not _KEYS[key](value):
+            raise WrongUsage(f"{path}: {name} has {key} = {value!r}, which is no such thing.")
     as_tuples: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }
     return Entry(name=name, **as_tuples)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 1
+
+
+def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+# what an entry may state, and what each value must be
+_KEYS: dict[str, Callable[[Any], bool]] = {
+    "repo": lambda value: _is_text(value) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None,
+    "revision": _is_text,
+    "package": lambda value: _is_text(value) and not value.startswith("."),
+    "folder": _is_text,
+    "install": _is_text,
+    "license": _is_text,
+    "languages": _is_list_of(_is_text),
+    "max_tokens": _is_count,
+    "matryoshka_dims": _is_list_of(_is_count),
+    "pooling": lambda value: value in POOLING_IDS,
+    "eos_token": _is_text,
+    "prompts": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+}

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 from f2gguf.runtime import llama
-from f2gguf.runtime.errors import QuantizationFailed, UnknownName
+from f2gguf.runtime.errors import OutputError, QuantizationFailed, UnknownName
 from f2gguf.runtime.files import format_size, require_free_space
 from f2gguf.runtime.header import read_header
 
@@ -110,7 +110,8 @@ def quantize_gguf(
     `on_progress` is told of each tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed`
     with llama.cpp's reason, or where the written types are not the planned ones.
     """
-    require_free_space(target.parent, plan.size_bytes, target.name)
+    header_bytes = source.stat().st_size - sum(tensor.size_bytes for tensor in read_header(source).tensors)
+    require_free_space(target.parent, plan.size_bytes + header_bytes, target.name)
     _run_quantizer(source, target, plan.variant, header=header, on_progress=on_progress)
     written = {tensor.name: tensor.type for tensor in read_header(target).tensors}
     planned = {tensor.name: tensor.new_type for tensor in plan.tensors}
@@ -153,6 +154,8 @@ def _run_quantizer(
     with llama.log_to(listen):
         status = llama.interruptible(work)
     if status != 0:
-        reason = errors[-1] if errors else f"status {status}"
+        reason = errors[0] if errors else f"status {status}"
+        if "iostream" in reason:
+            raise OutputError(f"{target}: cannot be written, as on a full disk ({reason}). Free some space.")
         raise QuantizationFailed(f"{source}: llama.cpp could not make {variant}: {reason}")
     return "".join(fragments).splitlines()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint import Checkpoint, read_json
-from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint, parsing
 
 # The split pattern of a byte-level BPE, word for word -> llama.cpp's name for its own implementation of it
 PRE_TOKENIZERS = {
@@ -47,8 +48,13 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     not hold together, `Disagreement` where the lock and the checkpoint close texts with different tokens.
     """
     path = checkpoint.tokenizer_path
-    spec = read_json(path)
-    kind = (spec.get("model") or {}).get("type")
+    with parsing(path, BrokenCheckpoint, "Fetch the model again."):
+        return _read(checkpoint, read_json(path), eos_token)
+
+
+def _read(checkpoint: Checkpoint, spec: dict[str, Any], eos_token: str | None) -> Vocabulary:
+    path = checkpoint.tokenizer_path
+    kind = spec["model"]["type"]
     if kind not in _FAMILIES:
         raise UnsupportedCheckpoint(
             f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
@@ -74,6 +80,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
     if kind == "WordPiece":
         tokens = [_phantom(text, of) for text, of in zip(tokens, token_types, strict=True)]
+    _require_distinct(path, tokens)
     return Vocabulary(
         model=family.model,
         pre=family.pre,
@@ -97,7 +104,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+    except Exception as error:  # the library raises bare Exceptions for whatever it cannot parse
         raise BrokenCheckpoint(
             f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again."
         ) from error
@@ -170,6 +177,15 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
 _FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
 
 
+def _require_distinct(path: Path, tokens: list[str]) -> None:
+    """llama.cpp stops the process where two ids have one text, or a text holds NUL."""
+    seen: set[str] = set()
+    for i, text in enumerate(tokens):
+        if text in seen or "\0" in text:
+            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
+        seen.add(text)
+
+
 def _phantom(token: str, kind: int) -> str:
     if kind == _CONTROL:
         return token
@@ -179,19 +195,21 @@ def _phantom(token: str, kind: int) -> str:
 def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Texts and types of ids 0 to vocab_size - 1; ids that the tokenizer leaves out become '[PAD<id>]', unused."""
     path = checkpoint.tokenizer_path
-    n_vocab = checkpoint.number("vocab_size")
+    n_vocab = checkpoint.count("vocab_size")
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
     types = [_UNUSED] * n_vocab
-    try:
-        for text, i in spec["model"]["vocab"].items():
-            tokens[i], types[i] = text, _NORMAL
-        for added in spec.get("added_tokens", []):
-            is_control = added["special"] or (added["content"].startswith("<|") and added["content"].endswith("|>"))
-            tokens[added["id"]], types[added["id"]] = added["content"], _CONTROL if is_control else _USER_DEFINED
-    except IndexError as error:
-        raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{path}: its vocabulary is damaged: {error!r}. Fetch the model again.") from error
+    added_tokens = spec.get("added_tokens", [])
+    ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
+    if not 0 <= min(ids) <= max(ids) < n_vocab:
+        raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")
+    for text, i in spec["model"]["vocab"].items():
+        tokens[i], types[i] = text, _NORMAL
+    for added in added_tokens:
+        text, i = added["content"], added["id"]
+        if added.get("lstrip") or added.get("rstrip"):
+            raise UnsupportedCheckpoint(f"{path}: the token {text} takes blanks along, which llama.cpp does not.")
+        is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
+        tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
     return tokens, types
 
 

@@ -71,9 +71,8 @@ def embed(
     """
     from f2gguf.runtime.tables import json_rows, require_output, write_vectors
 
-    given = [
-        name for name, value in (("--query", query), ("--prompt", prompt), ("--prompt-name", prompt_name)) if value
-    ]
+    prompts = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
+    given = [name for name, value in prompts.items() if value is not None]
     if len(given) > 1:
         raise WrongUsage(f"{' and '.join(given)}: choose one.")
     if output:
@@ -82,8 +81,8 @@ def embed(
     options: dict[str, Any] = {"truncate_dim": dims, "precision": dtype}
     if prompt is not None:
         options["prompt"] = prompt
-    if query or prompt_name:
-        options["prompt_name"] = prompt_name or "query"
+    if query or prompt_name is not None:
+        options["prompt_name"] = "query" if query else prompt_name
     if no_normalize:
         options["normalize_embeddings"] = False
     with (
@@ -162,13 +161,13 @@ def inspect(file: Path, as_json: bool) -> None:
 def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:
     from f2gguf.runtime.tables import from_arguments, read_texts
 
-    if arguments and input_path:
+    if arguments and input_path is not None:
         raise WrongUsage("TEXT and --input: give one of them.")
     if arguments:
         return from_arguments(arguments)
-    if input_path is None and sys.stdin.isatty():
+    if input_path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise WrongUsage("no text: give TEXT arguments, --input FILE, or lines on stdin.")
-    rows = read_texts(input_path or "-", column=column)
+    rows = read_texts("-" if input_path is None else input_path, column=column)
     if not rows.texts:
         raise WrongUsage(
             f"{input_path or 'stdin'}: holds no text. Give TEXT arguments, --input FILE, or lines on stdin."

@@ -22,8 +22,13 @@ class Commands(click.Group):
         except F2ggufError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # files have errors of their own: what is left is a closed or full stdout
+            if isinstance(error, BrokenPipeError):
+                raise
+            click.echo(f"error: {error.filename or 'stdout'}: {error.strerror}.", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted: finished files are kept; the same command goes on from here.", err=True)
+            click.echo("\ninterrupted: nothing is half written, and finished files are kept.", err=True)
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -38,7 +43,7 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, drawn only on a terminal; gives the function to advance it."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _: None
         return
     with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=False) as bar:

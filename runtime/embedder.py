@@ -184,7 +184,7 @@ class Embedder:
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
         if len(bad):
             raise TextError(
-                f"text {bad[0] + 1} of {len(ids)}: llama.cpp gave no finite vector ({len(bad)} such texts). "
+                f"{self.header.path}: no finite vector for text {bad[0] + 1} of {len(ids)} ({len(bad)} such texts). "
                 "Try --device cpu, or a variant of higher precision."
             )
         return vectors

@@ -25,8 +25,10 @@ OverBound                    exit 3: measured, and over the bound (every file wa
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
 
 
 class F2ggufError(Exception):
@@ -121,6 +123,32 @@ class ExtraMissing(F2ggufError):
 
 class OverBound(F2ggufError):
     exit_code = 3
+
+
+@contextlib.contextmanager
+def parsing(what: object, kind: type[F2ggufError], next_step: str) -> Iterator[None]:
+    """Turn what Python raises on content of the wrong shape (a key, type or number amiss) into one clear `kind`."""
+    try:
+        yield
+    except _MALFORMED as error:
+        reason = str(error) or type(error).__name__
+        shown = reason if len(reason) <= 160 else reason[:157] + "..."
+        raise kind(
+            f"{what}: is damaged, or not what it should be ({type(error).__name__}: {shown}). {next_step}"
+        ) from error
+
+
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RecursionError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class TruncationWarning(UserWarning):

@@ -18,21 +18,32 @@ PART_SUFFIX = ".part"
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
 
-    A process that is killed leaves at most a `.part` file, which the next run overwrites. Raises `OutputError` with
-    the reason of the operating system (full disk, no permission).
+    A process that is killed leaves at most a `.part` file, which the next run overwrites. A symbolic link stays, and
+    its target is replaced. Raises `OutputError` with the reason of the operating system (full disk, no permission), or
+    for a path that is no regular file.
     """
-    part = path.with_name(path.name + PART_SUFFIX)
+    part = _part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        part.replace(path.resolve())
     except OSError as error:
         raise _output_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def require_absent(path: Path, *, force: bool) -> None:
+    """Raise `OutputError` where `path` exists and may not be overwritten, before the work is done."""
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if exists and not force:
+        raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,6 +83,16 @@ def format_size(size_bytes: float) -> str:
 def format_bound(fraction: float) -> str:
     """0.02 -> '2%', 0.0001 -> '0.01%'."""
     return f"{100 * fraction:.4g}%"
+
+
+def _part_of(path: Path) -> Path:
+    try:
+        target = path.resolve()
+        if not target.name or (target.exists() and not target.is_file()):
+            raise OutputError(f"{path}: is no regular file. Name another one.")
+        return target.with_name(target.name + PART_SUFFIX)
+    except OSError as error:
+        raise _output_error(path, error) from error
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

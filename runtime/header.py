@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class Header:
     @property
     def max_tokens(self) -> int:
         """Longest input in tokens, special tokens included."""
-        return int(self.values.get(KEY_MAX_TOKENS, self.n_ctx_train))
+        return min(int(self.values.get(KEY_MAX_TOKENS, self.n_ctx_train)), self.n_ctx_train)
 
     @property
     def pooling(self) -> str | None:
@@ -149,10 +151,10 @@ class Header:
 
     def _require_model(self) -> None:
         kind = self.values.get("general.type", "model")
-        if kind != "model" or not self.tensors or not self.n_embd:
+        if kind != "model" or not self.tensors or not self.n_embd or not self.n_ctx_train:
             raise NotAnEmbeddingModel(
-                f"{self.path}: holds no model (general.type is {kind!r}, {len(self.tensors)} tensors). "
-                "Pass the .gguf of an embedding model."
+                f"{self.path}: holds no model (general.type is {kind!r}, {len(self.tensors)} tensors, architecture "
+                f"{self.architecture!r} of width {self.n_embd}). Pass the .gguf of an embedding model."
             )
         if self._of_architecture("pooling_type", None) == 4:
             raise NotAnEmbeddingModel(f"{self.path}: is a reranker, which gives scores and no vectors.")
@@ -170,12 +172,71 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         size_bytes = path.stat().st_size
+        if not path.is_file():
+            raise NotGGUF(f"{path}: is no file. Pass the .gguf file itself.")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data, size_bytes).read()
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         if isinstance(error, FileNotFoundError):
             raise NotGGUF(f"{path}: no such file. Make one with `quantize all MODEL`.") from error
-        raise NotGGUF(f"{path}: cannot be read as GGUF: {error}.") from error
+        raise NotGGUF(f"{path}: cannot be read as GGUF: {error}. Download or make it again.") from error
+
+
+def _require_sane(path: Path, values: dict[str, Any]) -> None:
+    """Refuse values on which llama.cpp would stop the process, or f2gguf would go wrong."""
+    architecture = values.get("general.architecture", "")
+    checks = {key.replace("{arch}", str(architecture)): check for key, check in _CHECKS.items()}
+    for key, value in values.items():
+        check = _is_text if key.startswith(KEY_PROMPT) else checks.get(key)
+        if check and not check(value):
+            raise NotGGUF(f"{path}: its header has {key} = {value!r}; the file is damaged. Download or make it again.")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is float and 0 < value < float("inf")
+
+
+def _is_fraction(value: object) -> bool:
+    return type(value) is float and -1 < value <= 2
+
+
+def _is_normalizer(value: object) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value)["type"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+# header key -> what its value must be, where it is there
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "general.architecture": _is_text,
+    "general.alignment": lambda value: _is_count(value) and value >= 32 and value & (value - 1) == 0,
+    "general.languages": _is_texts,
+    "{arch}.block_count": _is_count,
+    "{arch}.embedding_length": _is_count,
+    "{arch}.context_length": _is_count,
+    "{arch}.attention.layer_norm_rms_epsilon": _is_positive,
+    "{arch}.attention.layer_norm_epsilon": _is_positive,
+    KEY_MAX_TOKENS: lambda value: _is_count(value) and value > 1,
+    KEY_MATRYOSHKA_DIMS: lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
+    KEY_NORMALIZER: _is_normalizer,
+    KEY_SPECIAL_TOKENS: _is_texts,
+    KEY_MEAN_DRIFT: _is_fraction,
+    KEY_UPPER_DRIFT: _is_fraction,
+    KEY_MAX_DRIFT: _is_fraction,
+}
 
 
 class _Reader:
@@ -186,7 +247,10 @@ class _Reader:
 
     def read(self) -> Header:
         if self.data[:4] != _MAGIC:
-            raise NotGGUF(f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF').")
+            raise NotGGUF(
+                f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF'). "
+                "Make one with `quantize all MODEL`."
+            )
         self.at = 4
         version = self._scalar(4)
         if version not in (2, 3):
@@ -198,7 +262,8 @@ class _Reader:
             key = self._string()
             kind = self._scalar(4)
             offsets[key] = self.at
-            values[key] = self._value(kind)
+            values[key] = self._value(kind, whole=key.startswith("f2gguf."))
+        _require_sane(self.path, values)
         placed = [self._tensor() for _ in range(n_tensors)]
         self._require_complete(placed, values.get("general.alignment", 32))
         return Header(self.path, values, tuple(tensor for tensor, _ in placed), offsets)
@@ -229,18 +294,20 @@ class _Reader:
         start = self._take(length)
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, *, whole: bool = False) -> Any:
         if kind in _SCALARS:
             return self._scalar(kind)
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._array()
+            return self._array(whole=whole)
         raise NotGGUF(f"{self.path}: the header has a value of unknown type {kind}; the file is damaged.")
 
-    def _array(self) -> Any:
+    def _array(self, *, whole: bool) -> Any:
         kind, length = self._scalar(4), self._scalar(10)
-        if length <= _LONG_ARRAY:
+        if kind != _STRING and kind not in _SCALARS:
+            raise NotGGUF(f"{self.path}: the header has an array of unknown type {kind}; the file is damaged.")
+        if length <= _LONG_ARRAY or whole:
             return tuple(self._value(kind) for _ in range(length))
         if kind in _SCALARS:
             self._take(length * struct.calcsize("<" + _SCALARS[kind]))

@@ -9,6 +9,8 @@ from f2gguf.runtime import header as keys
 from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.header import Header, LongArray
 
+_DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
+
 
 def describe(header: Header) -> str:
     """The header for people: one fact a line."""
@@ -62,7 +64,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
 
 def _drift(header: Header) -> str:
     values = header.values
-    if keys.KEY_MEAN_DRIFT not in values:
+    if not all(key in values for key in _DRIFT_KEYS):
         return "this is a reference" if header.file_type in ("F16", "BF16", "F32") else "not measured"
     verdict = "under" if values[keys.KEY_HOLDS] else "OVER"
     return (

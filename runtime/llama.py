@@ -128,8 +128,8 @@ class Model:
         with captured_errors() as errors:
             self.pointer = interruptible(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
         if not self.pointer:
-            reason = errors[-1] if errors else "no reason given"
-            raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}")
+            reason = errors[0] if errors else "no reason given"  # later lines only say that it failed
+            raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
         self.path = path
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
 
@@ -187,7 +187,7 @@ class Context:
         with captured_errors() as errors:
             self.pointer = interruptible(lambda: llama_cpp.llama_init_from_model(model.pointer, params))
         if not self.pointer:
-            reason = errors[-1] if errors else "out of memory?"
+            reason = errors[0] if errors else "out of memory?"
             raise GGUFError(f"{model.path}: no context for {n_ctx:,} tokens: {reason}. Try a smaller --max-tokens.")
         self.n_ctx = n_ctx
         self.n_embd = model.n_embd
@@ -200,7 +200,7 @@ class Context:
         with captured_errors() as errors:
             status = llama_cpp.llama_decode(self.pointer, _batch(texts))
         if status != 0:
-            raise GGUFError(f"llama.cpp failed on a batch (status {status}): {errors[-1] if errors else 'no reason'}")
+            raise GGUFError(f"llama.cpp failed on a batch (status {status}): {errors[0] if errors else 'no reason'}")
         vectors = np.empty((len(texts), self.n_embd), dtype=np.float32)
         for i in range(len(texts)):
             pointer = llama_cpp.llama_get_embeddings_seq(self.pointer, i)

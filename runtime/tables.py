@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import InputError, OutputError, UnknownName
-from f2gguf.runtime.files import write_text, writing
+from f2gguf.runtime.errors import InputError, UnknownName
+from f2gguf.runtime.files import require_absent, write_text, writing
 from numpy.typing import NDArray
 
 Id = str | int
@@ -41,7 +41,8 @@ def read_texts(source: str, *, column: str = "text") -> Texts:
     line for what does not parse.
     """
     if source == "-":
-        return from_arguments(_decode("stdin", sys.stdin.buffer.read()).splitlines())
+        content = _decode("stdin", sys.stdin.buffer.read())
+        return from_arguments(text for _, text in _read_lines(Path("stdin"), content, column))
     path = Path(source)
     readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -60,8 +61,9 @@ def require_output(path: Path, *, force: bool) -> None:
     """Refuse an output of unknown format, or one that exists, before the work is done."""
     if path.suffix not in _WRITERS:
         raise UnknownName("output format", path.suffix or path.name, _WRITERS, " The file's ending decides (-o).")
-    if path.exists() and not force:
-        raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
+    require_absent(path, force=force)
+    if path.suffix == ".npy":
+        require_absent(_ids_path(path), force=force)
 
 
 def write_vectors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
@@ -79,13 +81,13 @@ def json_rows(texts: Texts, vectors: Vectors) -> Iterator[str]:
 
 
 def _write_npy(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
-    with writing(path) as part, part.open("wb") as file:
-        np.save(file, vectors)
-    if not texts.has_ids:
-        return [path]
-    ids_path = path.with_suffix(".ids.jsonl")
-    write_text(ids_path, "".join(json.dumps(row_id, ensure_ascii=False) + "\n" for row_id in texts.ids))
-    return [path, ids_path]
+    with writing(path) as part:
+        with part.open("wb") as file:
+            np.save(file, vectors)
+        if texts.has_ids:
+            rows = (json.dumps(row_id, ensure_ascii=False) + "\n" for row_id in texts.ids)
+            write_text(_ids_path(path), "".join(rows))
+    return [path, _ids_path(path)] if texts.has_ids else [path]
 
 
 def _write_jsonl(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
@@ -95,11 +97,15 @@ def _write_jsonl(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
 
 
 def _write_safetensors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with writing(path) as part:
-        save_file({"embeddings": vectors}, part, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)})
+        part.write_bytes(save({"embeddings": vectors}, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)}))
     return [path]
+
+
+def _ids_path(path: Path) -> Path:
+    return path.with_suffix(".ids.jsonl")
 
 
 _WRITERS: dict[str, Callable[[Path, Texts, Vectors], list[Path]]] = {
@@ -127,20 +133,20 @@ def _read_jsonl(path: Path, content: str, column: str) -> Iterator[tuple[Id | No
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: does not parse as JSON: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: does not parse as JSON: {error}.") from error
         row = {column: row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            keys = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-            raise InputError(
-                f"{path}, line {number}: has no text under {column!r} ({keys}). Name the key with --column."
-            )
-        yield row.get("id"), row[column]
+            found = f"keys {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise InputError(f"{where}: has no text under {column!r} ({found}). Name the key with --column.")
+        yield _valid_id(where, row.get("id")), _valid_text(where, row[column])
 
 
 def _read_csv(path: Path, content: str, column: str) -> Iterator[tuple[Id | None, str]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
     rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
         names: Sequence[str] = rows.fieldnames or []
@@ -151,4 +157,22 @@ def _read_csv(path: Path, content: str, column: str) -> Iterator[tuple[Id | None
                 raise InputError(f"{path}, line {rows.line_num}: has another number of fields than the header row.")
             yield row.get("id"), row[column]
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: does not parse as CSV: {error}.") from error
+        raise InputError(f"{path}, line {rows.reader.line_num}: does not parse as CSV: {error}.") from error
+
+
+def _valid_text(where: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start + 1} is a lone surrogate ({text[error.start]!r}), which no text can hold."
+        ) from error
+    return text
+
+
+def _valid_id(where: str, row_id: object) -> Id | None:
+    if row_id is None or isinstance(row_id, int):
+        return row_id
+    if not isinstance(row_id, str):
+        raise InputError(f"{where}: its id is a {type(row_id).__name__}; a string or an integer can be kept.")
+    return _valid_text(where, row_id)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import GGUFError, TextError
+from f2gguf.runtime.errors import GGUFError, TextError, parsing
 from f2gguf.runtime.header import Header
 from f2gguf.runtime.llama import Model
 from numpy.typing import NDArray
@@ -85,7 +85,8 @@ def _normalizer(header: Header, model: Model) -> Normalize | None:
     builders = {"NFC": _nfc, "BertNormalizer": _bert}
     if spec["type"] not in builders:
         raise GGUFError(f"{header.path}: needs the normaliser {spec['type']}, unknown to this f2gguf; update it.")
-    return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"}, model)
+    with parsing(f"{header.path}, its text normaliser", GGUFError, "Download or make it again."):
+        return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"}, model)
 
 
 def _nfc(_options: dict[str, Any], _model: Model) -> Normalize:

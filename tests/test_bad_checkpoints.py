@@ -62,6 +62,14 @@ def other_split_pattern(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 
+def edit_tokens(folder: Path, token: dict[str, object]) -> None:
+    """Add a token to tokenizer.json, and take it from the vocabulary's own id."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"].append({**defaults, **token})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
 def pickle_only(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -90,7 +98,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "scaled RoPE": (
         edit("config.json", rope_scaling={"rope_type": "yarn", "factor": 4}),
         UnsupportedCheckpoint,
-        "RoPE scaling 'yarn'",
+        "RoPE scaling is not supported: {'rope_type': 'yarn'",
     ),
     "no config": (remove("config.json"), BrokenCheckpoint, "config.json: no such file"),
     "config is no JSON": (write("config.json", "{"), BrokenCheckpoint, "config.json: does not parse as JSON"),
@@ -108,11 +116,11 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "fewer layers than tensors": (edit("config.json", num_hidden_layers=1), BrokenCheckpoint, "no part of a qwen3"),
     "no weights": (remove("model.safetensors"), BrokenCheckpoint, "model.safetensors: no such file"),
-    "pickle only": (pickle_only, UnsupportedCheckpoint, "only pickle weights"),
+    "pickle only": (pickle_only, UnsupportedCheckpoint, "only pickle or foreign weights"),
     "weights cut in the data": (cut_file("model.safetensors", 0.9), BrokenCheckpoint, "model.safetensors: truncated: "),
     "weights cut in the header": (cut_file("model.safetensors", 0.0001), BrokenCheckpoint, "cut off in its header"),
     "weights empty": (cut_file("model.safetensors", 0), BrokenCheckpoint, "cut off in its header"),
-    "bit flip in the header": (flip_header_bit, BrokenCheckpoint, "model.safetensors: its header is damaged"),
+    "bit flip in the header": (flip_header_bit, BrokenCheckpoint, "model.safetensors, its header: is damaged"),
     "values that are not finite": (not_finite, BrokenCheckpoint, "output_norm.weight holds values that are not finite"),
     "integers for weights": (wrong_dtype, UnsupportedCheckpoint, "has the dtype I32"),
     "missing tensor": (lambda f: edit_tensors(f, norm__weight=...), BrokenCheckpoint, "norm.weight is missing"),
@@ -124,7 +132,11 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "shard that is not there": (shard_without_file, BrokenCheckpoint, "model-00002-of-00002.safetensors: no such file"),
     "shard that lacks a tensor": (shard_index_misplaces, BrokenCheckpoint, "which the shard index places there"),
     "no pooling module": (remove("modules.json"), BrokenCheckpoint, "State it with --pooling last"),
-    "damaged modules": (write("modules.json", '[{"idx": 0}]'), BrokenCheckpoint, "modules.json: is no list of modules"),
+    "damaged modules": (
+        write("modules.json", '[{"idx": 0}]'),
+        BrokenCheckpoint,
+        "modules.json: is damaged, or not what it should be",
+    ),
     "dense module": (
         write("modules.json", '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'),
         UnsupportedCheckpoint,
@@ -155,6 +167,43 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
         ),
         BrokenCheckpoint,
         "token ids past config.json's vocab_size 16000",
+    ),
+    "width that is no number": (
+        edit("config.json", hidden_size="32"),
+        BrokenCheckpoint,
+        "hidden_size is '32', which is not",
+    ),
+    "epsilon that is no number": (edit("config.json", rms_norm_eps=-1), BrokenCheckpoint, "rms_norm_eps is -1"),
+    "giant vocabulary": (edit("config.json", vocab_size=2**31 - 1), BrokenCheckpoint, "but config.json implies"),
+    "prompts that are no texts": (
+        edit("config_sentence_transformers.json", prompts={"query": 5}),
+        BrokenCheckpoint,
+        "config_sentence_transformers.json: is damaged",
+    ),
+    "maximum length that is no number": (
+        edit("sentence_bert_config.json", max_seq_length="x"),
+        BrokenCheckpoint,
+        "max_seq_length is 'x'",
+    ),
+    "lower-casing outside the tokenizer": (
+        edit("sentence_bert_config.json", do_lower_case=True),
+        UnsupportedCheckpoint,
+        "do_lower_case is set",
+    ),
+    "two ids for one token": (
+        lambda f: edit_tokens(f, {"id": 16380, "content": "!", "special": False}),
+        BrokenCheckpoint,
+        r"token 16380 \('!'\) occurs twice",
+    ),
+    "token that takes blanks along": (
+        lambda f: edit_tokens(f, {"id": 16380, "content": "<mask>", "special": True, "lstrip": True}),
+        UnsupportedCheckpoint,
+        "takes blanks along",
+    ),
+    "tensor twice": (
+        lambda f: edit_tensors(f, model__norm__weight=np.ones(32, dtype=np.float32)),
+        BrokenCheckpoint,
+        "a tensor twice",
     ),
     "nothing closes a text": (edit("tokenizer.json", post_processor=None), BrokenCheckpoint, "which token ends a text"),
 }
@@ -187,7 +236,7 @@ def test_lock_and_checkpoint_that_disagree_are_both_named(tiny: Path, stated: di
 
 def test_wrong_layer_types_of_the_80m_are_ignored(tiny: Path) -> None:
     edit_json(tiny / "config.json", layer_types=["full_attention"] * 28)
-    assert facts_of(tiny).checkpoint.number("num_hidden_layers") == 2
+    assert facts_of(tiny).checkpoint.count("num_hidden_layers") == 2
 
 
 def test_wrong_width_in_the_pooling_module_is_ignored(tiny: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.header import read_header
 from f2gguf.runtime.llama import _backends
 from safetensors import safe_open
 
@@ -122,7 +123,11 @@ BAD_CALLS = [
     (["embed", "-m", "{nano}", "-o", "{dir}/there.npy/x.npy", "a"], 1, "x.npy: cannot be written"),
     (["embed", "-m", "{nano}", "--input", "{dir}/bad.jsonl"], 1, "bad.jsonl, line 2: does not parse as JSON"),
     (["embed", "-m", "{nano}", "--input", "{dir}/number.jsonl"], 1, "number.jsonl, line 1: has no text under 'text'"),
-    (["embed", "-m", "{nano}", "--input", "{dir}/surrogate.jsonl"], 1, "text 1 of 1: character 1 is a lone surrogate"),
+    (
+        ["embed", "-m", "{nano}", "--input", "{dir}/surrogate.jsonl"],
+        1,
+        "surrogate.jsonl, line 1: character 1 is a lone surrogate",
+    ),
     (["embed", "-m", "{nano}", "--input", "{dir}/latin1.txt"], 1, "latin1.txt, line 2: is not UTF-8"),
     (["embed", "-m", "{nano}", "--input", "{dir}/ragged.csv"], 1, "ragged.csv, line 3: has another number of fields"),
     (["embed", "-m", "{nano}", "--input", "{dir}/other.csv"], 2, "Known: id, body. Name one with --column"),
@@ -184,3 +189,51 @@ def test_missing_device_says_how_to_reinstall(run: Run, nano_f16: Path) -> None:
 def test_nothing_is_written_where_the_work_fails(run: Run, nano_f16: Path, tmp_path: Path) -> None:
     run("f2gguf", "embed", "-m", nano_f16, "--dims", "7", "-o", tmp_path / "x.npy", "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stdin_is_split_only_at_line_ends(run: Run, nano_f16: Path) -> None:
+    process = run("f2gguf", "embed", "-m", nano_f16, stdin="one\u2028still one\x0c\ntwo\r\n")
+    assert len(process.stdout.splitlines()) == 2
+
+
+def test_ids_beside_npy_are_not_overwritten(run: Run, nano_f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "text": "one"}\n')
+    (tmp_path / "out.ids.jsonl").write_text("mine")
+    arguments = ("-m", nano_f16, "--input", tmp_path / "in.jsonl", "-o", tmp_path / "out.npy")
+    process = run("f2gguf", "embed", *arguments)
+    assert (process.returncode, "out.ids.jsonl: exists already" in process.stderr) == (1, True)
+    assert (tmp_path / "out.ids.jsonl").read_text() == "mine"
+    assert run("f2gguf", "embed", *arguments, "--force").returncode == 0
+
+
+def test_a_link_keeps_pointing_and_a_device_is_refused(run: Run, nano_f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert run("f2gguf", "embed", "-m", nano_f16, "-o", tmp_path / "link.jsonl", "--force", "a").returncode == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert "embedding" in (tmp_path / "real.jsonl").read_text()
+    (tmp_path / "fifo.jsonl").mkdir()
+    process = run("f2gguf", "embed", "-m", nano_f16, "-o", tmp_path / "fifo.jsonl", "--force", "a")
+    assert (process.returncode, "is no regular file" in process.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("qwen3.block_count", b"\xff\xff\xff\xff"),
+        ("qwen3.attention.layer_norm_rms_epsilon", b"\x00\x00\xc0\x7f"),
+        ("qwen3.attention.layer_norm_rms_epsilon", b"\x00\x00\x80\xbf"),
+        ("qwen3.embedding_length", b"\x00\x00\x00\x00"),
+        ("f2gguf.max_tokens", b"\x00\x00\x00\x00"),
+    ],
+)
+def test_header_values_on_which_llama_cpp_would_die_are_refused(
+    run: Run, nano_f16: Path, tmp_path: Path, key: str, value: bytes
+) -> None:
+    data = bytearray(nano_f16.read_bytes())
+    at = read_header(nano_f16).offsets[key]
+    data[at : at + 4] = value
+    (tmp_path / "x.gguf").write_bytes(data)
+    process = run("f2gguf", "embed", "-m", tmp_path / "x.gguf", "a")
+    assert process.returncode == 1
+    assert f"its header has {key}" in process.stderr

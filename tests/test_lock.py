@@ -56,6 +56,9 @@ def test_a_model_is_found_by_name_repository_or_folder(tmp_path: Path) -> None:
         ('default = "a"', "the default 'a' is not among its models"),
         ('default = "a"\n[models.a]\nrepos = "x/y"', "Did you mean 'repo'"),
         ('default = "a"\n[models.a]\nlike = "b"', "a is like 'b', which \\[shared\\] does not have"),
+        ('default = "a"\nmodels = 5', "models.lock: is damaged, or not what it should be"),
+        ('default = "a"\n[models.a]\nmax_tokens = -5', "a has max_tokens = -5, which is no such thing"),
+        ('default = "a"\n[models.a]\nprompts = "x"', "a has prompts = 'x'"),
     ],
 )
 def test_damaged_lock_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -155,7 +155,7 @@ def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "interrupted: finished files are kept" in err
+    assert "interrupted: nothing is half written" in err
     assert list(tmp_path.rglob("*.part")) == []
 
 
