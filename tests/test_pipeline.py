@@ -59,13 +59,13 @@ def test_every_variant_of_nano_is_under_the_bound(nano_release: Release) -> None
 def test_minilm_drifts_as_published_and_q4_0_is_over_the_bound(minilm_release: Release) -> None:
     """Stock variants on 800 English texts, measured elsewhere: 0.03%, 0.74%, 2.8%."""
     report = report_of(minilm_release)
-    means = {name: verdict["mean"] for name, verdict in report["variants"].items()}
+    means = {name: verdict["languages"]["en"]["mean"] for name, verdict in report["variants"].items()}
     assert minilm_release.process.returncode == 3
     assert "over the bound of 2%: all-MiniLM-L6-v2 Q4_0" in minilm_release.process.stderr
     assert report["conversion"]["min_cosine"] >= 0.9999
-    assert means["Q8_0"] == pytest.approx(0.0003, rel=0.5)
-    assert means["Q4_K_M"] == pytest.approx(0.0074, rel=0.5)
-    assert means["Q4_0"] == pytest.approx(0.028, rel=0.5)
+    assert means["Q8_0"] == pytest.approx(0.0003, rel=0.25)
+    assert means["Q4_K_M"] == pytest.approx(0.0074, rel=0.25)
+    assert means["Q4_0"] == pytest.approx(0.028, rel=0.25)
     assert [name for name, verdict in report["variants"].items() if not verdict["holds"]] == ["Q4_0"]
 
 
