@@ -10,6 +10,7 @@ from f2gguf.evals.texts import HOSTILE, EvalText, prompted
 from f2gguf.quantize.facts import Facts
 from f2gguf.quantize.vocabulary import load_tokenizer
 from f2gguf.runtime.errors import ConversionMismatch
+from f2gguf.runtime.files import PART_SUFFIX
 from f2gguf.runtime.header import read_header
 from f2gguf.runtime.llama import Model
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
@@ -26,8 +27,9 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
     the checkpoint's text normaliser, would split differently.
     """
     header = read_header(path)
+    name = path.name.removesuffix(PART_SUFFIX)
     if header.require_pooling() != facts.pooling:
-        raise ConversionMismatch(f"{path}: the header says {header.pooling} pooling, the checkpoint {facts.pooling}.")
+        raise ConversionMismatch(f"{name}: the header says {header.pooling} pooling, the checkpoint {facts.pooling}.")
     prompts = dict(facts.prompts)
     samples = [*HOSTILE, *(prompted(text, prompts) for text in texts)]
     expected = checkpoint_ids(facts, samples)
@@ -36,7 +38,7 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
         for sample, wanted in zip(samples, expected, strict=True):
             found, _ = tokenizer(sample)
             if not np.array_equal(found, wanted):
-                raise ConversionMismatch(f"{path}: {_first_difference(sample, found, wanted)}")
+                raise ConversionMismatch(f"{name}: {_first_difference(sample, found, wanted)}")
     with Model(path, vocab_only=True) as stock:
         pairs = zip(samples, expected, strict=True)
         return [sample for sample, wanted in pairs if not np.array_equal(stock.tokenize(sample), wanted)]

@@ -140,7 +140,7 @@ def search(
             hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
             click.echo(json.dumps(hit, ensure_ascii=False))
         else:
-            shown = " ".join(rows.texts[i].split())
+            shown = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
             click.echo(
                 f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown if len(shown) <= 100 else shown[:97] + '...'}"
             )

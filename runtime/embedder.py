@@ -152,7 +152,9 @@ class Embedder:
         if max_tokens is None:
             return limit
         if not 2 <= max_tokens <= self.header.n_ctx_train:
-            raise WrongUsage(f"max_tokens is {max_tokens}: {self.header.name} takes 2 to {self.header.n_ctx_train}.")
+            raise WrongUsage(
+                f"max_tokens is {max_tokens}: {self.header.name} takes 2 to {self.header.n_ctx_train} (--max-tokens)."
+            )
         return max_tokens
 
     def _tokenize_all(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
