@@ -86,7 +86,7 @@ def embed_texts(
 ) -> NDArray[np.float32]:
     """Vectors as a user gets them: queries with the query prompt, all else as documents, (n_texts, n_embd) float32."""
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
-    queries = np.array([text.kind == "query" for text in texts])
+    queries = np.array([text.kind == "query" for text in texts], dtype=bool)
     for rows, encode in ((queries, model.encode_query), (~queries, model.encode_document)):
         chosen = [text.text for text, wanted in zip(texts, rows, strict=True) if wanted]
         if chosen:
