@@ -28,7 +28,7 @@ DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 N_SEQ_MAX = 64  # texts in one batch
 N_UBATCH = 512  # tokens in one pass; a causal model splits longer texts over passes, through its KV cache
-WARN, ERROR = 3, 4  # ggml_log_level
+ERROR = 4  # ggml_log_level
 
 _sinks: list[Callable[[int, str], None]] = []
 
