@@ -159,7 +159,7 @@ def variant(
     from f2gguf.runtime.header import read_header
 
     name = require_variant(name)
-    read_header(source)
+    read_header(source)  # no such file is said before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
     with Embedder(source, device=device) as model:
