@@ -15,6 +15,7 @@ from f2gguf.runtime import llama
 from f2gguf.runtime.errors import OutputError, QuantizationFailed, UnknownName
 from f2gguf.runtime.files import format_size, require_free_space
 from f2gguf.runtime.header import read_header
+from f2gguf.runtime.worker import interruptible
 
 # name of a variant -> llama.cpp's file type
 VARIANTS = {
@@ -152,7 +153,7 @@ def _run_quantizer(
         return int(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
 
     with llama.log_to(listen):
-        status = llama.interruptible(work)
+        status = interruptible(work)
     if status != 0:
         reason = errors[0] if errors else f"status {status}"
         if "iostream" in reason:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime import llama
-from f2gguf.runtime.errors import TextError, TruncationWarning, UnknownDims, UnknownName, WrongUsage
+from f2gguf.runtime.engine import Engine, Settings
+from f2gguf.runtime.errors import (
+    Closed,
+    NoVector,
+    TextError,
+    TruncationWarning,
+    UnknownDims,
+    UnknownName,
+    WrongUsage,
+)
 from f2gguf.runtime.header import Header, read_header
+from f2gguf.runtime.llama import default_threads
+from f2gguf.runtime.packing import Ids, shared_length, unique
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
+log = logging.getLogger("f2gguf")
 PRECISIONS = ("float32", "float16")
-BATCH_TOKENS = 512  # short texts are packed up to this; a longer text is a batch of its own
-_CTX_STEP = 512  # contexts grow in these steps, so that a slightly longer text does not rebuild one
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of texts, and what became of each text on the way."""
+
+    vectors: Vectors  # (n_texts, n_dims)
+    n_tokens: NDArray[np.int64]  # (n_texts,) that the model saw, special tokens and prompt included
+    truncated: NDArray[np.bool_]  # (n_texts,) whether the text was longer than that
 
 
 class Embedder:
@@ -29,7 +49,11 @@ class Embedder:
     >>> model.similarity(queries, documents)                              # (1, 1)
 
     Everything it must know stands in the file's header. `pooling` and `max_tokens` state what a file from elsewhere
-    does not. Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`.
+    does not. `n_threads` is the number of physical cores unless given, `n_gpu_layers` all of them (-1). With
+    `deterministic` every text is a batch of its own, so that a quantised file gives it the same bytes in any company.
+    Many threads may share one Embedder.
+
+    Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`.
     """
 
     def __init__(
@@ -37,24 +61,34 @@ class Embedder:
         path: str | Path,
         *,
         device: str = "auto",
+        n_gpu_layers: int = -1,
         n_threads: int | None = None,
         pooling: str | None = None,
         max_tokens: int | None = None,
         truncate_dim: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.header: Header = read_header(path)
         self.pooling = self.header.require_pooling(pooling)
         self.truncate_dim = self._require_dim(truncate_dim)
-        self._n_threads = n_threads or llama.default_threads()
-        self._model = llama.Model(self.header.path, device=device, overrides=load_overrides(self.header))
-        self._tokenizer = Tokenizer(self._model, self.header, max_tokens=self._require_max_tokens(max_tokens))
-        self._context: llama.Context | None = None
+        self.max_seq_length = self._require_max_tokens(max_tokens)  # in tokens, special tokens included
+        settings = Settings(device, n_gpu_layers, n_threads or default_threads(), self.pooling, deterministic)
+        engine = Engine(self.header, settings, overrides=load_overrides(self.header))
+        tokenizer = Tokenizer(engine.model, self.header, max_tokens=self.max_seq_length)
+        self._parts: tuple[Engine, Tokenizer] | None = (engine, tokenizer)
         self._warned = False
+        log.info("%s", self.description)
 
     @property
-    def max_seq_length(self) -> int:
-        """Longest input in tokens, special tokens included; longer ones are cut."""
-        return self._tokenizer.max_tokens
+    def description(self) -> str:
+        """File, device, threads and way of computing, in one line."""
+        engine, _ = self._open()
+        return f"{self.header.path.name}: {engine.description}"
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time spent inside llama.cpp so far; what is left of the wall time is f2gguf's own."""
+        return self._open()[0].compute_seconds
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -64,9 +98,9 @@ class Embedder:
         """Width of the vectors that `encode` gives."""
         return self.truncate_dim or self.header.n_embd
 
-    def tokenize(self, text: str) -> NDArray[np.int32]:
+    def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
-        return self._tokenizer(text)[0]
+        return self._open()[1](text)[0]
 
     def encode(
         self,
@@ -79,25 +113,51 @@ class Embedder:
         precision: str = "float32",
         on_progress: Callable[[int], None] | None = None,
     ) -> Vectors:
-        """Vectors of texts: (n_texts, n_dims), or (n_dims,) for a single string.
+        """Vectors of texts: (n_texts, n_dims), or (n_dims,) for a single string. See `embed`."""
+        is_single = isinstance(sentences, str)
+        vectors = self.embed(
+            [sentences] if isinstance(sentences, str) else sentences,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            on_progress=on_progress,
+        ).vectors
+        return vectors[0] if is_single else vectors
+
+    def embed(
+        self,
+        sentences: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Embeddings:
+        """Vectors of texts, with the number of tokens of each and whether it was cut.
 
         `prompt` (or the header's, by `prompt_name`) is put before every text that does not begin with it already.
         `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
         widths. `on_progress` is told how many texts a batch has finished. Texts over the maximum length are cut,
-        their EOS kept, with one `TruncationWarning`. Raises `TextError` for a text that has no vector, `UnknownName`
-        for an unknown prompt, `UnknownDims` for an untrained width.
+        their EOS kept, with one `TruncationWarning`. Raises `TextError` for what is no valid text, `NoVector` (which
+        carries all others) for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for an
+        untrained width.
         """
-        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        engine, tokenizer = self._open()
         width = self._require_dim(truncate_dim) or self.get_sentence_embedding_dimension()
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
         prefix = prompt if prompt is not None else self._prompt_of(prompt_name)
-        ids = self._tokenize_all([text if text.startswith(prefix) else prefix + text for text in texts])
-        vectors = self._embed(ids, on_progress)[:, :width]
+        texts = [text if text.startswith(prefix) else prefix + text for text in sentences]
+        ids, truncated = self._tokenize(tokenizer, texts)
+        rows = self._compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress)[:, :width]
         if self.header.is_normalized if normalize_embeddings is None else normalize_embeddings:
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = vectors.astype(precision)
-        return vectors[0] if isinstance(sentences, str) else vectors
+            rows = _normalized(rows)
+        n_tokens = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        return self._require_vectors(Embeddings(rows.astype(precision, copy=False), n_tokens, truncated))
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Vectors:
         """`encode` with the model's query prompt, where it has one."""
@@ -114,18 +174,22 @@ class Embedder:
         left, right = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (left, right))
         return np.asarray(left @ right.T)
 
-    def close(self) -> None:
-        """Free the model's memory. The Embedder is of no use afterwards."""
-        if self._context:
-            self._context.close()
-            self._context = None
-        self._model.close()
+    def close(self, *, wait: bool = True) -> None:
+        """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
+        if self._parts:
+            engine, self._parts = self._parts[0], None
+            engine.close(wait=wait)
 
     def __enter__(self) -> Embedder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is not KeyboardInterrupt)  # Ctrl-C does not wait for the batch that is under way
+
+    def _open(self) -> tuple[Engine, Tokenizer]:
+        if self._parts is None:
+            raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
+        return self._parts
 
     def _encode_as(self, kind: str, sentences: str | Sequence[str], options: dict[str, Any]) -> Vectors:
         if "prompt" not in options and "prompt_name" not in options and kind in self.prompts:
@@ -157,63 +221,54 @@ class Embedder:
             )
         return max_tokens
 
-    def _tokenize_all(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def _tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[Ids], NDArray[np.bool_]]:
         ids = []
-        n_truncated = 0
+        truncated = np.zeros(len(texts), dtype=np.bool_)
         for i, text in enumerate(texts):
             try:
-                tokens, truncated = self._tokenizer(text)
+                tokens, truncated[i] = tokenizer(text)
             except TextError as error:
                 raise TextError(f"text {i + 1} of {len(texts)}: {error}") from error
             ids.append(tokens)
-            n_truncated += truncated
-        if n_truncated and not self._warned:
+        if truncated.any() and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{n_truncated} of {len(texts)} texts are longer than {self.max_seq_length} tokens and were cut",
+                f"{truncated.sum()} of {len(texts)} texts are longer than {self.max_seq_length} tokens and were cut",
                 TruncationWarning,
                 stacklevel=4,
             )
-        return ids
+        return ids, truncated
 
-    def _embed(self, ids: list[NDArray[np.int32]], on_progress: Callable[[int], None] | None) -> NDArray[np.float32]:
-        vectors = np.empty((len(ids), self.header.n_embd), dtype=np.float32)
-        for batch in _batches([len(tokens) for tokens in ids]):
-            context = self._context_for(sum(len(ids[i]) for i in batch))
-            vectors[batch] = context.embed([ids[i] for i in batch])
-            if on_progress:
-                on_progress(len(batch))
-        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
-        if len(bad):
-            raise TextError(
-                f"{self.header.path}: no finite vector for text {bad[0] + 1} of {len(ids)} ({len(bad)} such texts). "
-                "Try --device cpu, or a variant of higher precision."
-            )
-        return vectors
+    @staticmethod
+    def _compute(
+        engine: Engine, texts: list[Ids], prompt: Ids | None, on_progress: Callable[[int], None] | None
+    ) -> NDArray[np.float32]:
+        """Raw vectors of token ids, (n_texts, n_embd); equal ones are computed once."""
+        different, index = unique(texts)
+        counts = np.bincount(index, minlength=len(different))
+        return engine.embed(
+            different,
+            n_shared=shared_length(different if prompt is None else [*different, prompt]),
+            on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
+        )[index]
 
-    def _context_for(self, n_tokens: int) -> llama.Context:
-        if self._context is None or self._context.n_ctx < n_tokens:
-            if self._context:
-                self._context.close()
-            self._context = llama.Context(
-                self._model,
-                n_ctx=max(BATCH_TOKENS, -(-n_tokens // _CTX_STEP) * _CTX_STEP),
-                pooling=self.pooling,
-                is_causal=self.header.is_causal,
-                n_threads=self._n_threads,
-            )
-        return self._context
+    def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
+        """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
+        vectors = embeddings.vectors
+        good = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+        if good.all():
+            return embeddings
+        bad = np.flatnonzero(~good).tolist()
+        shown = ", ".join(str(i + 1) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise NoVector(
+            f"{self.header.path}: {len(bad)} of {len(vectors)} texts (number {shown}) have no finite vector, neither "
+            "alone nor in higher precision. Take them out, or use a variant of higher precision.",
+            bad,
+            Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
+        )
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of texts, longest first, packed up to BATCH_TOKENS tokens and N_SEQ_MAX texts."""
-    batch: list[int] = []
-    n_tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (n_tokens + lengths[i] > BATCH_TOKENS or len(batch) == llama.N_SEQ_MAX):
-            yield batch
-            batch, n_tokens = [], 0
-        batch.append(i)
-        n_tokens += lengths[i]
-    if batch:
-        yield batch
+def _normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of length 1. The sum of squares is float64: large finite rows have a length too."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return np.asarray(rows / norms[:, None], dtype=np.float32)

@@ -15,10 +15,13 @@ F2ggufError
 ├── ConversionMismatch       the written file does not do what the checkpoint does
 ├── QuantizationFailed       llama.cpp's quantiser gave up
 ├── TextError                a text that cannot be embedded
+│   └── NoVector                 texts whose vector is not finite; carries the vectors of all others
+├── Closed                   an Embedder that was closed
 ├── InputError               an input file that does not parse
 ├── OutputError              an output that cannot be written
 ├── DeviceMissing            this build of llama.cpp lacks the device
 ├── DownloadFailed           the Hub did not give the files
+├── BenchFailed              a side of `f2gguf bench` did not run
 └── ExtraMissing             an optional dependency is not installed
 OverBound                    exit 3: measured, and over the bound (every file was written)
 """
@@ -29,6 +32,7 @@ import contextlib
 import difflib
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class F2ggufError(Exception):
@@ -101,6 +105,19 @@ class TextError(F2ggufError):
     pass
 
 
+class NoVector(TextError):
+    """`indices` are the texts that have no finite vector; `embeddings` holds all others, in their order."""
+
+    def __init__(self, message: str, indices: list[int], embeddings: Any) -> None:
+        super().__init__(message)
+        self.indices = indices
+        self.embeddings = embeddings
+
+
+class Closed(F2ggufError):
+    pass
+
+
 class InputError(F2ggufError):
     pass
 
@@ -114,6 +131,10 @@ class DeviceMissing(F2ggufError):
 
 
 class DownloadFailed(F2ggufError):
+    pass
+
+
+class BenchFailed(F2ggufError):
     pass
 
 

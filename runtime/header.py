@@ -149,6 +149,10 @@ class Header:
             )
         return self.pooling
 
+    def takes_last_tokens(self, pooling: str | None) -> bool:
+        """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""
+        return pooling == "last" and self.is_causal
+
     def _require_model(self) -> None:
         kind = self.values.get("general.type", "model")
         if kind != "model" or not self.tensors or not self.n_embd or not self.n_ctx_train:

@@ -11,6 +11,11 @@ from f2gguf.runtime.header import Header, LongArray
 
 _DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
 
+_PATHS = {
+    True: "last-token path: outputs for last tokens only, the LM head is never run",
+    False: "llama.cpp's own pooling",
+}
+
 
 def describe(header: Header) -> str:
     """The header for people: one fact a line."""
@@ -24,6 +29,7 @@ def as_dict(header: Header) -> dict[str, Any]:
         "path": str(header.path),
         "architecture": header.architecture,
         "pooling": header.pooling,
+        "takes_last_tokens": header.takes_last_tokens(header.pooling),
         "n_embd": header.n_embd,
         "dims": list(header.dims),
         "max_tokens": header.max_tokens,
@@ -50,6 +56,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
         ("drift", _drift(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
+        ("computed", _PATHS[header.takes_last_tokens(header.pooling)]),
         ("vectors", "L2-normalised" if header.is_normalized else "not normalised"),
         ("dimensions", ", ".join(map(str, header.dims))),
         ("longest input", f"{header.max_tokens:,} tokens (positions: {header.n_ctx_train:,})"),

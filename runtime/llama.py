@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import DeviceMissing, GGUFError, TextError, UnknownName
-from f2gguf.runtime.header import POOLING_IDS
+from f2gguf.runtime.worker import interruptible
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
-
-Result = TypeVar("Result")
 
 # device -> names of the ggml backend that drives it, and the build flag that brings it
 DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -26,9 +27,9 @@ DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
     "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
     "cuda": (("CUDA",), "-DGGML_CUDA=on"),
 }
-N_SEQ_MAX = 64  # texts in one batch
-N_UBATCH = 512  # tokens in one pass; a causal model splits longer texts over passes, through its KV cache
 ERROR = 4  # ggml_log_level
+
+_OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
 
 _sinks: list[Callable[[int, str], None]] = []
 
@@ -62,29 +63,6 @@ def captured_errors() -> Iterator[list[str]]:
         yield lines
 
 
-def interruptible(work: Callable[[], Result]) -> Result:
-    """Run a C call in a thread of its own, so that Ctrl-C is answered at once while the call goes on unheard.
-
-    In the main thread the signal would raise inside the log callback, where ctypes swallows it.
-    """
-    outcome: list[Result] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # handed to the waiting thread below
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.1)  # a join without end would hold back the signal
-    if failure:
-        raise failure[0]
-    return outcome[0]
-
-
 def require_device(device: str) -> None:
     """Raise `UnknownName` for no device, `DeviceMissing` where this build of llama.cpp lacks it."""
     if device not in DEVICES:
@@ -98,10 +76,26 @@ def require_device(device: str) -> None:
 
 
 def default_threads() -> int:
-    """Number of processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Number of physical cores that this process may run on: two threads of one core only get in each other's way.
+
+    macOS: the performance cores. A container's CPU quota counts where it is less.
+    """
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
+        return int(asked.stdout) if asked.stdout.strip().isdigit() else os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    processors = os.sched_getaffinity(0)
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in processors)
+    n_cores = len({path.read_text() for path in siblings if path.exists()}) or len(processors)
+    return max(1, min(n_cores, _cpu_quota() or n_cores))
+
+
+def _cpu_quota() -> int | None:
+    """Processors' worth of time that a container may use (cgroup 2), rounded up; None without a limit."""
+    path = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
+    return None if quota == "max" else -(-int(quota) // int(period))
 
 
 class Model:
@@ -112,26 +106,32 @@ class Model:
         path: Path,
         *,
         device: str = "auto",
+        n_gpu_layers: int = -1,
         vocab_only: bool = False,
         overrides: Mapping[str, bool] | None = None,
     ) -> None:
         require_device(device)
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
-        params.n_gpu_layers = 0 if device == "cpu" else -1
+        params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
         params.use_extra_bufts = not _has_amx()
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         kept = kv_overrides(overrides or {})
         params.kv_overrides = kept
-        with captured_errors() as errors:
+        lines: list[str] = []
+        with captured_errors() as errors, log_to(lambda _, text: lines.append(text)):
             self.pointer = interruptible(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
         if not self.pointer:
             reason = errors[0] if errors else "no reason given"  # later lines only say that it failed
             raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
         self.path = path
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
+        offloaded = _OFFLOADED.search("".join(lines))
+        self.offloaded = offloaded[0] if offloaded else ""  # "offloaded 29/29 layers to GPU"
+        self._free = weakref.finalize(self, llama_cpp.llama_model_free, self.pointer)
+        self._free.atexit = False  # after Ctrl-C it may still be in use
 
     @property
     def n_embd(self) -> int:
@@ -161,56 +161,13 @@ class Model:
         return bool(is_wordpiece or llama_cpp.llama_vocab_get_add_eos(self.vocab))
 
     def close(self) -> None:
-        if self.pointer:
-            llama_cpp.llama_model_free(self.pointer)
-            self.pointer = None
+        self._free()
 
     def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Context:
-    """Room for one batch of texts on a model: KV cache and compute buffers for `n_ctx` tokens."""
-
-    def __init__(self, model: Model, *, n_ctx: int, pooling: str, is_causal: bool, n_threads: int) -> None:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = min(n_ctx, N_UBATCH) if is_causal else n_ctx  # without a KV cache a text is one pass
-        params.n_seq_max = N_SEQ_MAX
-        params.kv_unified = True
-        params.embeddings = True
-        params.pooling_type = POOLING_IDS[pooling]
-        params.n_threads = params.n_threads_batch = n_threads
-        with captured_errors() as errors:
-            self.pointer = interruptible(lambda: llama_cpp.llama_init_from_model(model.pointer, params))
-        if not self.pointer:
-            reason = errors[0] if errors else "out of memory?"
-            raise GGUFError(f"{model.path}: no context for {n_ctx:,} tokens: {reason}. Try a smaller --max-tokens.")
-        self.n_ctx = n_ctx
-        self.n_embd = model.n_embd
-
-    def embed(self, texts: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
-        """Pooled vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32, raw."""
-        memory = llama_cpp.llama_get_memory(self.pointer)
-        if memory:
-            llama_cpp.llama_memory_clear(memory, False)
-        with captured_errors() as errors:
-            status = llama_cpp.llama_decode(self.pointer, _batch(texts))
-        if status != 0:
-            raise GGUFError(f"llama.cpp failed on a batch (status {status}): {errors[0] if errors else 'no reason'}")
-        vectors = np.empty((len(texts), self.n_embd), dtype=np.float32)
-        for i in range(len(texts)):
-            pointer = llama_cpp.llama_get_embeddings_seq(self.pointer, i)
-            vectors[i] = np.ctypeslib.as_array(pointer, (self.n_embd,))
-        return vectors
-
-    def close(self) -> None:
-        if self.pointer:
-            llama_cpp.llama_free(self.pointer)
-            self.pointer = None
 
 
 def kv_overrides(values: Mapping[str, Any]) -> Any:
@@ -230,27 +187,6 @@ def kv_overrides(values: Mapping[str, Any]) -> Any:
         else:
             slot.tag, slot.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, str(value).encode()
     return array
-
-
-def _batch(texts: Sequence[NDArray[np.int32]]) -> Any:
-    """A llama_batch over numpy memory, kept alive by the batch: text i is sequence i, every token an output."""
-    lengths = [len(ids) for ids in texts]
-    n_tokens = sum(lengths)
-    tokens = np.concatenate(texts).astype(np.int32)
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    sequences = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)
-    counts = np.ones(n_tokens, dtype=np.int32)
-    outputs = np.ones(n_tokens, dtype=np.int8)
-    pointers = (sequences.ctypes.data + sequences.itemsize * np.arange(n_tokens)).astype(np.uintp)
-    batch: Any = llama_cpp.llama_batch()  # its annotations are of arrays, its fields pointers
-    batch.n_tokens = n_tokens
-    batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-    batch.pos = positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
-    batch.n_seq_id = counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-    batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id)))
-    batch.logits = outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-    batch.arrays = (tokens, positions, sequences, counts, outputs, pointers)
-    return batch
 
 
 def _has_amx() -> bool:

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from f2gguf.runtime.errors import InputError, UnknownName
 from f2gguf.runtime.files import require_absent, write_text, writing
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from f2gguf.runtime.embedder import Embeddings
 
 Id = str | int
-Vectors = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Texts:
     ids: tuple[Id, ...]
     texts: tuple[str, ...]
     has_ids: bool = False
+
+    def without(self, indices: Iterable[int]) -> Texts:
+        """All texts but those at `indices`."""
+        left_out = set(indices)
+        kept = [i for i in range(len(self.texts)) if i not in left_out]
+        return Texts(tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept), self.has_ids)
 
 
 def from_arguments(texts: Iterable[str]) -> Texts:
@@ -66,41 +73,48 @@ def require_output(path: Path, *, force: bool) -> None:
         require_absent(_ids_path(path), force=force)
 
 
-def write_vectors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+def write_vectors(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
     """Write vectors (n_texts, n_dims) in the format of the file's ending; gives the paths that were written.
 
     .npy holds the vectors only: ids that the input had go to NAME.ids.jsonl beside it.
     """
-    return _WRITERS[path.suffix](path, texts, vectors)
+    return _WRITERS[path.suffix](path, texts, embeddings)
 
 
-def json_rows(texts: Texts, vectors: Vectors) -> Iterator[str]:
-    """One JSON object a text: its id and its vector, with the nine digits that keep a float32."""
-    for row_id, vector in zip(texts.ids, vectors, strict=True):
-        yield json.dumps({"id": row_id, "embedding": [float(f"{x:.9g}") for x in vector]}, ensure_ascii=False)
+def json_rows(texts: Texts, embeddings: Embeddings) -> Iterator[str]:
+    """One JSON object a text: its id, tokens, whether it was cut, and its vector, in digits that keep a float32."""
+    columns = (texts.ids, embeddings.n_tokens.tolist(), embeddings.truncated.tolist(), embeddings.vectors)
+    for row_id, n_tokens, truncated, vector in zip(*columns, strict=True):
+        row = {"id": row_id, "n_tokens": n_tokens, "truncated": truncated}
+        yield json.dumps({**row, "embedding": [float(f"{x:.9g}") for x in vector]}, ensure_ascii=False)
 
 
-def _write_npy(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+def _write_npy(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
     with writing(path) as part:
         with part.open("wb") as file:
-            np.save(file, vectors)
+            np.save(file, embeddings.vectors)
         if texts.has_ids:
             rows = (json.dumps(row_id, ensure_ascii=False) + "\n" for row_id in texts.ids)
             write_text(_ids_path(path), "".join(rows))
     return [path, _ids_path(path)] if texts.has_ids else [path]
 
 
-def _write_jsonl(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+def _write_jsonl(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
     with writing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(row + "\n" for row in json_rows(texts, vectors))
+        file.writelines(row + "\n" for row in json_rows(texts, embeddings))
     return [path]
 
 
-def _write_safetensors(path: Path, texts: Texts, vectors: Vectors) -> list[Path]:
+def _write_safetensors(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
     from safetensors.numpy import save
 
     with writing(path) as part:
-        part.write_bytes(save({"embeddings": vectors}, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)}))
+        tensors = {
+            "embeddings": embeddings.vectors,
+            "n_tokens": embeddings.n_tokens,
+            "truncated": embeddings.truncated,
+        }
+        part.write_bytes(save(tensors, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)}))
     return [path]
 
 
@@ -108,7 +122,7 @@ def _ids_path(path: Path) -> Path:
     return path.with_suffix(".ids.jsonl")
 
 
-_WRITERS: dict[str, Callable[[Path, Texts, Vectors], list[Path]]] = {
+_WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
     ".npy": _write_npy,
     ".jsonl": _write_jsonl,
     ".safetensors": _write_safetensors,
