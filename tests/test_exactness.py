@@ -13,7 +13,7 @@ from conftest import Release, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert import convert
-from f2gguf.runtime import Embedder
+from f2gguf.runtime import Embedder, context
 from f2gguf.runtime.context import BATCH_TOKENS, MIN_FLASH, N_UBATCH
 from f2gguf.runtime.errors import Closed
 from f2gguf.runtime.packing import pack, shared_length, unique
@@ -83,6 +83,18 @@ def test_mean_pooling_of_a_causal_model_sees_all_of_a_long_text(tmp_path: Path) 
         vectors = model.encode([" ".join(ALL)])
         wanted = transformers_vectors(folder, [model.tokenize(" ".join(ALL))], pooling="mean")
     assert drift(vectors, wanted).max() < 2e-5
+
+
+def test_a_graph_without_the_tensor_falls_back_to_stock_pooling_and_says_so(
+    nano: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(context, "TAPPED", b"not in this graph")
+    with Embedder(nano.header.path) as model:
+        assert "last-token path" in model.description
+        vectors = model.encode_query(TEXTS)
+        assert "llama.cpp's last pooling" in model.description
+    assert "llama.cpp's own pooling is used" in caplog.text
+    assert drift(vectors, nano.encode_query(TEXTS)).max() < 1e-5  # stock pooling sums short texts up in F16
 
 
 @pytest.mark.parametrize("variant", ["Q8_0", "Q4_K_M", "Q4_0"])
