@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from f2gguf.evals.cli import bench
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress, say
 from f2gguf.runtime.errors import OverBound, WrongUsage
@@ -230,6 +231,7 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
         click.echo(str(path))
 
 
+f2gguf.add_command(bench)
 f2gguf.add_command(quantize)
 
 

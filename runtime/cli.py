@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-from f2gguf.runtime.console import Commands, progress
-from f2gguf.runtime.errors import WrongUsage
+from f2gguf.runtime.console import Commands, progress, say
+from f2gguf.runtime.errors import NoVector, WrongUsage
 
-_MODEL = click.option(
+MODEL = click.option(
     "-m", "--model", "model_path", envvar="F2GGUF_MODEL", metavar="FILE", help="A .gguf file [or $F2GGUF_MODEL]."
 )
-_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
-_THREADS = click.option("--threads", "n_threads", type=click.IntRange(1), help="[default: all processors]")
-_POOLING = click.option("--pooling", help="last, mean or cls, for a file whose header does not say.")
-_MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut longer texts here [default: the model's limit].")
-_DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
-_COLUMN = click.option("--column", default="text", show_default=True, help="Key or column of the text.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
+GPU_LAYERS = click.option(
+    "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [default: all]."
+)
+THREADS = click.option("--threads", "n_threads", type=click.IntRange(1), help="[default: the physical cores]")
+POOLING = click.option("--pooling", help="last, mean or cls, for a file whose header does not say.")
+MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut longer texts here [default: the model's limit].")
+DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
+COLUMN = click.option("--column", default="text", show_default=True, help="Key or column of the text.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(cls=Commands)
@@ -31,21 +34,23 @@ def f2gguf() -> None:
 
 @f2gguf.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
-@_MODEL
+@MODEL
 @click.option("--input", "input_path", metavar="FILE", help="A .txt, .jsonl or .csv file, or - for lines on stdin.")
-@_COLUMN
+@COLUMN
 @click.option("--query", is_flag=True, help="Put the model's query prompt before every text.")
 @click.option("--prompt", help="Put this text before every text.")
 @click.option("--prompt-name", help="Put this prompt of the model before every text.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
-@_DIMS
+@DIMS
 @click.option("--dtype", default="float32", show_default=True, help="float32 or float16.")
 @click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
-@_MAX_TOKENS
-@_POOLING
-@_DEVICE
-@_THREADS
+@MAX_TOKENS
+@POOLING
+@click.option("--deterministic", is_flag=True, help="The same bytes for a text in any company; slower.")
+@DEVICE
+@GPU_LAYERS
+@THREADS
 def embed(
     texts: tuple[str, ...],
     model_path: str | None,
@@ -61,13 +66,16 @@ def embed(
     no_normalize: bool,
     max_tokens: int | None,
     pooling: str | None,
+    deterministic: bool,
     device: str,
+    n_gpu_layers: int,
     n_threads: int | None,
 ) -> None:
     """Turn texts into vectors: arguments, lines on stdin, or --input.
 
-    Without -o, one JSON object a text on stdout: its id and its embedding. Texts are documents unless --query says
-    otherwise.
+    Without -o, one JSON object a text on stdout: its id, its number of tokens, whether it was cut, its embedding.
+    Texts are documents unless --query says otherwise. Texts without a finite vector are named in an error; all others
+    are written.
     """
     from f2gguf.runtime.tables import json_rows, require_output, write_vectors
 
@@ -85,31 +93,48 @@ def embed(
         options["prompt_name"] = "query" if query else prompt_name
     if no_normalize:
         options["normalize_embeddings"] = False
+    failure = None
     with (
-        _open(model_path, device=device, n_threads=n_threads, pooling=pooling, max_tokens=max_tokens) as model,
+        _open(
+            model_path,
+            device=device,
+            n_gpu_layers=n_gpu_layers,
+            n_threads=n_threads,
+            pooling=pooling,
+            max_tokens=max_tokens,
+            deterministic=deterministic,
+        ) as model,
         progress("embed", len(rows.texts)) as advance,
     ):
-        vectors = model.encode_document(rows.texts, on_progress=advance, **options)
+        if prompt is None and prompt_name is None and not query and "document" in model.prompts:
+            options["prompt_name"] = "document"
+        try:
+            embeddings = model.embed(rows.texts, on_progress=advance, **options)
+        except NoVector as error:
+            failure, embeddings, rows = error, error.embeddings, rows.without(error.indices)
     if output is None:
-        for row in json_rows(rows, vectors):
+        for row in json_rows(rows, embeddings):
             click.echo(row)
-        return
-    for path in write_vectors(output, rows, vectors):
-        click.echo(str(path))
+    else:
+        for path in write_vectors(output, rows, embeddings):
+            click.echo(str(path))
+    if failure:
+        raise failure
 
 
 @f2gguf.command()
 @click.argument("query")
-@_MODEL
+@MODEL
 @click.option("--docs", required=True, metavar="FILE", help="A .txt, .jsonl or .csv file of documents.")
-@_COLUMN
+@COLUMN
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
-@_DIMS
-@_MAX_TOKENS
-@_POOLING
-@_DEVICE
-@_THREADS
-@_JSON
+@DIMS
+@MAX_TOKENS
+@POOLING
+@DEVICE
+@GPU_LAYERS
+@THREADS
+@JSON
 def search(
     query: str,
     model_path: str | None,
@@ -120,6 +145,7 @@ def search(
     max_tokens: int | None,
     pooling: str | None,
     device: str,
+    n_gpu_layers: int,
     n_threads: int | None,
     as_json: bool,
 ) -> None:
@@ -130,7 +156,14 @@ def search(
     if not rows.texts:
         raise WrongUsage(f"{docs}: holds no documents (--docs).")
     with (
-        _open(model_path, device=device, n_threads=n_threads, pooling=pooling, max_tokens=max_tokens) as model,
+        _open(
+            model_path,
+            device=device,
+            n_gpu_layers=n_gpu_layers,
+            n_threads=n_threads,
+            pooling=pooling,
+            max_tokens=max_tokens,
+        ) as model,
         progress("embed", len(rows.texts)) as advance,
     ):
         documents = model.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
@@ -148,7 +181,7 @@ def search(
 
 @f2gguf.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_JSON
+@JSON
 def inspect(file: Path, as_json: bool) -> None:
     """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
     from f2gguf.runtime.header import read_header
@@ -178,6 +211,13 @@ def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> A
 def _open(model_path: str | None, **options: Any) -> Any:
     from f2gguf.runtime.embedder import Embedder
 
+    model = Embedder(require_path(model_path), **options)
+    if sys.stderr is not None and sys.stderr.isatty():
+        say(model.description)
+    return model
+
+
+def require_path(model_path: str | None) -> str:
     if not model_path:
         raise WrongUsage("no model: pass -m FILE, or set F2GGUF_MODEL. Make one with `quantize all f2llm-nano`.")
-    return Embedder(model_path, **options)
+    return model_path

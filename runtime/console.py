@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class Commands(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted: nothing is half written, and finished files are kept.", err=True)
-            ctx.exit(130)
+            os._exit(130)  # Python's own exit would wait for the call into llama.cpp that is under way
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of work, not of the alphabet

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 
-_CTX_STEP = 512  # contexts grow in these steps, so that a slightly longer text does not rebuild one
+_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text does not rebuild one
 
 log = logging.getLogger("f2gguf")
 

@@ -316,9 +316,19 @@ class _Reader:
         if kind in _SCALARS:
             self._take(length * struct.calcsize("<" + _SCALARS[kind]))
         else:
-            for _ in range(length):
-                self._take(self._scalar(10))
+            self._skip_strings(length)
         return LongArray(length)
+
+    def _skip_strings(self, n: int) -> None:
+        """A vocabulary has 300,000 of them: this loop is a third of the time that a header takes."""
+        length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+        try:
+            for _ in range(n):
+                at += 8 + length_at(data, at)[0]
+        except (struct.error, OverflowError):
+            at = self.size_bytes + 1
+        self.at = at
+        self._take(0)
 
     def _tensor(self) -> tuple[TensorInfo, int]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
