@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 from f2gguf.runtime import llama
-from f2gguf.runtime.context import BATCH_TOKENS, MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing
+from f2gguf.runtime.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing
 from f2gguf.runtime.header import Header
 from f2gguf.runtime.packing import Ids, pack
 from f2gguf.runtime.worker import Worker
@@ -39,10 +39,10 @@ class Engine:
     def __init__(self, header: Header, settings: Settings, *, overrides: dict[str, bool]) -> None:
         self.header = header
         self.settings = settings
-        self.takes_last_tokens = header.takes_last_tokens(settings.pooling)
+        self._context_type = LastTokenContext if header.takes_last_tokens(settings.pooling) else Context
         self.model = self._load(settings.device, overrides)
         self._overrides = overrides
-        self._kv_type = "F16"
+        self._needs_f32 = False  # an F16 KV cache, and flash attention, were too small for a text
         self._contexts: dict[bool, Context] = {}  # with flash attention or without -> the context
         self._past_seconds = 0.0
         self._worker = Worker()
@@ -50,9 +50,13 @@ class Engine:
     @property
     def description(self) -> str:
         """Device, threads and way of computing."""
-        path = "last-token path" if self.takes_last_tokens else f"llama.cpp's {self.settings.pooling} pooling"
+        path = "last-token path" if self._takes_last_tokens else f"llama.cpp's {self.settings.pooling} pooling"
         n_threads = self.settings.n_threads
         return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}"
+
+    @property
+    def _takes_last_tokens(self) -> bool:
+        return self._context_type is LastTokenContext
 
     @property
     def compute_seconds(self) -> float:
@@ -64,12 +68,12 @@ class Engine:
 
         `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished.
         """
-        if self.settings.deterministic or not self.takes_last_tokens:
+        if self.settings.deterministic or not self._takes_last_tokens:
             n_shared = 0
         vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
         lengths = [len(ids) - n_shared for ids in texts]
         n_texts = 1 if self.settings.deterministic else MAX_TEXTS
-        for batch in pack(lengths, n_tokens=BATCH_TOKENS, n_texts=n_texts):
+        for batch in pack(lengths, n_tokens=self._context_type.batch_tokens, n_texts=n_texts):
             chosen = [texts[i] for i in batch]
             vectors[batch] = self._worker(partial(self._embed, chosen, n_shared))
             on_batch(batch)
@@ -102,7 +106,7 @@ class Engine:
             return self._context_for(texts, n_shared).embed(texts, n_shared=n_shared)
         except TensorMissing as missing:
             log.warning("%s: %s; llama.cpp's own pooling is used, which is slower", self.header.path, missing)
-            self.takes_last_tokens = False
+            self._context_type = Context
             self._drop_contexts()
             return self._run(texts, 0)
         except BaseException:
@@ -111,11 +115,12 @@ class Engine:
 
     def _context_for(self, texts: Sequence[Ids], n_shared: int) -> Context:
         n_tokens = sum(len(ids) - n_shared for ids in texts)
-        flash = n_tokens >= MIN_FLASH or bool(self.model.offloaded)
+        flash = (n_tokens >= MIN_FLASH or bool(self.model.offloaded)) and not self._needs_f32
         context = self._contexts.get(flash)
         if context is None or context.n_ctx < n_shared + n_tokens:
             self._drop(flash)
-            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, kv_type=self._kv_type)
+            kv_type = "F32" if self._needs_f32 else "F16"
+            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, kv_type=kv_type)
             self._contexts[flash] = context
         return context
 
@@ -127,7 +132,7 @@ class Engine:
             context.close()
             if np.isfinite(row).all() and row.any():
                 log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
-                self._kv_type = "F32"  # the next text may need it as well
+                self._needs_f32 = model is self.model  # then the next text may need it as well
                 return row
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
 
@@ -139,8 +144,7 @@ class Engine:
             cpu.close()
 
     def _new_context(self, model: llama.Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
-        make = LastTokenContext if self.takes_last_tokens else Context
-        return make(
+        return self._context_type(
             model,
             n_ctx=-(-n_tokens // _CTX_STEP) * _CTX_STEP,
             pooling=self.settings.pooling,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -31,8 +32,9 @@ class Worker:
         return future.result()
 
     def close(self, last: Callable[[], None], *, wait: bool) -> None:
-        """Run `last` behind every call that came before, then end the thread."""
-        self._executor.submit(last)
+        """Run `last` behind every call that came before, then end the thread. Closing twice does nothing."""
+        with contextlib.suppress(RuntimeError):  # closed already
+            self._executor.submit(last)
         self._executor.shutdown(wait=wait)
 
 

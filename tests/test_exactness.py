@@ -14,7 +14,7 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert import convert
 from f2gguf.runtime import Embedder, context
-from f2gguf.runtime.context import BATCH_TOKENS, MIN_FLASH, N_UBATCH
+from f2gguf.runtime.context import MIN_FLASH, N_UBATCH, LastTokenContext
 from f2gguf.runtime.errors import Closed
 from f2gguf.runtime.packing import pack, shared_length, unique
 from hypothesis import HealthCheck, given, settings
@@ -58,7 +58,9 @@ def test_a_shared_prompt_changes_nothing(full_precision: Embedder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::f2gguf.runtime.errors.TruncationWarning")
-@pytest.mark.parametrize("n_tokens", [MIN_FLASH - 1, MIN_FLASH, BATCH_TOKENS + 1, N_UBATCH, N_UBATCH + 1, 1900])
+@pytest.mark.parametrize(
+    "n_tokens", [MIN_FLASH - 1, MIN_FLASH, LastTokenContext.batch_tokens + 1, N_UBATCH, N_UBATCH + 1, 1900]
+)
 def test_texts_of_several_passes_equal_transformers(nano: Embedder, n_tokens: int) -> None:
     from f2gguf.evals.conversion import transformers_vectors
 
