@@ -114,9 +114,8 @@ class Embedder:
         on_progress: Callable[[int], None] | None = None,
     ) -> Vectors:
         """Vectors of texts: (n_texts, n_dims), or (n_dims,) for a single string. See `embed`."""
-        is_single = isinstance(sentences, str)
         vectors = self.embed(
-            [sentences] if isinstance(sentences, str) else sentences,
+            sentences,
             prompt_name=prompt_name,
             prompt=prompt,
             normalize_embeddings=normalize_embeddings,
@@ -124,11 +123,11 @@ class Embedder:
             precision=precision,
             on_progress=on_progress,
         ).vectors
-        return vectors[0] if is_single else vectors
+        return vectors[0] if isinstance(sentences, str) else vectors
 
     def embed(
         self,
-        sentences: Sequence[str],
+        sentences: str | Sequence[str],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -151,7 +150,8 @@ class Embedder:
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
         prefix = prompt if prompt is not None else self._prompt_of(prompt_name)
-        texts = [text if text.startswith(prefix) else prefix + text for text in sentences]
+        given = [sentences] if isinstance(sentences, str) else sentences
+        texts = [text if text.startswith(prefix) else prefix + text for text in given]
         ids, truncated = self._tokenize(tokenizer, texts)
         rows = self._compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress)[:, :width]
         if self.header.is_normalized if normalize_embeddings is None else normalize_embeddings:

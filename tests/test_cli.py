@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -77,6 +81,43 @@ def test_outputs_hold_the_same_vectors_and_ids(run: Run, nano_f16: Path, nano: E
     with safe_open(tmp_path / "out.safetensors", framework="numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("embeddings"), wanted)
         assert json.loads(file.metadata()["ids"]) == ids
+
+
+def test_output_says_how_many_tokens_were_seen_and_what_was_cut(run: Run, nano_f16: Path, tmp_path: Path) -> None:
+    texts = ("word " * 50, "short")
+    flags = ("-m", nano_f16, "--max-tokens", "20")
+    rows = [json.loads(line) for line in run("f2gguf", "embed", *flags, *texts).stdout.splitlines()]
+    assert [(row["n_tokens"], row["truncated"]) for row in rows] == [(20, True), (rows[1]["n_tokens"], False)]
+    assert rows[1]["n_tokens"] < 20
+    run("f2gguf", "embed", *flags, *texts, "-o", tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="numpy") as file:
+        assert file.get_tensor("n_tokens").tolist() == [row["n_tokens"] for row in rows]
+        assert file.get_tensor("truncated").tolist() == [True, False]
+
+
+def test_ctrl_c_is_answered_at_once_and_leaves_nothing(nano_f16: Path, tmp_path: Path) -> None:
+    source = tmp_path / "many.txt"
+    source.write_text("\n".join(f"text {i} " + "word " * (i % 300) for i in range(30_000)))
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from f2gguf.quantize.cli import f2gguf; f2gguf()"
+    )
+    flags = ["embed", "-m", str(nano_f16), "--input", str(source), "-o", str(tmp_path / "out.npy")]
+    process = subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)  # it is embedding, and for minutes to come
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted: nothing is half written, and finished files are kept."
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_threads_are_the_processors_that_the_process_may_use() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" if sys.platform == "linux" else ""
+    code += "from f2gguf.runtime.llama import default_threads; print(default_threads())"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 <= int(process.stdout) <= (1 if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 def test_search_ranks_what_fits_first(run: Run, nano_f16: Path, tmp_path: Path) -> None:
