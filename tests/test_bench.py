@@ -231,7 +231,10 @@ def test_checkpoint_of_another_model_is_an_error() -> None:
 def test_ctrl_c_leaves_no_process(nano_f16: Path, tmp_path: Path) -> None:
     model = tmp_path / "interrupted.gguf"
     model.hardlink_to(nano_f16)
-    code = "from f2gguf.quantize.cli import f2gguf; f2gguf()"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from f2gguf.quantize.cli import f2gguf; f2gguf()"
+    )
     command = [sys.executable, "-c", code, "bench", "-m", str(model), "--work", "queries", "--rounds", "1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr
