@@ -86,13 +86,6 @@ def embed(
     if output:
         require_output(output, force=force)
     rows = _texts(texts, input_path, column)
-    options: dict[str, Any] = {"truncate_dim": dims, "precision": dtype}
-    if prompt is not None:
-        options["prompt"] = prompt
-    if query or prompt_name is not None:
-        options["prompt_name"] = "query" if query else prompt_name
-    if no_normalize:
-        options["normalize_embeddings"] = False
     failure = None
     with (
         _open(
@@ -106,10 +99,18 @@ def embed(
         ) as model,
         progress("embed", len(rows.texts)) as advance,
     ):
-        if prompt is None and prompt_name is None and not query and "document" in model.prompts:
-            options["prompt_name"] = "document"
+        if not given:
+            prompt_name = model.default_prompt("document")
         try:
-            embeddings = model.embed(rows.texts, on_progress=advance, **options)
+            embeddings = model.embed(
+                rows.texts,
+                prompt=prompt,
+                prompt_name="query" if query else prompt_name,
+                normalize_embeddings=False if no_normalize else None,
+                truncate_dim=dims,
+                precision=dtype,
+                on_progress=advance,
+            )
         except NoVector as error:
             failure, embeddings, rows = error, error.embeddings, rows.without(error.indices)
     if output is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.engine import Engine, Settings
+from f2gguf.runtime.engine import Engine, Settings, is_usable
 from f2gguf.runtime.errors import (
     Closed,
     NoVector,
@@ -93,6 +93,10 @@ class Embedder:
     @property
     def prompts(self) -> dict[str, str]:
         return self.header.prompts
+
+    def default_prompt(self, kind: str) -> str | None:
+        """Name of the prompt for a 'query' or 'document', None where the model has none for it."""
+        return kind if kind in self.prompts else None
 
     def get_sentence_embedding_dimension(self) -> int:
         """Width of the vectors that `encode` gives."""
@@ -192,8 +196,8 @@ class Embedder:
         return self._parts
 
     def _encode_as(self, kind: str, sentences: str | Sequence[str], options: dict[str, Any]) -> Vectors:
-        if "prompt" not in options and "prompt_name" not in options and kind in self.prompts:
-            options = {**options, "prompt_name": kind}
+        if "prompt" not in options:
+            options = {"prompt_name": self.default_prompt(kind), **options}
         return self.encode(sentences, **options)
 
     def _prompt_of(self, prompt_name: str | None) -> str:
@@ -255,7 +259,7 @@ class Embedder:
     def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
         vectors = embeddings.vectors
-        good = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+        good = is_usable(vectors)
         if good.all():
             return embeddings
         bad = np.flatnonzero(~good).tolist()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from f2gguf.runtime import llama
@@ -31,6 +32,11 @@ class Settings:
     n_threads: int
     pooling: str
     deterministic: bool
+
+
+def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Which rows are vectors that may be returned: finite and not zero, (n_rows,)."""
+    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
 
 
 class Engine:
@@ -90,7 +96,7 @@ class Engine:
     def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
         """Vectors of one batch. Texts without a finite vector are halved down to single ones and tried again."""
         rows = self._run(texts, n_shared)
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1))
+        bad = np.flatnonzero(~is_usable(rows))
         if not len(bad):
             return rows
         self._drop_contexts()  # what it computed stays in its memory, and 0 * NaN is NaN for whoever comes next
@@ -130,7 +136,7 @@ class Engine:
             context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
-            if np.isfinite(row).all() and row.any():
+            if is_usable(row).all():
                 log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
                 self._needs_f32 = model is self.model  # then the next text may need it as well
                 return row

@@ -320,7 +320,7 @@ class _Reader:
         return LongArray(length)
 
     def _skip_strings(self, n: int) -> None:
-        """A vocabulary has 300,000 of them: this loop is a third of the time that a header takes."""
+        """Walk past `n` strings without reading them: a vocabulary and its merges have 300,000."""
         length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
         try:
             for _ in range(n):

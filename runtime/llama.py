@@ -1,4 +1,4 @@
-"""The thin layer over llama-cpp-python's C functions: logs, devices, a model, a context."""
+"""The thin layer over llama-cpp-python's C functions: logs, devices, threads, a model."""
 
 from __future__ import annotations
 
