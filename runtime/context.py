@@ -6,7 +6,7 @@ import ctypes
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
@@ -34,12 +34,32 @@ libggml.ggml_nbytes.restype = ctypes.c_size_t
 libggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 
 
+class Watch(Protocol):
+    """Somebody who is shown tensors while the graph runs. Errors must be kept: a C callback has nobody to raise to."""
+
+    def wants(self, tensor: int) -> bool:
+        """Asked before a ggml_tensor, given by address, is computed: should it be shown?"""
+
+    def take(self, tensor: int) -> None:
+        """Shown a wanted tensor once it and its operands are there."""
+
+
 class Context:
     """Room for one batch of texts on a model: KV cache and compute buffers for `n_ctx` tokens."""
 
     batch_tokens = 512  # short texts are packed up to this; 256 took 1.09 of the time for all-MiniLM-L6-v2
 
-    def __init__(self, model: Model, *, n_ctx: int, pooling: str, n_threads: int, flash: bool, kv_type: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        pooling: str,
+        n_threads: int,
+        flash: bool,
+        kv_type: str,
+        watch: Watch | None = None,
+    ) -> None:
         params = llama_cpp.llama_context_default_params()
         # llama.cpp pools each pass by itself, so that a text must fit one
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
@@ -54,7 +74,7 @@ class Context:
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.n_threads = params.n_threads_batch = n_threads
-        self._prepare(params)
+        self._prepare(params, watch)
         with captured_errors() as errors:
             pointer = llama_cpp.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -86,8 +106,11 @@ class Context:
     def close(self) -> None:
         self._free()
 
-    def _prepare(self, params: Any) -> None:
-        """What another way to take vectors changes in the context's parameters."""
+    def _prepare(self, params: Any, watch: Watch | None) -> None:
+        """What the way to take vectors changes in the context's parameters."""
+        if watch:
+            self._tap = _Tap(None, watch)
+            params.cb_eval = self._tap.callback
 
     def _decode(self, texts: Sequence[Ids], *, outputs: str, first_position: int = 0, first_sequence: int = 0) -> None:
         batch = _batch(texts, outputs, first_position, first_sequence)
@@ -109,8 +132,8 @@ class LastTokenContext(Context):
 
     batch_tokens = 256  # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
 
-    def _prepare(self, params: Any) -> None:
-        self._tap = _Tap(TAPPED)
+    def _prepare(self, params: Any, watch: Watch | None) -> None:
+        self._tap = _Tap(TAPPED, watch)
         self._held = np.empty(0, dtype=np.int32)  # ids whose keys and values the sequence _HELD keeps
         self._flash = params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_batch = params.n_ubatch = min(params.n_ctx, N_UBATCH)
@@ -167,16 +190,20 @@ class TensorMissing(Exception):
 
 
 class _Tap:
-    """Takes the rows of one named tensor while the graph runs, and stops the graph there."""
+    """Takes the rows of one named tensor while the graph runs, and stops the graph there; shows others to `watch`."""
 
-    def __init__(self, name: bytes) -> None:
+    def __init__(self, name: bytes | None, watch: Watch | None) -> None:
         self.rows: list[NDArray[np.float32]] = []
         rows = self.rows  # the callback must not keep its own owner alive
 
         @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
         def callback(tensor: int, ask: bool, _user_data: int) -> bool:
+            is_named = libggml.ggml_get_name(tensor) == name
             if ask:
-                return bool(libggml.ggml_get_name(tensor) == name)
+                return bool(is_named or (watch and watch.wants(tensor)))
+            if watch and not is_named:
+                watch.take(tensor)
+                return True
             taken = np.empty(libggml.ggml_nbytes(tensor) // 4, dtype=np.float32)
             libggml.ggml_backend_tensor_get(tensor, taken.ctypes.data, 0, taken.nbytes)
             rows.append(taken)

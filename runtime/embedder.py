@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.runtime.context import Watch
 from f2gguf.runtime.engine import Engine, Settings, is_usable
 from f2gguf.runtime.errors import (
     Closed,
@@ -51,7 +52,7 @@ class Embedder:
     Everything it must know stands in the file's header. `pooling` and `max_tokens` state what a file from elsewhere
     does not. `n_threads` is the number of physical cores unless given, `n_gpu_layers` all of them (-1). With
     `deterministic` every text is a batch of its own, so that a quantised file gives it the same bytes in any company.
-    Many threads may share one Embedder.
+    Many threads may share one Embedder. `watch` is shown the tensors of llama.cpp's graph that it wants.
 
     Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`.
     """
@@ -67,13 +68,14 @@ class Embedder:
         max_tokens: int | None = None,
         truncate_dim: int | None = None,
         deterministic: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.header: Header = read_header(path)
         self.pooling = self.header.require_pooling(pooling)
         self.truncate_dim = self._require_dim(truncate_dim)
         self.max_seq_length = self._require_max_tokens(max_tokens)  # in tokens, special tokens included
         settings = Settings(device, n_gpu_layers, n_threads or default_threads(), self.pooling, deterministic)
-        engine = Engine(self.header, settings, overrides=load_overrides(self.header))
+        engine = Engine(self.header, settings, overrides=load_overrides(self.header), watch=watch)
         tokenizer = Tokenizer(engine.model, self.header, max_tokens=self.max_seq_length)
         self._parts: tuple[Engine, Tokenizer] | None = (engine, tokenizer)
         self._warned = False

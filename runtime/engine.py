@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime import llama
-from f2gguf.runtime.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing
+from f2gguf.runtime.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing, Watch
 from f2gguf.runtime.header import Header
 from f2gguf.runtime.packing import Ids, pack
 from f2gguf.runtime.worker import Worker
@@ -42,9 +42,12 @@ def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
 class Engine:
     """A model in memory and the context that runs it; every call into llama.cpp is made by one worker thread."""
 
-    def __init__(self, header: Header, settings: Settings, *, overrides: dict[str, bool]) -> None:
+    def __init__(
+        self, header: Header, settings: Settings, *, overrides: dict[str, bool], watch: Watch | None = None
+    ) -> None:
         self.header = header
         self.settings = settings
+        self._watch = watch
         self._context_type = LastTokenContext if header.takes_last_tokens(settings.pooling) else Context
         self.model = self._load(settings.device, overrides)
         self._overrides = overrides
@@ -74,8 +77,8 @@ class Engine:
 
         `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished.
         """
-        if self.settings.deterministic or not self._takes_last_tokens:
-            n_shared = 0
+        if self.settings.deterministic or self._watch or not self._takes_last_tokens:
+            n_shared = 0  # a watch sees every text whole
         vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
         lengths = [len(ids) - n_shared for ids in texts]
         n_texts = 1 if self.settings.deterministic else MAX_TEXTS
@@ -157,6 +160,7 @@ class Engine:
             n_threads=self.settings.n_threads,
             flash=flash,
             kv_type=kv_type,
+            watch=self._watch,
         )
 
     def _drop_contexts(self) -> None:

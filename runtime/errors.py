@@ -14,6 +14,8 @@ F2ggufError
 │   └── PoolingMissing       the header does not say how to pool
 ├── ConversionMismatch       the written file does not do what the checkpoint does
 ├── QuantizationFailed       llama.cpp's quantiser gave up
+├── NonFiniteActivations     a calibration text on which the model overflows; names tensor and text
+├── WrongImatrix             an importance matrix of another model, or none
 ├── TextError                a text that cannot be embedded
 │   └── NoVector                 texts whose vector is not finite; carries the vectors of all others
 ├── Closed                   an Embedder that was closed
@@ -98,6 +100,14 @@ class ConversionMismatch(F2ggufError):
 
 
 class QuantizationFailed(F2ggufError):
+    pass
+
+
+class NonFiniteActivations(F2ggufError):
+    pass
+
+
+class WrongImatrix(F2ggufError):
     pass
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,17 @@ class LongArray:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's name, shape (as PyTorch orders it: rows first), GGML type name and bytes."""
+    """A tensor's name, shape (as PyTorch orders it: rows first), GGML type name, bytes, and where they begin."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     size_bytes: int
+    begin: int  # in the file
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Header:
     path: Path
     values: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
-    offsets: dict[str, int] = field(repr=False)  # key -> where a scalar's bytes stand in the file
+    offsets: dict[str, int] = field(repr=False)  # key -> where its value's bytes stand in the file
+    values_end: int = 0  # where the last value ends
 
     @property
     def architecture(self) -> str:
@@ -268,14 +275,17 @@ class _Reader:
             offsets[key] = self.at
             values[key] = self._value(kind, whole=key.startswith("f2gguf."))
         _require_sane(self.path, values)
+        values_end = self.at
         placed = [self._tensor() for _ in range(n_tensors)]
-        self._require_complete(placed, values.get("general.alignment", 32))
-        return Header(self.path, values, tuple(tensor for tensor, _ in placed), offsets)
+        alignment = values.get("general.alignment", 32)
+        data_begin = -(-self.at // alignment) * alignment
+        tensors = tuple(replace(tensor, begin=data_begin + tensor.begin) for tensor in placed)
+        self._require_complete(tensors)
+        return Header(self.path, values, tensors, offsets, values_end)
 
-    def _require_complete(self, placed: list[tuple[TensorInfo, int]], alignment: int) -> None:
-        begin = -(-self.at // alignment) * alignment
-        for tensor, offset in placed:
-            end = begin + offset + tensor.size_bytes
+    def _require_complete(self, tensors: tuple[TensorInfo, ...]) -> None:
+        for tensor in tensors:
+            end = tensor.begin + tensor.size_bytes
             if end > self.size_bytes:
                 raise NotGGUF(
                     f"{self.path}: truncated: {tensor.name} ends at byte {end:,} and the file at {self.size_bytes:,}. "
@@ -330,7 +340,8 @@ class _Reader:
         self.at = at
         self._take(0)
 
-    def _tensor(self) -> tuple[TensorInfo, int]:
+    def _tensor(self) -> TensorInfo:
+        """A tensor whose `begin` still counts from the first tensor's."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self._string()
@@ -341,7 +352,4 @@ class _Reader:
         except ValueError as error:
             raise NotGGUF(f"{self.path}: {name} has the unknown tensor type {number}; update f2gguf.") from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        n_elements = 1
-        for n in shape:
-            n_elements *= n
-        return TensorInfo(name, shape, kind.name, n_elements // block * block_bytes), offset
+        return TensorInfo(name, shape, kind.name, math.prod(shape) // block * block_bytes, offset)

@@ -1,0 +1,69 @@
+"""The texts that imatrix, scales and promotions are chosen with: never those that a verdict is over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from f2gguf.evals.texts import KINDS, EvalText, claimed_texts, load_texts
+from f2gguf.runtime.errors import WrongUsage
+from f2gguf.runtime.tables import read_texts
+
+PATH = Path(__file__).with_name("calibration.jsonl")
+# Fewer leave columns of a wide matrix without weight: 64 texts of 100 tokens are twice as many rows as the widest
+# model of the family's smaller half (1.7B) has columns.
+MIN_TEXTS = 64
+MAX_TOKENS = 128  # later tokens of a text are left out: they excite no other channels, and would take most of the time
+PASSAGE_CHARS = 40  # texts that share as many characters in a row share a passage
+
+
+def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
+    """The texts of `path` (.jsonl, .txt or .csv), or those that come with f2gguf in the model's `languages`.
+
+    Rows of a .jsonl file may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage` for
+    a file with too few texts, or with a passage of an evaluation text; `InputError` where it does not parse.
+    """
+    texts = _read(path) if path else claimed_texts(load_texts(PATH), languages)
+    where = path or PATH
+    if len(texts) < MIN_TEXTS:
+        raise WrongUsage(f"{where}: holds {len(texts)} different texts; calibration needs {MIN_TEXTS} (--calibration).")
+    if path:
+        _refuse_overlap(path, texts)
+    return texts
+
+
+def passages(text: str) -> set[str]:
+    """Every run of PASSAGE_CHARS characters of `text`, white space folded; the whole of a shorter text."""
+    plain = " ".join(text.split())
+    return {plain[i : i + PASSAGE_CHARS] for i in range(max(1, len(plain) - PASSAGE_CHARS + 1))}
+
+
+def _read(path: Path) -> tuple[EvalText, ...]:
+    rows = read_texts(str(path))
+    stated: list[dict[str, object]] = [{} for _ in rows.texts]
+    if path.suffix.lower() == ".jsonl":
+        parsed = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        stated = [row if isinstance(row, dict) else {} for row in parsed]
+    texts: dict[str, EvalText] = {}
+    for row_id, text, facts in zip(rows.ids, rows.texts, stated, strict=True):
+        kind = str(facts.get("kind", "document"))
+        if kind not in KINDS:
+            raise WrongUsage(f"{path}: {row_id} is of the kind {kind!r}; there are {', '.join(KINDS)}.")
+        texts.setdefault(text, EvalText(str(row_id), kind, str(facts.get("language", "und")), text))
+    return tuple(texts[text] for text in texts if text.strip())
+
+
+def _refuse_overlap(path: Path, texts: Sequence[EvalText]) -> None:
+    judged = load_texts()
+    whole = {" ".join(text.text.split()): text.id for text in judged}
+    parts = {passage: text.id for text in judged if text.kind != "edge" for passage in passages(text.text)}
+    for text in texts:
+        shared = whole.get(" ".join(text.text.split())) or next(
+            (parts[passage] for passage in passages(text.text) if len(passage) == PASSAGE_CHARS and passage in parts), None
+        )
+        if shared:
+            raise WrongUsage(
+                f"{path}: {text.id} shares a passage with the evaluation text {shared}. A verdict over texts that the "
+                "file was fitted to proves nothing: take it out (--calibration)."
+            )
