@@ -81,10 +81,8 @@ def judge(
     """
     drifts = drift(candidate, reference)
     lower, upper = bootstrap_interval(drifts)
-    kinds, languages = (_groups(drifts, [getattr(text, by) for text in texts]) for by in ("kind", "language"))
-    means = {"upper end of the mean": upper}
-    means |= {f"kind {name}": group.mean for name, group in kinds.items()}
-    means |= {f"language {name}": group.mean for name, group in languages.items()}
+    kinds, languages = (_groups(drifts, texts, by) for by in ("kind", "language"))
+    means = bound_means(drifts, texts)
     over = tuple(f"{what} {mean:.2%}" for what, mean in means.items() if not mean < max_drift)
     return Verdict(
         n=len(texts),
@@ -102,6 +100,14 @@ def judge(
         max_drift=max_drift,
         over=over,
     )
+
+
+def bound_means(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> dict[str, float]:
+    """What the bound is over: the upper end of the mean's interval, the mean of every kind and of every language."""
+    means = {"upper end of the mean": bootstrap_interval(drifts)[1]}
+    for by in ("kind", "language"):
+        means |= {f"{by} {name}": group.mean for name, group in _groups(drifts, texts, by).items()}
+    return means
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -159,11 +165,11 @@ def _normalized(vectors: Vectors) -> NDArray[np.float64]:
     return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
-def _groups(drifts: NDArray[np.float64], labels: Sequence[str]) -> dict[str, Group]:
-    column = np.array(labels)
+def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText], by: str) -> dict[str, Group]:
+    labels = np.array([getattr(text, by) for text in texts])
     return {
-        label: Group(int((column == label).sum()), float(drifts[column == label].mean()))
-        for label in sorted(set(labels))
+        str(label): Group(int((labels == label).sum()), float(drifts[labels == label].mean()))
+        for label in np.unique(labels)
     }
 
 

@@ -43,7 +43,7 @@ class Scale:
         if self.columns is not None:
             values = values * self.columns
         if self.rows is not None:
-            values = values * self.rows[first_row :: step][: len(values), None]
+            values = values * self.rows[first_row::step][: len(values), None]
         return values
 
 

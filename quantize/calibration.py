@@ -60,7 +60,8 @@ def _refuse_overlap(path: Path, texts: Sequence[EvalText]) -> None:
     parts = {passage: text.id for text in judged if text.kind != "edge" for passage in passages(text.text)}
     for text in texts:
         shared = whole.get(" ".join(text.text.split())) or next(
-            (parts[passage] for passage in passages(text.text) if len(passage) == PASSAGE_CHARS and passage in parts), None
+            (parts[passage] for passage in passages(text.text) if len(passage) == PASSAGE_CHARS and passage in parts),
+            None,
         )
         if shared:
             raise WrongUsage(

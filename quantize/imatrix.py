@@ -78,9 +78,7 @@ class _Collector:
     def __init__(self, header: Header, activations: Activations) -> None:
         self.activations = activations
         self.faults: list[str] = []
-        self._widths = {
-            t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")
-        }
+        self._widths = {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
         n_cols = sum(self._widths.values())
         self._n_samples = max(64, min(512, _SAMPLE_BYTES // (4 * n_cols)))
         self._seen: dict[int, str] = {}  # input of this pass, by address -> the entry that takes it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ Rows = NDArray[np.float32]
 
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
-libggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [
-    ctypes.c_void_p
-]
+libggml.ggml_quantize_chunk.argtypes = (
+    [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [ctypes.c_void_p]
+)
 libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 libggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 libggml.ggml_validate_row_data.restype = ctypes.c_bool
@@ -54,9 +53,7 @@ class Weights:
             raise QuantizationFailed(
                 f"{self.header.path}: {name} is {info.type} already. Start from the F16 file: `quantize convert MODEL`."
             )
-        return np.memmap(
-            self.header.path, dtype=_STORED[info.type], mode="r", offset=info.begin, shape=shape_of(info)
-        )
+        return np.memmap(self.header.path, dtype=_STORED[info.type], mode="r", offset=info.begin, shape=shape_of(info))
 
 
 def shape_of(info: TensorInfo) -> tuple[int, int]:
@@ -116,9 +113,3 @@ def as_multiplied(rows: Rows, kind: str) -> Rows:
     scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
     rounded = np.round(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)) * scales
     return np.asarray(rounded, dtype=np.float32).reshape(rows.shape)
-
-
-@cache
-def ladder(n_cols: int) -> tuple[str, ...]:
-    """The types that rows of `n_cols` values can take, the smallest first."""
-    return tuple(kind for kind in ("Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16") if fits(kind, n_cols))

@@ -18,7 +18,7 @@ from f2gguf.runtime.header import read_header
 from f2gguf.runtime.worker import interruptible
 
 # name of a variant -> llama.cpp's file type
-VARIANTS = {
+FILE_TYPES = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
@@ -67,9 +67,9 @@ class Plan:
 
 def require_variant(name: str) -> str:
     """The variant's name as llama.cpp spells it; `UnknownName` with the nearest one otherwise."""
-    exact = {variant.lower(): variant for variant in VARIANTS}
+    exact = {variant.lower(): variant for variant in FILE_TYPES}
     if name.lower() not in exact:
-        raise UnknownName("variant", name, VARIANTS)
+        raise UnknownName("variant", name, FILE_TYPES)
     return exact[name.lower()]
 
 
@@ -134,7 +134,7 @@ def _run_quantizer(
 ) -> list[str]:
     """Run llama_model_quantize and give its log lines."""
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = VARIANTS[variant]
+    params.ftype = FILE_TYPES[variant]
     params.nthread = llama.default_threads()
     params.dry_run = dry_run
     overrides = llama.kv_overrides(header or {})

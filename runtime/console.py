@@ -7,10 +7,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import click
 from f2gguf.runtime.errors import F2ggufError
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 class Commands(click.Group):

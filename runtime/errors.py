@@ -16,6 +16,7 @@ F2ggufError
 ├── QuantizationFailed       llama.cpp's quantiser gave up
 ├── NonFiniteActivations     a calibration text on which the model overflows; names tensor and text
 ├── WrongImatrix             an importance matrix of another model, or none
+├── WrongRecipe              a recipe that does not parse, or belongs to other inputs
 ├── TextError                a text that cannot be embedded
 │   └── NoVector                 texts whose vector is not finite; carries the vectors of all others
 ├── Closed                   an Embedder that was closed
@@ -24,8 +25,9 @@ F2ggufError
 ├── DeviceMissing            this build of llama.cpp lacks the device
 ├── DownloadFailed           the Hub did not give the files
 ├── BenchFailed              a side of `f2gguf bench` did not run
-└── ExtraMissing             an optional dependency is not installed
-OverBound                    exit 3: measured, and over the bound (every file was written)
+├── ExtraMissing             an optional dependency is not installed
+├── OverBound                exit 3: measured, and over the bound (every file was written)
+└── OutOfReach               exit 3: no file can be that small
 """
 
 from __future__ import annotations
@@ -111,6 +113,10 @@ class WrongImatrix(F2ggufError):
     pass
 
 
+class WrongRecipe(F2ggufError):
+    pass
+
+
 class TextError(F2ggufError):
     pass
 
@@ -153,6 +159,10 @@ class ExtraMissing(F2ggufError):
 
 
 class OverBound(F2ggufError):
+    exit_code = 3
+
+
+class OutOfReach(F2ggufError):
     exit_code = 3
 
 

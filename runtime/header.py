@@ -24,6 +24,7 @@ KEY_SPECIAL_TOKENS = "f2gguf.tokenizer.special_tokens"  # texts that the tokeniz
 KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
 KEY_REVISION = "f2gguf.source.revision"
 KEY_VARIANT = "f2gguf.variant"
+KEY_RECIPE = "f2gguf.recipe"  # how the variant was made, as JSON
 KEY_MEAN_DRIFT = "f2gguf.drift.mean"
 KEY_UPPER_DRIFT = "f2gguf.drift.upper"
 KEY_MAX_DRIFT = "f2gguf.drift.bound"
