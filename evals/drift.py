@@ -50,6 +50,12 @@ class Verdict:
     def holds(self) -> bool:
         return not self.over
 
+    @property
+    def highest(self) -> float:
+        """The highest of what the bound is over."""
+        groups = [group.mean for by in (self.kinds, self.languages) for group in by.values()]
+        return max(self.upper, *groups)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, drifts rounded to a millionth."""
         return {**_rounded(asdict(self)), "holds": self.holds}

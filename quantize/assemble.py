@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from f2gguf.quantize.tensors import Rows, Weights, quantize_rows, shape_of, size_as
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
-from f2gguf.runtime.header import Header, TensorInfo, read_header
+from f2gguf.runtime.header import Header, TensorInfo
 from f2gguf.runtime.llama import default_threads
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
@@ -22,6 +21,9 @@ from numpy.typing import NDArray
 Value = bool | int | float | str
 Imatrix = Mapping[str, Rows]  # tensor -> how much each column's error weighs, (n_cols,)
 
+# types whose quantiser weighs columns; Q8_0 and F16 round each value by itself
+WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_N_COMPARED = 32  # rows that show whether an importance matrix has any effect
 _ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 20  # a task of one thread
 _TYPES: dict[type, tuple[GGUFValueType, str]] = {
@@ -55,32 +57,28 @@ def assemble(
     header: Mapping[str, Value],
     imatrix: Imatrix | None = None,
     scales: Mapping[str, Scale] | None = None,
-    like: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the file of `weights` with tensors in `types` to `target`, and `header` values added or replaced.
 
-    Quantised tensors are what llama_model_quantize makes of the same numbers, bit for bit. What `like`, an earlier
-    result with the same scales and imatrix, holds in the wanted type is copied from there. `on_progress` is told of each
-    tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed` where values do not fit a type.
+    Quantised tensors are what llama_model_quantize makes of the same numbers, bit for bit. `on_progress` is told of
+    each tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed` where values do not fit a
+    type, or an importance matrix changes nothing.
     """
     plan = [(info, types[info.name]) for info in weights.header.tensors]
-    earlier = {info.name: info for info in read_header(like).tensors} if like else {}
     head = _head(weights.header, plan, header)
     require_free_space(target.parent, len(head) + sum(size_as(*item) for item in plan), target.name)
     with ThreadPoolExecutor(default_threads()) as pool, target.open("wb") as file:
         file.write(head)
         for info, kind in plan:
-            there = earlier.get(info.name)
-            if like and there and there.type == kind:
-                _copy(like, there, file)
-            else:
-                scale = (scales or {}).get(info.name, Scale())
-                try:
-                    for data in _quantized(pool, weights, info, kind, scale, (imatrix or {}).get(info.name)):
-                        file.write(data.data)
-                except QuantizationFailed as error:
-                    raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
+            scale, columns = (scales or {}).get(info.name, Scale()), (imatrix or {}).get(info.name)
+            try:
+                if columns is not None and kind in WEIGHED:
+                    _require_effect(scale.apply(weights.rows(info.name, slice(_N_COMPARED))), kind, columns)
+                for data in _quantized(pool, weights, info, kind, scale, columns):
+                    file.write(data.data)
+            except QuantizationFailed as error:
+                raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
             file.write(bytes(-file.tell() % _ALIGNMENT))
             if on_progress:
                 on_progress(1)
@@ -106,14 +104,10 @@ def _quantized(
         yield waiting.popleft().result()
 
 
-def _copy(path: Path, info: TensorInfo, file: BinaryIO) -> None:
-    with path.open("rb") as source:
-        source.seek(info.begin)
-        left = info.size_bytes
-        while left:
-            data = source.read(min(left, 1 << 24))
-            file.write(data)
-            left -= len(data)
+def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
+    """Raise `QuantizationFailed` where the importance matrix moves no byte: it would be there in name only."""
+    if rows.any() and np.array_equal(quantize_rows(rows, kind), quantize_rows(rows, kind, columns)):
+        raise QuantizationFailed("the importance matrix changes no byte. Make another: quantize imatrix SOURCE.")
 
 
 def _head(source: Header, plan: Sequence[tuple[TensorInfo, str]], added: Mapping[str, Value]) -> bytes:

@@ -21,8 +21,8 @@ PASSAGE_CHARS = 40  # texts that share as many characters in a row share a passa
 def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
     """The texts of `path` (.jsonl, .txt or .csv), or those that come with f2gguf in the model's `languages`.
 
-    Rows of a .jsonl file may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage` for
-    a file with too few texts, or with a passage of an evaluation text; `InputError` where it does not parse.
+    Rows of a .jsonl file may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage`
+    for too few texts, or one with a passage of an evaluation text; `InputError` for a file that does not parse.
     """
     texts = _read(path) if path else claimed_texts(load_texts(PATH), languages)
     where = path or PATH

@@ -17,7 +17,8 @@ def write_release(facts: Facts, folder: Path, report: dict[str, Any]) -> list[Pa
     card, modelfile, sums = (folder / name for name in ("README.md", "Modelfile", "SHA256SUMS"))
     write_text(card, model_card(facts, report))
     write_text(modelfile, ollama_modelfile(facts, report))
-    hashes = {file["file"]: file["sha256"] for file in report["files"].values()}
+    files = [*report["files"].values(), *([report["imatrix"]] if "imatrix" in report else [])]
+    hashes = {file["file"]: file["sha256"] for file in files}
     hashes |= {path.name: sha256_file(path) for path in (folder / "drift.json", card, modelfile)}
     write_text(sums, "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items())))
     return [card, modelfile, sums]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,14 @@ def _require_number(_context: click.Context, _option: click.Parameter, value: fl
     return value
 
 
+def _require_size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(B|kB|MB|GB|KiB|MiB|GiB)", text or "", re.IGNORECASE)
+    if text is not None and not match:
+        raise click.BadParameter(f"{text!r} is no size; write 350MB or 1.2GB (--max-size).")
+    return int(float(match[1]) * _UNITS[match[2].lower()]) if match else None
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MAX_DRIFT = click.option(
     "--max-drift",
     type=click.FloatRange(0, 2, min_open=True),
@@ -32,6 +44,12 @@ _MAX_DRIFT = click.option(
 _POOLING = click.option("--pooling", help="last, mean or cls, for a checkpoint that does not state it.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 _PATH = click.Path(path_type=Path)
+_STOCK = click.option("--stock", is_flag=True, help="llama.cpp's plain recipe, whatever it drifts.")
+_MAX_SIZE = click.option(
+    "--max-size", callback=_require_size, help="The least drift within this size of a file, such as 350MB or 1.2GB."
+)
+_CALIBRATION = click.option("--calibration", type=_PATH, help="Texts of your own to choose recipes with.")
+_IMATRIX = click.option("--imatrix", type=_PATH, help="An importance matrix of your own (GGUF).")
 
 
 @click.group(cls=Commands)
@@ -48,6 +66,10 @@ def quantize() -> None:
 @click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="What to make besides F16.")
 @click.option("--out", type=_PATH, default="dist", show_default=True, help="Where the models' folders go.")
 @_MAX_DRIFT
+@_MAX_SIZE
+@_STOCK
+@_CALIBRATION
+@_IMATRIX
 @_POOLING
 @_DEVICE
 @_LOCK
@@ -59,6 +81,10 @@ def all_(
     variants: str,
     out: Path,
     max_drift: float,
+    max_size: int | None,
+    stock: bool,
+    calibration: Path | None,
+    imatrix: Path | None,
     pooling: str | None,
     device: str,
     lock_path: Path | None,
@@ -66,16 +92,16 @@ def all_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Fetch, convert, quantise, measure, write the card.
+    """Fetch, convert, calibrate, quantise, measure, write the card.
 
-    Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Exit code 3
-    where a variant drifts more than the bound.
+    Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Variants whose
+    stock recipe is over the bound are repaired until they hold it. Exit code 3 where one drifts more all the same.
     """
     from f2gguf.evals.conversion import as_json as json_text
     from f2gguf.evals.report import report_lines
     from f2gguf.quantize.lock import read_lock
     from f2gguf.quantize.pipeline import Job, make_release
-    from f2gguf.quantize.variants import require_variant
+    from f2gguf.quantize.plan import require_variant
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama import require_device
 
@@ -90,7 +116,18 @@ def all_(
     over = []
     for entry, folder in found:
         facts = _settle(entry, folder, pooling)
-        job = Job(facts, out, max_drift=max_drift, device=device, progress=progress, force=force)
+        job = Job(
+            facts,
+            out,
+            max_drift=max_drift,
+            device=device,
+            progress=progress,
+            force=force,
+            stock=stock,
+            max_size=max_size,
+            calibration=calibration,
+            imatrix=imatrix,
+        )
         report = make_release(job, chosen)
         over += [f"{job.name} {name}" for name in chosen if not report["variants"][name]["holds"]]
         click.echo(json_text(report) if as_json else "\n".join(report_lines(report)))
@@ -142,41 +179,86 @@ def convert(
 
 @quantize.command()
 @click.argument("source", type=_PATH)
-@click.argument("name", metavar="VARIANT")
 @click.option("-o", "--output", type=_PATH, help="The file to write [default: beside SOURCE].")
 @click.option("--force", is_flag=True, help="Overwrite the file.")
-@_MAX_DRIFT
+@_CALIBRATION
 @_DEVICE
-@_JSON
-def variant(
-    source: Path, name: str, output: Path | None, force: bool, max_drift: float, device: str, as_json: bool
-) -> None:
-    """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, measured against it."""
-    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.pipeline import measure_variant
-    from f2gguf.quantize.variants import require_variant
-    from f2gguf.runtime import Embedder
+def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
+    """Write the importance matrix of the F16 file SOURCE, as llama-quantize reads it."""
+    from f2gguf.quantize.study import study_source
     from f2gguf.runtime.files import require_absent
     from f2gguf.runtime.header import read_header
 
+    read_header(source)
+    path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
+    require_absent(path, force=force)
+    with _work_folder(path) as work:
+        study_source(
+            source,
+            imatrix_path=path,
+            work=work,
+            calibration=calibration,
+            given_imatrix=None,
+            device=device,
+            progress=progress,
+        )
+    click.echo(str(path))
+
+
+@quantize.command()
+@click.argument("source", type=_PATH)
+@click.argument("name", metavar="VARIANT")
+@click.option("-o", "--output", type=_PATH, help="The file to write [default: beside SOURCE].")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+@click.option("--recipe", "recipe_path", type=_PATH, help="Make it by the recipe of this .gguf or .json file.")
+@_MAX_DRIFT
+@_MAX_SIZE
+@_STOCK
+@_CALIBRATION
+@_IMATRIX
+@_DEVICE
+@_JSON
+def variant(
+    source: Path,
+    name: str,
+    output: Path | None,
+    force: bool,
+    recipe_path: Path | None,
+    max_drift: float,
+    max_size: int | None,
+    stock: bool,
+    calibration: Path | None,
+    imatrix: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, repaired until it holds the bound, and measured."""
+    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
+    from f2gguf.quantize.plan import require_variant
+    from f2gguf.quantize.tensors import Weights
+    from f2gguf.quantize.variants import Measurement, settle
+    from f2gguf.runtime import Embedder
+    from f2gguf.runtime.files import require_absent
+
     name = require_variant(name)
-    read_header(source)  # no such file is said before its name is taken apart
+    weights = Weights(source)  # no such file is said before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
-    with Embedder(source, device=device) as model:
-        texts = claimed_texts(load_texts(), model.header.languages)
-        with progress(f"measure {source.name}", len(texts)) as advance:
-            reference = embed_texts(model, texts, advance)
-    verdict = measure_variant(
-        source,
-        path,
-        name,
-        texts=texts,
-        reference=reference,
-        max_drift=max_drift,
-        device=device,
-        progress=progress,
-    )
+    with _work_folder(path) as work:
+        options = {
+            "imatrix_path": path.with_suffix(".imatrix.gguf"),
+            "work": work,
+            "calibration": calibration,
+            "given_imatrix": imatrix,
+            "device": device,
+        }
+        chosen, used = _recipes(weights, name, recipe_path, stock, (max_drift, max_size), options)
+        with Embedder(source, device=device) as model:
+            texts = claimed_texts(load_texts(), model.header.languages)
+            with progress(f"measure {source.name}", len(texts)) as advance:
+                reference = embed_texts(model, texts, advance)
+        measurement = Measurement(texts, reference, max_drift, device, progress)
+        verdict = settle(weights, path, chosen, used, measurement=measurement)
     _show_verdict(path, verdict.as_dict(), as_json)
     click.echo(str(path), err=as_json)
     _require_bound(path, verdict)
@@ -261,6 +343,34 @@ def _checkpoint_vectors(model: str, texts: Any, lock_path: Path | None) -> Any:
     with progress("run the checkpoint", len(texts)) as advance:
         ids = reference_ids(facts, texts)
         return transformers_vectors(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
+
+
+@contextlib.contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """Where a command keeps what another run of it goes on from; removed when it ends well."""
+    folder = path.with_name(path.name + ".work")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recipes(
+    weights: Any, variant: str, recipe_path: Path | None, stock: bool, bound: tuple[float, int | None], options: Any
+) -> tuple[Any, Any]:
+    """The recipes to try, and the importance matrix that they use."""
+    from f2gguf.quantize.imatrix import read_imatrix
+    from f2gguf.quantize.recipe import Recipe, read_recipe, require_inputs
+    from f2gguf.quantize.repair import recipes
+    from f2gguf.quantize.study import study_source
+    from f2gguf.quantize.variants import only
+
+    if recipe_path:
+        recipe = read_recipe(recipe_path)
+        require_inputs(recipe, weights, variant, options["given_imatrix"], recipe_path)
+        return only(recipe), read_imatrix(options["given_imatrix"], weights) if recipe.imatrix_sha256 else {}
+    if stock:
+        return only(Recipe(variant)), {}
+    study = study_source(weights.header.path, progress=progress, **options)
+    return recipes(study, variant, max_drift=bound[0], max_size=bound[1]), study.imatrix
 
 
 def _require_bound(path: Path, verdict: Any) -> None:

@@ -136,8 +136,8 @@ def collect(
 ) -> tuple[Activations, Rows]:
     """Run `texts` through the model of `source` and keep what its matrices read; also the vectors, (n_texts, n_embd).
 
-    Prompts and pooling are the model's own; texts are cut to MAX_TOKENS. What is done is kept at `state_path`, from where
-    another call goes on. Raises `NonFiniteActivations`, which names tensor and text.
+    Prompts and pooling are the model's own; texts are cut to MAX_TOKENS. What is done is kept at `state_path`, from
+    where another call goes on. Raises `NonFiniteActivations`, which names tensor and text.
     """
     stamp = f"{sha256_file(source)} {texts_sha256(texts)}"
     activations = _restore(state_path, stamp) or Activations()

@@ -1,6 +1,6 @@
 """The main job: a model becomes a folder of measured .gguf files, resumable at any point, the same bytes every time.
 
-    fetch -> convert -> read back -> gate 1 -> F16.gguf -> plan -> quantise -> measure -> stamp -> variant.gguf -> card
+    fetch -> convert -> gate 1 -> F16.gguf -> calibrate -> recipe -> quantise -> measure -> variant.gguf -> card
 
 A file gets its final name only after it was measured. drift.json grows with every variant, so that a run that was
 stopped finds what is done.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,23 +18,27 @@ from typing import Any
 
 import numpy as np
 from f2gguf.evals.conversion import ConversionCheck, as_json, check_conversion
-from f2gguf.evals.drift import Verdict, judge
+from f2gguf.evals.drift import Verdict
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, texts_sha256
+from f2gguf.quantize.assemble import Imatrix
+from f2gguf.quantize.calibration import load_calibration
 from f2gguf.quantize.card import write_release
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.plan import plan_variant
 from f2gguf.quantize.readback import read_back, reference_ids
-from f2gguf.quantize.stamp import stamp
-from f2gguf.quantize.variants import plan_variant, quantize_gguf
+from f2gguf.quantize.recipe import Recipe
+from f2gguf.quantize.repair import recipes
+from f2gguf.quantize.study import Study, study_source
+from f2gguf.quantize.tensors import Weights
+from f2gguf.quantize.variants import Measurement, Recipes, only, settle
 from f2gguf.runtime import Embedder
-from f2gguf.runtime import header as keys
-from f2gguf.runtime.console import say
+from f2gguf.runtime.console import Progress, say
 from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import format_size, sha256_file, write_text, writing
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Job:
     device: str
     progress: Progress
     force: bool = False
+    stock: bool = False  # llama.cpp's plain recipes, whatever they drift
+    max_size: int | None = None  # bytes of each variant
+    calibration: Path | None = None  # texts of the user's own
+    imatrix: Path | None = None  # an importance matrix of the user's own
 
     @property
     def name(self) -> str:
@@ -71,6 +78,10 @@ class Job:
         """Vectors of the F16 file on the texts that variants are measured with."""
         return self.work / "reference.npy"
 
+    @property
+    def imatrix_path(self) -> Path:
+        return self.folder / f"{self.name}.imatrix.gguf"
+
     def file(self, variant: str) -> Path:
         return self.folder / f"{self.name}-{variant}.gguf"
 
@@ -89,12 +100,10 @@ def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
     else:
         _make_f16(job, texts, claimed, report)
     missing = [variant for variant in variants if not _is_there(job, report, variant)]
-    reference = _reference(job, claimed) if missing else None
-    for variant in variants:
-        if variant not in missing or reference is None:
-            say(f"{variant}: {job.file(variant)} is there")
-        else:
-            _make_variant(job, variant, claimed, reference, report)
+    for variant in set(variants) - set(missing):
+        say(f"{variant}: {job.file(variant)} is there")
+    if missing:
+        _make_variants(job, missing, claimed, report)
     report["variants"] = {name: report["variants"][name] for name in sorted(report["variants"], key=_by_size(report))}
     write_text(job.report_path, as_json(report))
     write_release(job.facts, job.folder, report)
@@ -118,47 +127,6 @@ def convert_checked(
     return read_back(path, facts, texts)
 
 
-def measure_variant(
-    source: Path,
-    target: Path,
-    variant: str,
-    *,
-    texts: Sequence[EvalText],
-    reference: Vectors,
-    max_drift: float,
-    device: str,
-    progress: Progress,
-    before_rename: Callable[[Path, Verdict], None] = lambda _path, _verdict: None,
-) -> Verdict:
-    """Make `target` as `variant` of `source`, measure it against `reference`, and stamp the verdict into its header.
-
-    `before_rename` is given the finished file under its temporary name.
-    """
-    plan = plan_variant(source, variant)
-    for line in plan.lines():
-        say(line)
-    stamps: dict[str, bool | int | float | str] = {
-        keys.KEY_VARIANT: variant,
-        keys.KEY_MEAN_DRIFT: 0.0,
-        keys.KEY_UPPER_DRIFT: 0.0,
-        keys.KEY_HOLDS: False,
-        keys.KEY_MAX_DRIFT: float(max_drift),
-        keys.KEY_N_TEXTS: len(texts),
-    }
-    with writing(target) as part:
-        with progress(f"quantise {variant}", len(plan.tensors)) as advance:
-            quantize_gguf(source, part, plan, header=stamps, on_progress=advance)
-        with Embedder(part, device=device) as model, progress(f"measure {variant}", len(texts)) as advance:
-            vectors = embed_texts(model, texts, advance)
-            verdict = judge(vectors, reference, texts, dims=model.header.dims, max_drift=max_drift)
-        stamp(
-            part,
-            {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds},
-        )
-        before_rename(part, verdict)
-    return verdict
-
-
 def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> dict[str, Any]:
     """The report of an earlier run on the same inputs, or a new one."""
     new = {
@@ -175,7 +143,10 @@ def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalTex
             "languages": list(job.facts.entry.languages) or ["all that are shipped"],
             "n_conversion": len(texts),
         },
+        "calibration": _calibration_facts(job),
         "max_drift": job.max_drift,
+        "max_size": job.max_size,
+        "stock_only": job.stock,
     }
     try:
         old = json.loads(job.report_path.read_text(encoding="utf-8"))
@@ -183,13 +154,23 @@ def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalTex
         old = {}
     if not job.force and all(old.get(key) == value for key, value in new.items()):
         return dict(old)
-    return {**new, "conversion": {}, "files": {}, "variants": {}}
+    return {**new, "conversion": {}, "files": {}, "stock": {}, "variants": {}}
+
+
+def _calibration_facts(job: Job) -> dict[str, Any]:
+    """What recipes are chosen with."""
+    if job.stock:
+        return {}
+    texts = load_calibration(job.calibration, job.facts.entry.languages)
+    given = {"imatrix_sha256": sha256_file(job.imatrix)} if job.imatrix else {}
+    return {"n": len(texts), "sha256": texts_sha256(texts), **given}
 
 
 def _make_f16(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText], report: dict[str, Any]) -> None:
     """Convert, read back, pass gate 1 on all texts; keep the vectors of the claimed ones for the variants."""
     path = job.file("F16")
-    report["variants"] = {}
+    report["variants"], report["stock"] = {}, {}
+    shutil.rmtree(job.work, ignore_errors=True)  # of another F16 file
     with writing(path) as part:
         differing = convert_checked(job.facts, part, dtype="f16", progress=job.progress, texts=texts)
         # apart, as a resumed run embeds the claimed ones: vectors move by 1e-7 with the texts that share their batches
@@ -234,27 +215,59 @@ def _check(job: Job, vectors: Vectors, texts: Sequence[EvalText]) -> ConversionC
     return check
 
 
-def _make_variant(
-    job: Job, variant: str, texts: Sequence[EvalText], reference: Vectors, report: dict[str, Any]
-) -> None:
-    target = job.file(variant)
+def _make_variants(job: Job, variants: Sequence[str], texts: Sequence[EvalText], report: dict[str, Any]) -> None:
+    """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
+    measurement = Measurement(texts, _reference(job, texts), job.max_drift, job.device, job.progress)
+    study = None if job.stock else _study(job, report)
+    for variant in variants:
+        say("\n".join(plan_variant(job.file("F16"), variant).lines()))
+        if study is None:
+            _make_variant(job, variant, only(Recipe(variant)), {}, measurement, report)
+            continue
+        if variant not in report["stock"]:
+            _measure_stock(job, variant, measurement, report)
+        chosen = recipes(study, variant, max_drift=job.max_drift, max_size=job.max_size)
+        _make_variant(job, variant, chosen, study.imatrix, measurement, report)
 
-    def record(part: Path, verdict: Verdict) -> None:
-        report["files"][variant] = _described(part, target)
-        report["variants"][variant] = verdict.as_dict()
-        write_text(job.report_path, as_json(report))
 
-    measure_variant(
+def _study(job: Job, report: dict[str, Any]) -> Study:
+    study = study_source(
         job.file("F16"),
-        target,
-        variant,
-        texts=texts,
-        reference=reference,
-        max_drift=job.max_drift,
+        imatrix_path=job.imatrix_path,
+        work=job.work,
+        calibration=job.calibration,
+        given_imatrix=job.imatrix,
         device=job.device,
         progress=job.progress,
-        before_rename=record,
     )
+    report["imatrix"] = _described(job.imatrix_path, job.imatrix_path)
+    return study
+
+
+def _measure_stock(job: Job, variant: str, measurement: Measurement, report: dict[str, Any]) -> None:
+    path = job.work / f"stock-{variant}.gguf"
+
+    def record(part: Path, _recipe: Recipe, verdict: Verdict) -> None:
+        report["stock"][variant] = {**verdict.as_dict(), "size_bytes": part.stat().st_size}
+
+    settle(Weights(job.file("F16")), path, only(Recipe(variant)), {}, measurement=measurement, before_rename=record)
+    path.unlink()
+    write_text(job.report_path, as_json(report))
+
+
+def _make_variant(
+    job: Job, variant: str, chosen: Recipes, imatrix: Imatrix, measurement: Measurement, report: dict[str, Any]
+) -> None:
+    source, target = job.file("F16"), job.file(variant)
+
+    def record(part: Path, recipe: Recipe, verdict: Verdict) -> None:
+        lines = recipe.lines(plan_variant(source, variant))
+        report["files"][variant] = _described(part, target)
+        report["variants"][variant] = {**verdict.as_dict(), "recipe": {**recipe.as_dict(), "lines": lines}}
+        write_text(job.report_path, as_json(report))
+        say("\n".join(f"  {line}" for line in lines))
+
+    settle(Weights(source), target, chosen, imatrix, measurement=measurement, before_rename=record)
 
 
 def _is_there(job: Job, report: dict[str, Any], variant: str) -> bool:

@@ -7,6 +7,7 @@ tensor (all ffn_down, say) costs when it alone is quantised, which is measured. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def errors(
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Relative error of what each tensor gives, in squares, for each of its `types`: on sampled rows and activations."""
+    """Relative error of each tensor's products, in squares, for each of its `types`: sampled rows and activations."""
 
     def measure(name: str) -> tuple[str, dict[str, float]]:
         found = (
@@ -104,7 +105,7 @@ def possible_types(weights: Weights, types: Mapping[str, str]) -> dict[str, tupl
 def choices(
     weights: Weights, found: Mapping[str, Mapping[str, float]], types: Mapping[str, str], kinds: Mapping[str, float]
 ) -> Choices:
-    """Every tensor's choices, with noise: `kinds` gives that of each kind of tensor at `types`, shared out by `found`."""
+    """Every tensor's choices with noise: that of its kind at `types` (`kinds`), shared out by the errors `found`."""
     totals: dict[str, float] = {}
     for name in found:
         totals[kind_of(name)] = totals.get(kind_of(name), 0.0) + found[name][types[name]]
@@ -118,12 +119,15 @@ def choices(
 
 
 def promote(options: Choices, wanted: float) -> dict[str, Choice]:
-    """From each tensor's first choice, the steps that save most noise per byte, until their sum is under `wanted`."""
+    """The types with a sum of noise under `wanted`, at few bytes: step by step.
+
+    From each tensor's first choice up, by the steps that save most noise per byte; then down again, by those that save
+    most bytes for the noise, as far as there is room. Everything at its best where even that is not under `wanted`.
+    """
     chosen = {name: tensor_choices[0] for name, tensor_choices in options.items()}
-    while sum(choice.noise for choice in chosen.values()) >= wanted:
-        step = _best_step(options, chosen, budget=None)
-        if step is None:
-            break
+    while total_noise(chosen) >= wanted and (step := _step_up(options, chosen)):
+        chosen[step[0]] = step[1]
+    while step := _step_down(options, chosen, room=wanted - total_noise(chosen)):
         chosen[step[0]] = step[1]
     return chosen
 
@@ -133,27 +137,41 @@ def fill(options: Choices, budget: int) -> dict[str, Choice] | None:
 
     None where even the smallest choices are larger.
     """
-    chosen = {
-        name: min(tensor_choices, key=lambda c: (c.size_bytes, c.noise)) for name, tensor_choices in options.items()
-    }
-    left = budget - sum(choice.size_bytes for choice in chosen.values())
-    if left < 0:
+    chosen = {name: min(some, key=lambda choice: (choice.size_bytes, choice.noise)) for name, some in options.items()}
+    if total_size(chosen) > budget:
         return None
-    while step := _best_step(options, chosen, budget=left):
-        name, choice = step
-        left -= choice.size_bytes - chosen[name].size_bytes
-        chosen[name] = choice
+    while step := _step_up(options, chosen, room=budget - total_size(chosen)):
+        chosen[step[0]] = step[1]
     return chosen
 
 
-def _best_step(options: Choices, chosen: Mapping[str, Choice], *, budget: int | None) -> tuple[str, Choice] | None:
-    best, best_gain = None, 0.0
-    for name, now in chosen.items():
-        for choice in options[name]:
-            more, saved = choice.size_bytes - now.size_bytes, now.noise - choice.noise
-            if saved <= 0 or more < 0 or (budget is not None and more > budget):
-                continue
-            gain = saved / max(more, 1e-9)
-            if gain > best_gain:
-                best, best_gain = (name, choice), gain
-    return best
+def total_noise(chosen: Mapping[str, Choice]) -> float:
+    return sum(choice.noise for choice in chosen.values())
+
+
+def total_size(chosen: Mapping[str, Choice]) -> int:
+    return sum(choice.size_bytes for choice in chosen.values())
+
+
+def _step_up(options: Choices, chosen: Mapping[str, Choice], *, room: float = math.inf) -> tuple[str, Choice] | None:
+    """The change to less noise, in `room` bytes, that saves most noise per byte; None where there is none."""
+    steps = (
+        ((now.noise - choice.noise) / max(choice.size_bytes - now.size_bytes, 1e-9), name, choice)
+        for name, now in chosen.items()
+        for choice in options[name]
+        if choice.noise < now.noise and 0 <= choice.size_bytes - now.size_bytes <= room
+    )
+    best = max(steps, key=lambda step: step[:2], default=None)
+    return best and (best[1], best[2])
+
+
+def _step_down(options: Choices, chosen: Mapping[str, Choice], *, room: float) -> tuple[str, Choice] | None:
+    """The change to fewer bytes, at less than `room` more noise, that saves most bytes for it; None without any."""
+    steps = (
+        ((now.size_bytes - choice.size_bytes) / max(choice.noise - now.noise, 1e-12), name, choice)
+        for name, now in chosen.items()
+        for choice in options[name]
+        if choice.size_bytes < now.size_bytes and choice.noise - now.noise < room
+    )
+    best = max(steps, key=lambda step: step[:2], default=None)
+    return best and (best[1], best[2])

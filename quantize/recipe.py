@@ -10,15 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.rescale import Exponents
-from f2gguf.quantize.variants import Plan, require_variant
+from f2gguf.quantize.plan import Plan, require_variant
+from f2gguf.quantize.rescale import Exponents, places
+from f2gguf.quantize.tensors import Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
+from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.header import KEY_RECIPE, read_header
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stock types of `variant`, but for `types`; channels of places scaled by `exponents`; columns weighed by an imatrix."""
+    """llama.cpp's types of `variant` but for `types`, channels scaled by `exponents`, errors weighed by an imatrix."""
 
     variant: str
     types: Mapping[str, str] = field(default_factory=dict)  # tensor -> type, where it is not llama.cpp's own choice
@@ -84,6 +86,21 @@ def read_recipe(path: Path) -> Recipe:
         values.pop("kind", None)
         values["exponents"] = {place: _pair(pair) for place, pair in values.get("exponents", {}).items()}
         return Recipe(**{**values, "variant": require_variant(values["variant"])})
+
+
+def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path | None, path: Path) -> None:
+    """Refuse a recipe that was not made for these inputs, and would give other bytes than it states."""
+    if recipe.variant != variant:
+        raise WrongRecipe(f"{path}: is a recipe for {recipe.variant}, not for {variant} (--recipe).")
+    unknown = [name for name in recipe.types if name not in weights.infos]
+    unknown += [name for name in recipe.exponents if name not in {place.name for place in places(weights.header)}]
+    if unknown:
+        raise WrongRecipe(f"{path}: names {unknown[0]}, which {weights.header.path} does not have (--recipe).")
+    if recipe.imatrix_sha256 and (imatrix is None or sha256_file(imatrix) != recipe.imatrix_sha256):
+        found = "none was given" if imatrix is None else f"{imatrix} is another"
+        raise WrongRecipe(
+            f"{path}: needs the importance matrix with the SHA-256 {recipe.imatrix_sha256}, and {found} (--imatrix)."
+        )
 
 
 def _pair(values: Sequence[float]) -> Exponents:

@@ -1,6 +1,7 @@
 """From a bound to a recipe: importance matrix, scales, then more bits where they save most, measured at every step.
 
-Nothing here sees an evaluation text: all figures are of the calibration texts. The verdict comes afterwards.
+All figures here are of the calibration texts. Of the evaluation texts nothing is seen but, after a verdict over the
+bound, by how much: the search is then repeated with a bound that is smaller by as much, twice at most.
 """
 
 from __future__ import annotations
@@ -8,20 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from f2gguf.quantize.promote import Choice, Choices, choices, errors, fill, noise, possible_types, promote
+from f2gguf.quantize.promote import (
+    Choice,
+    Choices,
+    choices,
+    errors,
+    fill,
+    noise,
+    possible_types,
+    promote,
+    total_noise,
+    total_size,
+)
 from f2gguf.quantize.recipe import Recipe, kind_of
 from f2gguf.quantize.rescale import places, scales, search
 from f2gguf.quantize.study import Drift, Study
+from f2gguf.quantize.variants import Recipes
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import OutOfReach
 from f2gguf.runtime.files import format_bound, format_size
 
-# Of the bound, that calibration texts must stay under: a verdict is over other texts.
-MARGIN = 0.9
-CLOSE = 0.85  # of the margin: near enough, no byte is left to win
+MARGIN = 0.9  # of the bound, for calibration texts: the verdict is over others
+MAX_VERDICTS = 3
+WORTH = 0.95  # scales must leave at most so much of the drift without them
+CLOSE = 0.85  # of what is allowed: near enough, few bytes are left to win
 MAX_ROUNDS = 6
 N_PROBE_TEXTS = 48  # with which the kinds of tensors are compared
-_FLOAT = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -30,89 +43,96 @@ class Candidate:
     drift: Drift
 
 
-def find_recipe(study: Study, variant: str, *, max_drift: float, max_size: int | None = None) -> Recipe:
-    """The recipe of `variant` whose drift on the calibration texts is under the bound, at the least bytes.
+def recipes(study: Study, variant: str, *, max_drift: float, max_size: int | None = None) -> Recipes:
+    """The recipe of `variant` that holds the bound at the least bytes, by calibration texts, until a verdict agrees.
 
-    With `max_size` (bytes of the whole file): the one of the least drift within it. Raises `OutOfReach` where no file
-    of this kind is as small.
+    With `max_size` (bytes of the whole file): the recipe of the least drift within it. Raises `OutOfReach` where no
+    file of this variant is as small.
     """
-    best = _at_stock_size(study, variant)
-    wanted = MARGIN * max_drift
+    start = _at_stock_size(study, variant)
     if max_size is not None:
-        return _within(study, best, max_size)
-    if best.drift.worst < wanted:
-        return best.recipe
-    say(f"  {best.drift.worst:.2%} at worst is not under {format_bound(wanted)}: looking for tensors to promote")
-    return _promoted(study, best, wanted)
+        yield _within(study, start, max_size, max_drift)
+        return
+    wanted = MARGIN * max_drift
+    for _ in range(MAX_VERDICTS):
+        verdict = yield start.recipe if start.drift.worst < wanted else _promoted(study, start, wanted)
+        if verdict.holds:
+            return
+        say(f"  {variant}: the verdict is {verdict.highest:.2%} at worst, over {format_bound(max_drift)}")
+        wanted *= MARGIN * max_drift / verdict.highest
 
 
 def _at_stock_size(study: Study, variant: str) -> Candidate:
-    """With llama.cpp's own types: the importance matrix alone, or scales too, whichever drifts less."""
-    types = study.recipe(variant).all_types(study.plan(variant))
+    """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
+    plain = study.recipe(variant)
     with study.progress(f"scales {variant}", len(places(study.weights.header))) as advance:
+        types = study.types(plain)
         exponents = search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
-    recipes = [study.recipe(variant)] + ([study.recipe(variant, exponents=exponents)] if exponents else [])
-    candidates = [_measured(study, recipe) for recipe in recipes]
-    return min(candidates, key=lambda candidate: candidate.drift.mean)
+    best = _measured(study, plain)
+    if exponents:
+        scaled = _measured(study, replace(plain, exponents=exponents))
+        best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
+    return best
 
 
 def _promoted(study: Study, start: Candidate, wanted: float) -> Recipe:
-    """Predict, promote, measure, correct, until the bound is held at close to the least bytes."""
+    """Predict, promote, measure, correct, until the drift is close under `wanted`; the smallest that was under it."""
+    say(f"  {start.recipe.variant}: {start.drift.worst:.2%} at worst, not under {wanted:.2%}: promoting tensors")
     options = _choices(study, start.recipe)
-    allowed = noise(start.drift.mean * wanted / start.drift.worst)
-    factor = noise(start.drift.mean) / sum(c[0].noise for c in options.values())
+    last, chosen = start, {name: choice[0] for name, choice in options.items()}
     held: Candidate | None = None
     for _ in range(MAX_ROUNDS):
-        chosen = promote(options, allowed / factor)
-        candidate = _measured(study, _with_types(study, start.recipe, chosen))
-        if held and candidate.recipe == held.recipe:
+        allowed = noise(last.drift.mean * wanted / last.drift.worst)
+        chosen = promote(options, total_noise(chosen) * allowed / noise(last.drift.mean))
+        last = _measured(study, _with_types(study, start.recipe, chosen))
+        if last.drift.worst < wanted and (held is None or _size(study, last) < _size(study, held)):
+            held = last
+        elif held:
             break
-        worst = candidate.drift.worst
-        if worst < wanted and (held is None or _size(study, candidate) < _size(study, held)):
-            held = candidate
-        if CLOSE * wanted < worst < wanted:
+        if CLOSE * wanted < last.drift.worst < wanted:
             break
-        factor = noise(candidate.drift.mean) / sum(choice.noise for choice in chosen.values())
-        allowed = noise(candidate.drift.mean * wanted / worst)
-    return held.recipe if held else candidate.recipe
+    return (held or last).recipe
 
 
-def _within(study: Study, start: Candidate, max_size: int) -> Recipe:
-    """The least drift within `max_size`: the tensors' bytes are spent where they save most."""
-    variant = start.recipe.variant
-    options = _choices(study, start.recipe, base=variant)
-    plan = study.plan(variant)
-    fixed = sum(t.size_bytes for t in study.weights.header.tensors if t.name not in options)
-    head = study.weights.header.tensors[0].begin + 2_000 + 100 * len(options)  # the recipe is in the header
-    chosen = fill(options, max_size - fixed - head)
+def _within(study: Study, start: Candidate, max_size: int, max_drift: float) -> Recipe:
+    """The least drift within `max_size`: bytes go where they save most."""
+    options = _choices(study, start.recipe)
+    fixed = _head_bytes(study) + sum(t.size_bytes for t in study.weights.header.tensors if t.name not in options)
+    chosen = fill(options, max_size - fixed)
     if chosen is None:
-        least = fixed + head + sum(min(c.size_bytes for c in tensor) for tensor in options.values())
+        least = fixed + total_size({name: min(some, key=lambda c: c.size_bytes) for name, some in options.items()})
         raise OutOfReach(
-            f"--max-size {format_size(max_size)}: {variant} of {study.source.name} takes {format_size(least)} at least."
+            f"{study.weights.header.path}: no file of {format_size(max_size)} (--max-size): with four bits for every "
+            f"weight it takes {format_size(least)}."
         )
-    candidate = _measured(study, _with_types(study, start.recipe, chosen))
-    if head + plan.size_bytes <= max_size and start.drift.mean <= candidate.drift.mean:
-        return start.recipe
-    return candidate.recipe
+    best = _measured(study, _with_types(study, start.recipe, chosen))
+    if _head_bytes(study) + _size(study, start) <= max_size and start.drift.mean < best.drift.mean:
+        best = start
+    if best.drift.worst >= MARGIN * max_drift:
+        allowed = noise(best.drift.mean * MARGIN * max_drift / best.drift.worst)
+        predicted = promote(options, total_noise(chosen) * allowed / noise(best.drift.mean))
+        say(
+            f"  the bound of {format_bound(max_drift)} may not hold at this size; by prediction it takes "
+            f"{format_size(fixed + total_size(predicted))}"
+        )
+    return best.recipe
 
 
-def _choices(study: Study, recipe: Recipe, *, base: str | None = None) -> Choices:
+def _choices(study: Study, recipe: Recipe) -> Choices:
     """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
-    types = recipe.all_types(study.plan(recipe.variant))
+    types = study.types(recipe)
     possible = possible_types(study.weights, types)
     scaled = scales(study.weights, study.imatrix, recipe.exponents)
     with study.progress("errors of every type", len(possible)) as advance:
         found = errors(study.weights, study.activations, study.imatrix, scaled, possible, on_progress=advance)
-    kinds = {
-        kind: noise(_alone(study, recipe, types, kind).mean) for kind in sorted({kind_of(name) for name in possible})
-    }
+    kinds = {kind: noise(_alone(study, recipe, types, kind)) for kind in sorted(set(map(kind_of, possible)))}
     return choices(study.weights, found, types, kinds)
 
 
-def _alone(study: Study, recipe: Recipe, types: Mapping[str, str], kind: str) -> Drift:
-    """The drift where only tensors of one kind are quantised."""
+def _alone(study: Study, recipe: Recipe, types: Mapping[str, str], kind: str) -> float:
+    """The mean drift where only tensors of one kind are quantised."""
     only = {t.name: types[t.name] if kind_of(t.name) == kind else t.type for t in study.weights.header.tensors}
-    return study.measure_types(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS)
+    return study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
 
 
 def _with_types(study: Study, recipe: Recipe, chosen: Mapping[str, Choice]) -> Recipe:
@@ -121,18 +141,16 @@ def _with_types(study: Study, recipe: Recipe, chosen: Mapping[str, Choice]) -> R
 
 
 def _measured(study: Study, recipe: Recipe) -> Candidate:
-    candidate = Candidate(recipe, study.measure(recipe, f"try {recipe.variant}"))
-    size = format_size(_size(study, candidate))
-    drift = candidate.drift
-    say(
-        f"  {recipe.variant} {recipe.kind}: {size}, drift {drift.mean:.3%} on calibration texts, {drift.worst:.3%} at worst"
-    )
-    return candidate
+    drift = study.measure(recipe, study.types(recipe), f"try {recipe.variant}")
+    size, name = format_size(_head_bytes(study) + study.size_bytes(recipe)), f"{recipe.variant}, {recipe.kind}"
+    say(f"  {name}: {size}; calibration texts drift {drift.mean:.3%}, at worst {drift.worst:.3%}")
+    return Candidate(recipe, drift)
 
 
 def _size(study: Study, candidate: Candidate) -> int:
-    from f2gguf.quantize.tensors import size_as
+    return study.size_bytes(candidate.recipe)
 
-    plan = study.plan(candidate.recipe.variant)
-    types = candidate.recipe.all_types(plan)
-    return sum(size_as(info, types[info.name]) for info in study.weights.header.tensors)
+
+def _head_bytes(study: Study) -> int:
+    """About what stands before the tensors, the recipe included."""
+    return study.weights.header.tensors[0].begin + 1_000 + 60 * len(study.weights.infos)

@@ -148,8 +148,8 @@ def scaled_imatrix(imatrix: Imatrix, scaled: Mapping[str, Scale]) -> Imatrix:
 def factors(weights: Weights, imatrix: Imatrix, place: Place, exponents: Exponents) -> NDArray[np.float64]:
     """Power of two by which each channel of `place` is multiplied in the readers, (n_channels,) float64.
 
-    activation ** exponents[0] / weight ** exponents[1], over the median channel's: activation the root mean square of the
-    channel's values, weight that of its columns.
+    activation ** exponents[0] / weight ** exponents[1], over the median channel's: activation the root mean square of
+    the channel's values, weight that of its columns.
     """
     activation = place.to_writer(imatrix[place.readers[0]].astype(np.float64), np.mean) ** 0.5
     squares = [weights.column_rms(name) ** 2 for name in place.readers]

@@ -1,162 +1,122 @@
-"""Smaller variants of a .gguf file, by llama.cpp's own quantiser through its C structs."""
+"""A recipe becomes a file: measured, its verdict in its own header, and only then given its name."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
-from f2gguf.runtime import llama
-from f2gguf.runtime.errors import OutputError, QuantizationFailed, UnknownName
-from f2gguf.runtime.files import format_size, require_free_space
-from f2gguf.runtime.header import read_header
-from f2gguf.runtime.worker import interruptible
+from f2gguf.evals.drift import Vectors, Verdict, judge
+from f2gguf.evals.texts import EvalText, embed_texts
+from f2gguf.quantize.assemble import Imatrix, Value, assemble
+from f2gguf.quantize.plan import VARIANTS, plan_variant
+from f2gguf.quantize.recipe import Recipe
+from f2gguf.quantize.rescale import scaled_imatrix, scales
+from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.tensors import Weights
+from f2gguf.runtime import Embedder
+from f2gguf.runtime import header as keys
+from f2gguf.runtime.console import Progress
+from f2gguf.runtime.files import writing
 
-# name of a variant -> llama.cpp's file type
-FILE_TYPES = {
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-}
-# llama.cpp logs one such line a tensor; the plan of a dry run ends in the new type
-_TENSOR_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\] (\S+) +- \[([\d, ]+)\], type = +(\w+), size = +(.*)")
-_TENSOR_STARTS = re.compile(r"\[\s*\d+/\s*\d+\] ")
-_NEW_TYPE = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
-_FALLBACK = re.compile(r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\)")
+Recipes = Generator[Recipe, Verdict, None]  # one after the other: each but the first for the verdict on the one before
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor, its type before and after; `wanted` is the type whose block its rows do not fill."""
+class Measurement:
+    """What a variant is measured with: evaluation texts, the 16-bit file's vectors of them, the bound."""
 
-    name: str
-    old_type: str
-    new_type: str
-    wanted: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the quantiser will do, as llama.cpp itself says in a dry run."""
-
-    variant: str
-    tensors: tuple[PlannedTensor, ...]
-    size_bytes: int
-
-    def lines(self) -> list[str]:
-        """The plan for people: tensors by type, and every fallback."""
-        counts: dict[str, int] = {}
-        for tensor in self.tensors:
-            counts[tensor.new_type] = counts.get(tensor.new_type, 0) + 1
-        mix = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-        lines = [f"{self.variant}: {len(self.tensors)} tensors ({mix}), {format_size(self.size_bytes)}"]
-        fallbacks: dict[tuple[str, str], int] = {}
-        for tensor in self.tensors:
-            if tensor.wanted:
-                key = (tensor.wanted, tensor.new_type)
-                fallbacks[key] = fallbacks.get(key, 0) + 1
-        for (wanted, new_type), n in fallbacks.items():
-            lines.append(f"  {n} tensors become {new_type} instead of {wanted}: their rows do not fill its blocks")
-        return lines
+    texts: Sequence[EvalText]
+    reference: Vectors  # (n_texts, n_embd)
+    max_drift: float
+    device: str
+    progress: Progress
 
 
-def require_variant(name: str) -> str:
-    """The variant's name as llama.cpp spells it; `UnknownName` with the nearest one otherwise."""
-    exact = {variant.lower(): variant for variant in FILE_TYPES}
-    if name.lower() not in exact:
-        raise UnknownName("variant", name, FILE_TYPES)
-    return exact[name.lower()]
-
-
-def plan_variant(source: Path, variant: str) -> Plan:
-    """Ask llama.cpp what it would write: nothing is."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    shapes = {tensor.name: tensor.shape for tensor in read_header(source).tensors}
-    lines = _run_quantizer(source, source.with_name(source.name + ".dry"), variant, dry_run=True)
-    wanted: dict[str, str] = {}
-    tensors = []
-    size_bytes = 0
-    for line in lines:
-        if fallback := _FALLBACK.search(line):
-            wanted[fallback[1]] = fallback[4].upper()
-        elif match := _TENSOR_LINE.search(line):
-            new = _NEW_TYPE.search(match[6])
-            name, old_type = match[3], match[5].upper()
-            new_type = new[1].upper() if new else old_type
-            tensors.append(PlannedTensor(name, old_type, new_type, wanted.get(name)))
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[new_type]]
-            n_elements = 1
-            for n in shapes[name]:
-                n_elements *= n
-            size_bytes += n_elements // block * block_bytes
-    return Plan(variant, tuple(tensors), size_bytes)
-
-
-def quantize_gguf(
-    source: Path,
+def make(
+    weights: Weights,
     target: Path,
-    plan: Plan,
+    recipe: Recipe,
+    imatrix: Imatrix,
     *,
-    header: Mapping[str, bool | int | float | str],
+    types: Mapping[str, str] | None = None,
+    header: Mapping[str, Value] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write `source` quantised as planned to `target`, with `header` values added.
+    """Write `weights` as `recipe` says to `target`, with `header` values added; `types` replace the recipe's own."""
+    scaled = scales(weights, imatrix, recipe.exponents)
+    stated = {
+        "general.file_type": int(VARIANTS[recipe.variant]),
+        "general.quantization_version": 2,
+        keys.KEY_VARIANT: recipe.variant,
+        keys.KEY_RECIPE: recipe.to_header(),
+    }
+    assemble(
+        weights,
+        target,
+        types or recipe.all_types(plan_variant(weights.header.path, recipe.variant)),
+        header={**stated, **(header or {})},
+        imatrix=scaled_imatrix(imatrix, scaled) if recipe.imatrix_sha256 else {},
+        scales=scaled,
+        on_progress=on_progress,
+    )
 
-    `on_progress` is told of each tensor. Raises `OutputError` before a disk that is too small, `QuantizationFailed`
-    with llama.cpp's reason, or where the written types are not the planned ones.
-    """
-    header_bytes = source.stat().st_size - sum(tensor.size_bytes for tensor in read_header(source).tensors)
-    require_free_space(target.parent, plan.size_bytes + header_bytes, target.name)
-    _run_quantizer(source, target, plan.variant, header=header, on_progress=on_progress)
-    written = {tensor.name: tensor.type for tensor in read_header(target).tensors}
-    planned = {tensor.name: tensor.new_type for tensor in plan.tensors}
-    if written != planned:
-        names = sorted(name for name in planned.keys() | written.keys() if planned.get(name) != written.get(name))
-        raise QuantizationFailed(
-            f"{target}: llama.cpp wrote {names[0]} as {written.get(names[0])}, planned was {planned.get(names[0])}."
-        )
+
+def only(recipe: Recipe) -> Recipes:
+    """`recipe`, whatever the verdict."""
+    yield recipe
 
 
-def _run_quantizer(
-    source: Path,
+def settle(
+    weights: Weights,
     target: Path,
-    variant: str,
+    recipes: Recipes,
+    imatrix: Imatrix,
     *,
-    dry_run: bool = False,
-    header: Mapping[str, Any] | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Run llama_model_quantize and give its log lines."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[variant]
-    params.nthread = llama.default_threads()
-    params.dry_run = dry_run
-    overrides = llama.kv_overrides(header or {})
-    params.kv_overrides = overrides
-    fragments: list[str] = []
-    errors: list[str] = []
+    measurement: Measurement,
+    before_rename: Callable[[Path, Recipe, Verdict], None] = lambda *_: None,
+) -> Verdict:
+    """Make `target` by the last of `recipes`, and stamp the verdict into its header.
 
-    def listen(level: int, text: str) -> None:
-        fragments.append(text)
-        if level == llama.ERROR:
-            errors.append(text.strip())
-        if on_progress and _TENSOR_STARTS.match(text):
-            on_progress(1)
+    `before_rename` is given the finished file under its temporary name.
+    """
+    recipe: Recipe | None = next(recipes)
+    with writing(target) as part:
+        while recipe:
+            settled, verdict = recipe, _make_and_judge(weights, part, recipe, imatrix, measurement)
+            recipe = _after(recipes, verdict)
+        stamp(
+            part,
+            {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds},
+        )
+        before_rename(part, settled, verdict)
+    return verdict
 
-    def work() -> int:
-        return int(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
 
-    with llama.log_to(listen):
-        status = interruptible(work)
-    if status != 0:
-        reason = errors[0] if errors else f"status {status}"
-        if "iostream" in reason:
-            raise OutputError(f"{target}: cannot be written, as on a full disk ({reason}). Free some space.")
-        raise QuantizationFailed(f"{source}: llama.cpp could not make {variant}: {reason}")
-    return "".join(fragments).splitlines()
+def _after(recipes: Recipes, verdict: Verdict) -> Recipe | None:
+    try:
+        return recipes.send(verdict)
+    except StopIteration:
+        return None
+
+
+def _make_and_judge(
+    weights: Weights, part: Path, recipe: Recipe, imatrix: Imatrix, measurement: Measurement
+) -> Verdict:
+    variant, texts = recipe.variant, measurement.texts
+    placeholders: dict[str, Value] = {
+        keys.KEY_MEAN_DRIFT: 0.0,
+        keys.KEY_UPPER_DRIFT: 0.0,
+        keys.KEY_HOLDS: False,
+        keys.KEY_MAX_DRIFT: float(measurement.max_drift),
+        keys.KEY_N_TEXTS: len(texts),
+    }
+    with measurement.progress(f"quantise {variant}", len(weights.infos)) as advance:
+        make(weights, part, recipe, imatrix, header=placeholders, on_progress=advance)
+    with (
+        Embedder(part, device=measurement.device) as model,
+        measurement.progress(f"measure {variant}", len(texts)) as advance,
+    ):
+        vectors = embed_texts(model, texts, advance)
+        dims = model.header.dims
+    return judge(vectors, measurement.reference, texts, dims=dims, max_drift=measurement.max_drift)

@@ -17,8 +17,8 @@ from checkpoints import edit_tensors, tiny_tensors, write_tiny
 from conftest import Release, Run, facts_of
 from f2gguf.evals.report import drift_rows
 from f2gguf.quantize.convert import convert
+from f2gguf.quantize.plan import plan_variant
 from f2gguf.quantize.stamp import stamp
-from f2gguf.quantize.variants import plan_variant
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import UnknownName
 from f2gguf.runtime.header import read_header
