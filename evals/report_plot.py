@@ -161,7 +161,8 @@ def _name_points(axes: Any, series: Sequence[_Series], report: dict[str, Any], p
             box = name.get_window_extent()
             if not box.count_overlaps(taken):
                 break
-            name.remove()
+            name.set_visible(False)
+        name.set_visible(True)
         taken.append(box)
 
 

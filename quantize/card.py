@@ -50,7 +50,8 @@ def _draw(path: Path, report: dict[str, Any]) -> list[str]:
     """Draw the picture where that is possible; gives the names of what was drawn."""
     if not can_draw(report):
         path.unlink(missing_ok=True)
-        say(f"{path.name}: not drawn, for want of matplotlib. Run: pip install 'f2gguf[plots]', then quantize card")
+        if report["variants"]:
+            say(f"{path.name}: not drawn, for want of matplotlib. Run: pip install 'f2gguf[plots]', then quantize card")
         return []
     with writing(path) as part:
         draw(report, part, file_format="png")

@@ -216,7 +216,7 @@ def verify(candidate: Path, against: str, max_drift: float, device: str, lock_pa
 @_POOLING
 @_LOCK
 def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
-    """Write the model card, drift.png, report.html, Modelfile and SHA256SUMS again, from drift.json."""
+    """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
     from f2gguf.quantize.card import write_release
     from f2gguf.quantize.checkpoint import read_json
     from f2gguf.quantize.lock import read_lock
