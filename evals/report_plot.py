@@ -112,11 +112,9 @@ def _draw_languages(axes: Any, series: Sequence[_Series], bound: float) -> None:
 
 def _draw_dims(axes: Any, series: Sequence[_Series], bound: float) -> None:
     for one in series:
-        widths, means = [int(dim) for dim in one.verdict["dims"]], one.verdict["dims"].values()
-        axes.plot(widths, _logged(means), marker=one.marker, color=one.colour, markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(widths, list(map(str, widths)))
-    axes.set_xticks([], minor=True)
+        widths, means = zip(*one.verdict["dims"].items(), strict=True)  # side by side: 4096 and 5120 would overlap
+        axes.plot(range(len(widths)), _logged(means), marker=one.marker, color=one.colour, markersize=4)
+    axes.set_xticks(range(len(widths)), widths)
     _drift_axis(axes, [mean for one in series for mean in one.verdict["dims"].values()], bound)
     frame(axes, "Mean drift by Matryoshka dimension")
 
@@ -132,12 +130,8 @@ def _draw_sizes(axes: Any, series: Sequence[_Series], report: dict[str, Any]) ->
         if one.name in stock:
             before = _point(stock[one.name], stock[one.name])
             axes.plot(*before, one.marker, color=one.colour, markersize=8, mfc="none")
-            axes.annotate(
-                "",
-                here,
-                before,
-                arrowprops={"arrowstyle": "->", "color": one.colour, "shrinkA": 5, "shrinkB": 5},
-            )
+            arrow = {"arrowstyle": "->", "color": one.colour, "shrinkA": 5, "shrinkB": 5}
+            axes.annotate("", here, before, arrowprops=arrow)
             points.append(before)
     _drift_axis(axes, [drift for _, drift in points], report["max_drift"])
     axes.margins(x=0.2)
