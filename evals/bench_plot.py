@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.evals.bench_sides import OURS
+from f2gguf.evals.plot import OURS_COLOUR, frame, picture
 
-_OURS_COLOUR, _THEIR_COLOUR, _TEXT_COLOUR, _LINE_COLOUR = "#1f6f8b", "#c3cad0", "#30363c", "#8a939b"
+_THEIR_COLOUR = "#c3cad0"
 _PANEL_WIDTH, _BAR_HEIGHT = 3.6, 0.42  # inches
 _ROOM = 1.6  # of the longest bar, so that the words behind it fit
 _UNITS = {"queries": ("texts_per_s", "queries/s")}  # other workloads differ in length: tokens/s
@@ -15,20 +16,15 @@ _UNITS = {"queries": ("texts_per_s", "queries/s")}  # other workloads differ in 
 
 def draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
     """Draw horizontal bars, f2gguf's first, with the ratios beside the others'."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     names = list(report["sides"])
     panels = [_speed_panel(name, work) for name, work in report["work"].items()] + [_memory_panel(report["sides"])]
     size = (1.9 + _PANEL_WIDTH * len(panels), 0.95 + _BAR_HEIGHT * len(names))
-    with rc_context({"font.size": 9, "svg.fonttype": "none", "text.color": _TEXT_COLOUR, "ytick.color": _TEXT_COLOUR}):
-        figure = Figure(figsize=size, layout="constrained")
+    with picture(path, size=size, file_format=file_format) as figure:
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, values, labels) in zip(all_axes, panels, strict=True):
             _draw_panel(axes, title, names, values, labels)
-        all_axes[0].get_yticklabels()[0].set(fontweight="bold", color=_OURS_COLOUR)
+        all_axes[0].get_yticklabels()[0].set(fontweight="bold", color=OURS_COLOUR)
         figure.suptitle(_title(report) + "\n", fontsize=9, x=0.005, ha="left")
-        figure.savefig(path, format=file_format, dpi=160)
 
 
 Panel = tuple[str, list[float], list[str]]  # title, a value and a label for every side
@@ -54,17 +50,15 @@ def _memory_panel(sides: dict[str, Any]) -> Panel:
 
 
 def _draw_panel(axes: Any, title: str, names: list[str], values: list[float], labels: list[str]) -> None:
-    colours = [_OURS_COLOUR if name == OURS else _THEIR_COLOUR for name in names]
+    colours = [OURS_COLOUR if name == OURS else _THEIR_COLOUR for name in names]
     bars = axes.barh(range(len(names)), values, color=colours, height=0.62)
     axes.bar_label(bars, labels=labels, padding=4)
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    frame(axes, title, "bottom")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)  # the first side on top
     axes.set_xlim(0, max(values) * _ROOM)
     axes.xaxis.set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color(_LINE_COLOUR)
 
 
 def _title(report: dict[str, Any]) -> str:

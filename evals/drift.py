@@ -45,6 +45,7 @@ class Verdict:
     ndcg10_reference: float
     max_drift: float
     over: tuple[str, ...]  # what is at or over the bound
+    drifts: tuple[float, ...]  # of each text, in the order of the texts
 
     @property
     def holds(self) -> bool:
@@ -105,6 +106,7 @@ def judge(
         **_rank_agreement(candidate, reference, texts),
         max_drift=max_drift,
         over=over,
+        drifts=tuple(drifts.tolist()),
     )
 
 

@@ -2,27 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from f2gguf.evals.conversion import NOT_CHECKED
 from f2gguf.runtime.files import format_bound, format_size
 
 COLUMNS = ("file", "size", "mean drift", "95% interval", "p99", "worst", "top-10 kept", "nDCG@10", "verdict")
+STOCK_NOTE = '"stock" is what llama.cpp\'s own recipe for the variant gives, measured on the same texts.'
+N_WORST = 10
+Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 
 
 def drift_rows(report: dict[str, Any]) -> list[list[str]]:
-    """One row a file, F16 first, in the order of COLUMNS."""
+    """One row a file, F16 first, in the order of COLUMNS; below a repaired one, llama.cpp's own recipe."""
+    return [[name, format_size(size_bytes), *cells] for name, size_bytes, cells in _measured_files(report)]
+
+
+def files_table(report: dict[str, Any]) -> Table:
+    """The drift table with the bits that each weight takes."""
+    bits_per_byte_weight = 8 / report["source"]["n_parameters"]
+    rows = [
+        [name, format_size(size_bytes), f"{size_bytes * bits_per_byte_weight:.2f}", *cells]
+        for name, size_bytes, cells in _measured_files(report)
+    ]
+    return (*COLUMNS[:2], "bits per weight", *COLUMNS[2:]), rows
+
+
+def groups_table(report: dict[str, Any], by: str) -> Table:
+    """Mean drift of every group, the worst first; `by` is "language" or "kind"."""
+    verdicts = named_verdicts(report)
+    groups = {name: [verdict[f"{by}s"][name] for verdict in verdicts.values()] for name in _first(verdicts)[f"{by}s"]}
+    worst = {name: max(ours[f"{by}s"][name]["mean"] for ours in report["variants"].values()) for name in groups}
     rows = []
-    for variant, file in sorted(report["files"].items(), key=lambda item: -item[1]["size_bytes"]):
-        size = format_size(file["size_bytes"])
-        measured = report["variants"].get(variant)
-        ndcg = next((v["ndcg10_reference"] for v in report["variants"].values()), None)
-        if measured:
-            rows.append([variant, size, *verdict_cells(measured)])
-        else:
-            rows.append([variant, size, "reference", "", "", "", "", "" if ndcg is None else f"{ndcg:.3f}", ""])
-    return rows
+    for name in sorted(groups, key=lambda name: -worst[name]):
+        marks = [" OVER" if is_over(verdict, f"{by} {name}") else "" for verdict in verdicts.values()]
+        means = [percent(group["mean"]) + mark for group, mark in zip(groups[name], marks, strict=True)]
+        rows.append([name, str(groups[name][0]["n"]), *means])
+    return (by, "texts", *verdicts), rows
+
+
+def dims_table(report: dict[str, Any]) -> Table:
+    """Mean drift at every Matryoshka width, which the bound does not ask about."""
+    verdicts = named_verdicts(report)
+    columns = [verdict["dims"].values() for verdict in verdicts.values()]
+    dims = map(str, _first(verdicts)["dims"])
+    return ("dimensions", *verdicts), [[dim, *map(percent, means)] for dim, *means in zip(dims, *columns, strict=True)]
+
+
+def is_over(verdict: dict[str, Any], what: str) -> bool:
+    """Whether the verdict names `what` ("language de") as at or over the bound."""
+    return any(line.rsplit(" ", 1)[0] == what for line in verdict["over"])
+
+
+def worst_texts(report: dict[str, Any], verdict: dict[str, Any]) -> Table:
+    """The ids and drifts of the texts that drift most."""
+    found = sorted(zip(verdict["drifts"], report["texts"]["ids"], strict=True), key=lambda item: -item[0])
+    return ("text", "drift"), [[name, percent(drift)] for drift, name in found[:N_WORST]]
+
+
+def named_verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everything measured by its name in tables: Q4_0, then "Q4_0 stock" where llama.cpp's own recipe was repaired."""
+    stock = report.get("stock", {})
+    named = {}
+    for variant, verdict in report["variants"].items():
+        named[variant] = verdict
+        if variant in stock:
+            named[f"{variant} stock"] = stock[variant]
+    return named
+
+
+def recipe_lines(report: dict[str, Any]) -> dict[str, list[str]]:
+    """How each variant was made, in words, where the report says."""
+    recipes = {name: verdict.get("recipe") for name, verdict in report["variants"].items()}
+    return {name: recipe["lines"] for name, recipe in recipes.items() if recipe}
+
+
+def _measured_files(report: dict[str, Any]) -> Iterator[tuple[str, int, list[str]]]:
+    """Name, size in bytes and measured cells of every row, F16's empty but for its nDCG."""
+    verdicts = named_verdicts(report)
+    ndcg = f"{_first(verdicts)['ndcg10_reference']:.3f}" if verdicts else ""
+    yield "F16", report["files"]["F16"]["size_bytes"], ["reference", "", "", "", "", ndcg, ""]
+    for name, verdict in verdicts.items():
+        file = report["files"].get(name, verdict)  # the stock recipe's file was not kept: its verdict states the size
+        yield name, file["size_bytes"], verdict_cells(verdict)
+
+
+def _first(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return next(iter(verdicts.values()))
 
 
 def verdict_cells(verdict: dict[str, Any]) -> list[str]:

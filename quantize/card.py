@@ -1,27 +1,62 @@
-"""What goes beside the .gguf files: the model card, Ollama's Modelfile, the checksums."""
+"""What goes beside the .gguf files: model card, picture, report, Ollama's Modelfile, checksums."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from f2gguf.evals.report import COLUMNS, conversion_sentence, drift_rows, markdown_table, over_lines
+from f2gguf.evals.report import (
+    STOCK_NOTE,
+    conversion_sentence,
+    dims_table,
+    files_table,
+    groups_table,
+    markdown_table,
+    over_lines,
+    recipe_lines,
+)
+from f2gguf.evals.report_html import report_html
+from f2gguf.evals.report_plot import can_draw, draw
 from f2gguf.quantize.facts import Facts
-from f2gguf.runtime.files import format_bound, sha256_file, write_text
+from f2gguf.runtime.console import say
+from f2gguf.runtime.files import format_bound, sha256_file, write_text, writing
 
 _PREFERRED = ("Q4_K_M", "Q8_0", "Q4_0", "F16")
+_PICTURE = "![Drift of every text, size against drift, and mean drift by dimension and language](drift.png)"
 
 
 def write_release(facts: Facts, folder: Path, report: dict[str, Any]) -> list[Path]:
-    """Write README.md, Modelfile and SHA256SUMS beside the files of `report`; gives their paths."""
-    card, modelfile, sums = (folder / name for name in ("README.md", "Modelfile", "SHA256SUMS"))
-    write_text(card, model_card(facts, report))
-    write_text(modelfile, ollama_modelfile(facts, report))
+    """Write what people read beside the files of `report`, and SHA256SUMS; gives their paths.
+
+    drift.png is drawn only where matplotlib is installed, and an older one would show other figures: it goes.
+    """
+    texts = {
+        "README.md": model_card(facts, report),
+        "Modelfile": ollama_modelfile(facts, report),
+        "report.html": report_html(report),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    paths = [folder / name for name in (*texts, *_draw(folder / "drift.png", report))]
     files = [*report["files"].values(), *([report["imatrix"]] if "imatrix" in report else [])]
     hashes = {file["file"]: file["sha256"] for file in files}
-    hashes |= {path.name: sha256_file(path) for path in (folder / "drift.json", card, modelfile)}
+    hashes |= {path.name: sha256_file(path) for path in (folder / "drift.json", *paths)}
+    sums = folder / "SHA256SUMS"
     write_text(sums, "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items())))
-    return [card, modelfile, sums]
+    return [*paths, sums]
+
+
+def _draw(path: Path, report: dict[str, Any]) -> list[str]:
+    """Draw the picture where that is possible; gives the names of what was drawn."""
+    if not can_draw(report):
+        path.unlink(missing_ok=True)
+        if report["variants"]:
+            say(f"{path.name}: not drawn, for want of matplotlib. Run: pip install 'f2gguf[plots]', then quantize card")
+        return []
+    with writing(path) as part:
+        draw(report, part, file_format="png")
+    return [path.name]
 
 
 def recommended(report: dict[str, Any]) -> str:
@@ -43,9 +78,13 @@ def model_card(facts: Facts, report: dict[str, Any]) -> str:
         f"# {facts.name}, GGUF",
         _introduction(facts),
         "## Files",
-        markdown_table(COLUMNS, drift_rows(report)),
+        markdown_table(*files_table(report)),
+        STOCK_NOTE if report.get("stock") else "",
         _measurement(report),
         "\n".join(f"**{line}.**" for line in over_lines(report)),
+        _PICTURE if can_draw(report) else "",
+        *(_where_it_drifts(report) if report["variants"] else ()),
+        *_recipes(report),
         "## SHA-256",
         markdown_table(("file", "sha256"), [[f["file"], f"`{f['sha256']}`"] for f in report["files"].values()]),
         "## How to run it",
@@ -97,8 +136,28 @@ def _measurement(report: dict[str, Any]) -> str:
         f"Drift is 1 - cosine to the F16 file's vector, over {texts['n']} texts in the model's languages "
         f"({', '.join(texts['languages'])}): queries with the prompt, documents, code, long texts, edge cases. The "
         "bound holds when the upper end of the 95% interval, and the mean of every language and kind, are under "
-        f"{format_bound(report['max_drift'])}. Conversion: {sentence}.{stock} Everything measured is in `drift.json`."
+        f"{format_bound(report['max_drift'])}. Conversion: {sentence}.{stock} Everything measured is in `report.html`, "
+        "and for programs in `drift.json`."
     )
+
+
+def _where_it_drifts(report: dict[str, Any]) -> list[str]:
+    dims = dims_table(report)
+    return [
+        f"Mean drift by Matryoshka dimension:\n\n{markdown_table(*dims)}" if len(dims[1]) > 1 else "",
+        "<details><summary>Mean drift by language, the worst first</summary>",
+        markdown_table(*groups_table(report, "language")),
+        "</details>",
+    ]
+
+
+def _recipes(report: dict[str, Any]) -> Iterator[str]:
+    """How each variant was made, where the report says."""
+    recipes = recipe_lines(report)
+    if recipes:
+        yield "## How they were made"
+    for name, lines in recipes.items():
+        yield "\n".join([f"{name}:\n", *(f"- {line}" for line in lines)])
 
 
 def _usage(facts: Facts, file: str) -> str:

@@ -13,7 +13,7 @@ import click
 from f2gguf.evals.cli import bench
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress, say
-from f2gguf.runtime.errors import OverBound, WrongUsage
+from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
 
 _DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
 _LOCK = click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Another models.lock.")
@@ -298,7 +298,7 @@ def verify(candidate: Path, against: str, max_drift: float, device: str, lock_pa
 @_POOLING
 @_LOCK
 def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
-    """Write the model card, Modelfile and SHA256SUMS again, from drift.json."""
+    """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
     from f2gguf.quantize.card import write_release
     from f2gguf.quantize.checkpoint import read_json
     from f2gguf.quantize.lock import read_lock
@@ -309,7 +309,9 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
     if not path.exists():
         raise WrongUsage(f"{path}: no such file. Measure the model first: quantize all {model} --out {out}")
     report = read_json(path)
-    for path in write_release(facts, out / facts.name, report):
+    with parsing(path, InputError, f"Measure the model again: quantize all {model} --out {out}"):
+        paths = write_release(facts, path.parent, report)
+    for path in paths:
         click.echo(str(path))
 
 

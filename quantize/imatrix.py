@@ -97,7 +97,7 @@ class _Collector:
         self._names.add(name)
         entry = self._seen.setdefault(tensor.src[1], name)
         self.activations.readers[name] = entry
-        return entry == name
+        return bool(entry == name)
 
     def take(self, address: int) -> None:
         tensor = _Tensor.from_address(address)
@@ -273,7 +273,7 @@ def _restore(path: Path | None, stamp: str) -> Activations | None:
             return None
         names = file["names"].tolist()
         return Activations(
-            sums={name: file[f"sums/{name}"] for name in names},
+            sums={name: np.asarray(file[f"sums/{name}"], dtype=np.float64) for name in names},
             counts=dict(zip(names, file["counts"].tolist(), strict=True)),
             samples={name: file[f"samples/{name}"] for name in names},
             strides=dict(zip(names, file["strides"].tolist(), strict=True)),

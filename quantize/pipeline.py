@@ -135,11 +135,13 @@ def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalTex
             "repo": job.facts.entry.repo,
             "revision": job.facts.entry.revision,
             "sha256": job.facts.checkpoint.sha256,
+            "n_parameters": job.facts.checkpoint.n_parameters,
         },
         "made_with": {"f2gguf": version("f2gguf"), "llama-cpp-python": version("llama-cpp-python")},
         "texts": {
             "n": len(claimed),
             "sha256": texts_sha256(claimed),
+            "ids": [text.id for text in claimed],
             "languages": list(job.facts.entry.languages) or ["all that are shipped"],
             "n_conversion": len(texts),
         },

@@ -119,12 +119,17 @@ def choices(
 
 
 def promote(options: Choices, wanted: float) -> dict[str, Choice]:
-    """The types with a sum of noise under `wanted`, at few bytes: step by step.
+    """The types with a sum of noise under `wanted`, at few bytes; everything at its best where that is not enough.
 
-    From each tensor's first choice up, by the steps that save most noise per byte; then down again, by those that save
-    most bytes for the noise, as far as there is room. Everything at its best where even that is not under `wanted`.
+    Step by step, up by what saves most noise per byte, then down by what saves most bytes for the noise as far as there
+    is room; once from each tensor's first choice and once from its smallest: the fewer bytes of the two.
     """
-    chosen = {name: tensor_choices[0] for name, tensor_choices in options.items()}
+    starts = {name: some[0] for name, some in options.items()}, _smallest(options)
+    return min((_promote(options, start, wanted) for start in starts), key=total_size)
+
+
+def _promote(options: Choices, start: Mapping[str, Choice], wanted: float) -> dict[str, Choice]:
+    chosen = dict(start)
     while total_noise(chosen) >= wanted and (step := _step_up(options, chosen)):
         chosen[step[0]] = step[1]
     while step := _step_down(options, chosen, room=wanted - total_noise(chosen)):
@@ -132,12 +137,16 @@ def promote(options: Choices, wanted: float) -> dict[str, Choice]:
     return chosen
 
 
+def _smallest(options: Choices) -> dict[str, Choice]:
+    return {name: min(some, key=lambda choice: (choice.size_bytes, choice.noise)) for name, some in options.items()}
+
+
 def fill(options: Choices, budget: int) -> dict[str, Choice] | None:
     """From each tensor's smallest choice, the steps that save most noise per byte, within `budget` bytes of tensors.
 
     None where even the smallest choices are larger.
     """
-    chosen = {name: min(some, key=lambda choice: (choice.size_bytes, choice.noise)) for name, some in options.items()}
+    chosen = _smallest(options)
     if total_size(chosen) > budget:
         return None
     while step := _step_up(options, chosen, room=budget - total_size(chosen)):

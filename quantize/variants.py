@@ -45,7 +45,7 @@ def make(
 ) -> None:
     """Write `weights` as `recipe` says to `target`, with `header` values added; `types` replace the recipe's own."""
     scaled = scales(weights, imatrix, recipe.exponents)
-    stated = {
+    stated: dict[str, Value] = {
         "general.file_type": int(VARIANTS[recipe.variant]),
         "general.quantization_version": 2,
         keys.KEY_VARIANT: recipe.variant,

@@ -40,7 +40,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_release_holds_every_file_and_prints_their_paths(nano_release: Release) -> None:
-    names = {f"f2llm-nano-{variant}.gguf" for variant in FILES} | {"README.md", "Modelfile", "SHA256SUMS", "drift.json"}
+    names = {f"f2llm-nano-{variant}.gguf" for variant in FILES}
+    names |= {"README.md", "Modelfile", "SHA256SUMS", "drift.json", "drift.png", "report.html"}
     assert nano_release.process.returncode == 0, nano_release.process.stderr
     assert {path.name for path in nano_release.folder.iterdir()} == names
     assert nano_release.process.stdout.splitlines()[-len(names) :] == sorted(

@@ -1,0 +1,284 @@
+"""What people look at: tables, drift.png, report.html, the card; all made of drift.json alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Run
+from f2gguf.evals import report_plot
+from f2gguf.evals.conversion import NOT_CHECKED
+from f2gguf.evals.drift import drift, judge
+from f2gguf.evals.report import drift_rows, files_table, groups_table, worst_texts
+from f2gguf.evals.report_html import report_html
+from f2gguf.evals.report_plot import draw
+from f2gguf.evals.texts import EvalText
+from f2gguf.quantize.card import model_card, write_release
+from f2gguf.quantize.facts import Facts
+
+LANGUAGES = ("de", "en", "ja")
+TEXTS = tuple(
+    text
+    for i, language in enumerate(LANGUAGES)
+    for text in (
+        EvalText(f"{language}-query", "query", language, f"question {i}", (f"{language}-document",)),
+        EvalText(f"{language}-document", "document", language, f"answer {i}"),
+    )
+)
+REFERENCE = np.random.default_rng(0).standard_normal((len(TEXTS), 16))
+RECIPE = {
+    "kind": "promoted",
+    "types": {"token_embd.weight": "Q8_0"},
+    "exponents": {"blk.0.attn_norm": [0.5, 0.25]},
+    "imatrix_sha256": "1" * 64,
+    "calibration_sha256": "2" * 64,
+    "n_calibration_texts": 311,
+    "versions": {"llama-cpp-python": "0.3.36"},
+    "lines": ["importance matrix over 311 texts", "1 tensor promoted: token_embd.weight to Q8_0"],
+}
+
+
+def verdict_of(noise: float) -> dict[str, Any]:
+    """A real verdict: more noise, more drift; the texts of ja have three times as much."""
+    rng = np.random.default_rng(1)
+    scale = np.array([3.0 if text.language == "ja" else 1.0 for text in TEXTS])[:, None]
+    candidate = REFERENCE + noise * scale * rng.standard_normal(REFERENCE.shape)
+    return judge(candidate, REFERENCE, TEXTS, dims=(4, 8, 16)).as_dict()
+
+
+def file_of(name: str, size_bytes: int) -> dict[str, Any]:
+    return {"file": f"model-{name}.gguf", "size_bytes": size_bytes, "sha256": name.lower() * 8}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Q4_0 was repaired until it held the bound; Q2 is over it."""
+    return {
+        "model": "a<b>&c",
+        "source": {"repo": "org/model", "revision": "abc", "sha256": "0" * 64, "n_parameters": 1_000_000},
+        "made_with": {"f2gguf": "0.1.0"},
+        "texts": {
+            "n": len(TEXTS),
+            "sha256": "9" * 64,
+            "ids": [text.id for text in TEXTS],
+            "languages": list(LANGUAGES),
+            "n_conversion": len(TEXTS),
+        },
+        "max_drift": 0.02,
+        "conversion": {"reference": NOT_CHECKED, "why": "no torch", "holds": None},
+        "files": {"F16": file_of("F16", 2_000_000), "Q4_0": file_of("Q4_0", 600_000), "Q2": file_of("Q2", 400_000)},
+        "variants": {"Q4_0": {**verdict_of(0.03), "recipe": RECIPE}, "Q2": verdict_of(0.3)},
+        "stock": {"Q4_0": {**verdict_of(0.2), "size_bytes": 562_500}},
+    }
+
+
+def without_extras(report: dict[str, Any]) -> dict[str, Any]:
+    """As a run without repairs leaves it: one variant, no stock figures, no recipe."""
+    plain = {key: value for key, value in report.items() if key != "stock"}
+    plain["variants"] = {"Q2": report["variants"]["Q2"]}
+    return plain
+
+
+def drawn(report: dict[str, Any], file_format: str = "svg") -> bytes:
+    file = io.BytesIO()
+    draw(report, file, file_format=file_format)
+    return file.getvalue()
+
+
+def words(svg: bytes) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg.decode())
+
+
+class Page(HTMLParser):
+    """The tags of a page, which must close as they open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_verdict_keeps_every_texts_drift_in_their_order() -> None:
+    candidate = REFERENCE + 0.1 * np.random.default_rng(2).standard_normal(REFERENCE.shape)
+    verdict = judge(candidate, REFERENCE, TEXTS)
+    np.testing.assert_array_equal(verdict.drifts, drift(candidate, REFERENCE))
+    assert verdict.as_dict()["drifts"] == [round(value, 6) for value in verdict.drifts]
+
+
+def test_a_repaired_file_stands_above_what_the_stock_recipe_gives(report: dict[str, Any]) -> None:
+    rows = drift_rows(report)
+    assert [row[0] for row in rows] == ["F16", "Q4_0", "Q4_0 stock", "Q2"]
+    assert [row[1] for row in rows] == ["2.0 MB", "600.0 kB", "562.5 kB", "400.0 kB"]
+    assert [row[-1] for row in rows] == ["", "under 2%", "OVER 2%", "OVER 2%"]
+
+
+def test_bits_per_weight_are_the_files_bits_over_the_parameters(report: dict[str, Any]) -> None:
+    header, rows = files_table(report)
+    assert [row[header.index("bits per weight")] for row in rows] == ["16.00", "4.80", "4.50", "3.20"]
+
+
+def test_groups_are_marked_as_the_verdict_names_them_the_worst_first(report: dict[str, Any]) -> None:
+    header, rows = groups_table(report, "language")
+    assert header == ("language", "texts", "Q4_0", "Q4_0 stock", "Q2")
+    assert rows[0][:2] == ["ja", "2"]
+    for row in rows:
+        marked = [cell.endswith(" OVER") for cell in row[2:]]
+        means = [report["variants"]["Q4_0"], report["stock"]["Q4_0"], report["variants"]["Q2"]]
+        assert marked == [verdict["languages"][row[0]]["mean"] >= 0.02 for verdict in means]
+
+
+def test_worst_texts_begin_with_the_verdicts_worst(report: dict[str, Any]) -> None:
+    verdict = report["variants"]["Q2"]
+    _, rows = worst_texts(report, verdict)
+    assert rows[0] == [verdict["worst_text"], f"{verdict['worst']:.3%}"]
+    assert len(rows) == len(TEXTS)
+
+
+@pytest.mark.parametrize("file_format", ["png", "svg"])
+def test_the_same_report_draws_the_same_bytes(report: dict[str, Any], file_format: str) -> None:
+    again = json.loads(json.dumps(report))  # as `quantize card` reads it: widths are strings
+    assert drawn(report, file_format) == drawn(again, file_format)
+
+
+def test_the_picture_names_every_variant_language_width_and_the_bound(report: dict[str, Any]) -> None:
+    found = words(drawn(report))
+    assert {*LANGUAGES, "4", "8", "16", "bound, 2%", "stock recipe"} <= set(found)
+    assert found.count("Q4_0") == found.count("Q2") == 3  # legend, row, point
+
+
+def test_points_at_one_place_all_keep_their_names(report: dict[str, Any]) -> None:
+    for name in ("Q3", "Q4_0", "Q5", "Q6", "Q7"):
+        report["variants"][name] = report["variants"]["Q2"]
+        report["files"][name] = report["files"]["Q2"]
+    report["stock"]["Q4_0"] = {**report["variants"]["Q2"], "size_bytes": report["files"]["Q2"]["size_bytes"]}
+    found = words(drawn(report))
+    assert all(found.count(name) == 3 for name in report["variants"])
+
+
+def test_a_report_without_stock_recipe_and_widths_is_drawn(report: dict[str, Any]) -> None:
+    plain = without_extras(report)
+    plain["variants"]["Q2"]["dims"] = {"16": 0.5}
+    found = words(drawn(plain))
+    assert "Every text's drift (mark: the mean)" in found
+    assert not {"stock recipe", "Mean drift by Matryoshka dimension"} & set(found)
+
+
+def test_drifts_of_zero_and_below_are_drawn(report: dict[str, Any]) -> None:
+    """Rounding makes 1 - cosine of equal vectors 0 or -0.000001, and the axis is logarithmic."""
+    verdict = {**judge(REFERENCE, REFERENCE, TEXTS, dims=(8, 16)).as_dict(), "mean": -1e-6}
+    verdict["drifts"][0] = -1e-6
+    plain = without_extras(report)
+    plain["variants"]["Q2"] = verdict
+    assert "0.0001%" in words(drawn(plain))
+
+
+def test_page_is_one_file_without_script(report: dict[str, Any]) -> None:
+    text = report_html(report)
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    references = [value for _, attributes in page.tags for name, value in attributes.items() if "href" in name]
+    assert all(value and value.startswith("#") for value in references)
+    assert "src=" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "@import" not in text
+
+
+def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report: dict[str, Any]) -> None:
+    page = Page(report_html(report))
+    assert "1 of 2 variants hold the bound of 2%." in page.text
+    assert "✓ Q4_0, under 2%" in page.text
+    assert "✗ Q2, OVER 2%" in page.text
+    assert [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)][:3] == ["h1", "h2", "h2"]
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+    n_tables = sum(tag == "table" for tag, _ in page.tags)
+    assert n_tables == sum(tag == "caption" for tag, _ in page.tags) == 7  # files, 3 of groups, 2 of texts, source
+
+
+def test_page_tells_recipe_worst_texts_and_origin(report: dict[str, Any]) -> None:
+    text = Page(report_html(report)).text
+    for said in (*RECIPE["lines"], "token_embd.weight: Q8_0", "exponents 0.5 of activations", "1" * 64, "2" * 64):
+        assert said in text
+    for said in ("org/model", "abc", "9" * 64, "f2gguf 0.1.0", "not checked (no torch)", "ja-document"):
+        assert said in text
+
+
+def test_whatever_the_report_holds_is_escaped(report: dict[str, Any]) -> None:
+    report["texts"]["ids"][0] = "<script>alert(1)</script>"
+    report["variants"]["Q4_0"]["recipe"] = {**RECIPE, "lines": ["<img src=x>"]}
+    text = report_html(report)
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "<h1>a&lt;b&gt;&amp;c</h1>" in text
+    assert Page(text).open == []
+
+
+def test_the_same_report_gives_the_same_page(report: dict[str, Any]) -> None:
+    assert report_html(report) == report_html(json.loads(json.dumps(report)))
+
+
+def test_card_shows_picture_recipe_and_stock(report: dict[str, Any], nano_facts: Facts) -> None:
+    card = model_card(nano_facts, report)
+    assert "](drift.png)" in card
+    assert "| Q4_0 stock | 562.5 kB | 4.50 |" in card
+    assert "- 1 tensor promoted: token_embd.weight to Q8_0" in card
+    assert "| dimensions | Q4_0 | Q4_0 stock | Q2 |" in card
+    assert "| ja | 2 | " in card
+
+
+def test_without_matplotlib_the_extra_is_named_and_no_old_picture_stays(
+    report: dict[str, Any],
+    nano_facts: Facts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "drift.json").write_text(json.dumps(report))
+    assert tmp_path / "drift.png" in write_release(nano_facts, tmp_path, report)
+    monkeypatch.setattr(report_plot, "find_spec", lambda _name: None)
+    paths = write_release(nano_facts, tmp_path, report)
+    assert {path.name for path in paths} == {"README.md", "Modelfile", "report.html", "SHA256SUMS"}
+    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", *(path.name for path in paths)}
+    assert "pip install 'f2gguf[plots]'" in capsys.readouterr().err
+    assert "pip install 'f2gguf[plots]'" in Page((tmp_path / "report.html").read_text()).text
+    for name in ("README.md", "SHA256SUMS"):
+        assert "drift.png" not in (tmp_path / name).read_text()
+
+
+def test_a_report_before_its_first_variant_still_has_page_and_card(report: dict[str, Any], nano_facts: Facts) -> None:
+    report |= {"variants": {}, "stock": {}, "files": {"F16": report["files"]["F16"]}}
+    assert "0 of 0 variants" in Page(report_html(report)).text
+    assert "| F16 | 2.0 MB | 16.00 | reference |" in model_card(nano_facts, report)
+
+
+def test_card_of_a_report_of_another_shape_is_an_error_that_says_what_to_run(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "f2llm-nano" / "drift.json"
+    path.parent.mkdir()
+    path.write_text('{"model": "f2llm-nano", "variants": {}, "files": {"F16": {}}}')
+    process = run("quantize", "card", "f2llm-nano", "--out", tmp_path)
+    assert process.returncode == 1
+    assert f"error: {path}: is damaged" in process.stderr
+    assert f"quantize all f2llm-nano --out {tmp_path}" in process.stderr
