@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from f2gguf.quantize.tensors import Rows, Weights, quantize_rows, shape_of, size_as
+from f2gguf.quantize.tensors import Rows, Weights, dequantized, quantize_rows, shape_of, size_as
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.header import Header, TensorInfo
@@ -105,8 +105,9 @@ def _quantized(
 
 
 def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
-    """Raise `QuantizationFailed` where the importance matrix moves no byte: it would be there in name only."""
-    if rows.any() and np.array_equal(quantize_rows(rows, kind), quantize_rows(rows, kind, columns)):
+    """Raise `QuantizationFailed` where the importance matrix moves no byte, though there are errors to weigh."""
+    plain = quantize_rows(rows, kind)
+    if np.array_equal(plain, quantize_rows(rows, kind, columns)) and not np.array_equal(dequantized(plain, kind), rows):
         raise QuantizationFailed("the importance matrix changes no byte. Make another: quantize imatrix SOURCE.")
 
 

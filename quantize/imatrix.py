@@ -60,7 +60,7 @@ class Activations:
     samples: dict[str, Rows] = field(default_factory=dict)  # (n_rows, n_cols), evenly spread over all rows
     strides: dict[str, int] = field(default_factory=dict)  # one row in so many was sampled
     readers: dict[str, str] = field(default_factory=dict)  # matrix -> the entry that holds its input
-    vectors: list[Rows] = field(default_factory=list)  # of the texts that are done, each (n_embd,)
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)  # of the texts that are done, each (n_embd,)
 
     def mean_squares(self, name: str) -> NDArray[np.float64]:
         """Mean square of every input channel of a matrix, (n_cols,): what llama.cpp's quantiser takes."""

@@ -98,8 +98,12 @@ def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray
 
 def as_stored(rows: Rows, kind: str, imatrix: Rows | None = None) -> Rows:
     """What a file that holds `rows` in the type `kind` gives back, (n_rows, n_cols)."""
-    data = quantize_rows(rows, kind, imatrix)
-    return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32).reshape(rows.shape)
+    return dequantized(quantize_rows(rows, kind, imatrix), kind)
+
+
+def dequantized(data: NDArray[np.uint8], kind: str) -> Rows:
+    """The values of quantised rows (n_rows, n_bytes), (n_rows, n_cols)."""
+    return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32).reshape(len(data), -1)
 
 
 def as_multiplied(rows: Rows, kind: str) -> Rows:

@@ -87,3 +87,59 @@ def save_tensors(folder: Path, tensors: dict[str, np.ndarray], *, n_shards: int 
         save_file({name: tensors[name] for name in names[i::n_shards]}, folder / file)
         weight_map |= dict.fromkeys(names[i::n_shards], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+OUTLIER_KINDS = ("norm", "ffn", "value", "residual")
+
+
+def write_outliers(folder: Path, *kinds: str, factor: int, seed: int, n_channels: int = 4) -> Path:
+    """f2llm-nano with `n_channels` outlier channels of each kind in every layer, powers of two up to `factor`.
+
+    'norm', 'ffn' and 'value' outliers leave the function as it is: what one tensor gains, its readers lose. 'residual'
+    ones are in the residual stream itself, which no scale reaches; they make another model.
+    """
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    shutil.copytree(NANO, folder)
+    tensors = {name: tensor.float() for name, tensor in load_torch(folder / "model.safetensors").items()}
+    rng = np.random.default_rng(seed)
+
+    def channels(width: int) -> list[tuple[int, float]]:
+        chosen = rng.choice(width, n_channels, replace=False)
+        return [(int(j), 2.0 ** int(rng.integers(4, int(np.log2(factor)) + 1))) for j in chosen]
+
+    for layer in (f"layers.{i}." for i in range(4)):
+        if "norm" in kinds:
+            for norm, readers in _NORM_READERS.items():
+                for j, by in channels(256):
+                    tensors[f"{layer}{norm}.weight"][j] *= by
+                    for reader in readers:
+                        tensors[f"{layer}{reader}.weight"][:, j] /= by
+        if "ffn" in kinds:
+            for j, by in channels(768):
+                tensors[f"{layer}mlp.up_proj.weight"][j] *= by
+                tensors[f"{layer}mlp.down_proj.weight"][:, j] /= by
+        if "value" in kinds:  # 4 heads of 64 share 2 KV heads
+            for j, by in channels(128):
+                tensors[f"{layer}self_attn.v_proj.weight"][j] *= by
+                for head in (2 * (j // 64), 2 * (j // 64) + 1):
+                    tensors[f"{layer}self_attn.o_proj.weight"][:, 64 * head + j % 64] /= by
+    if "residual" in kinds:
+        for j, by in channels(256):
+            tensors["embed_tokens.weight"][:, j] *= by
+            tensors["norm.weight"][j] /= by
+            for layer in (f"layers.{i}." for i in range(4)):
+                for writer in ("self_attn.o_proj", "mlp.down_proj"):
+                    tensors[f"{layer}{writer}.weight"][j] *= by
+                for norm in _NORM_READERS:
+                    tensors[f"{layer}{norm}.weight"][j] /= by
+    save_torch({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+_NORM_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
