@@ -51,7 +51,7 @@ def open_reference(
     if against.lower().startswith(("http://", "https://")):
         endpoint = open_endpoint(against, model=endpoint_model, key_env=api_key_env)
         against = endpoint.name
-        reference = _from_endpoint(endpoint, [prompted(text, header.prompts) for text in texts])
+        reference = _from_endpoint(endpoint, texts, header.prompts)
     elif suffix in _READERS:
         reference = _from_stored(Path(against), texts)
     elif suffix == ".gguf":
@@ -66,12 +66,16 @@ def open_reference(
     return lambda: _usable(against, reference.vectors(), texts)
 
 
-def _from_endpoint(endpoint: Endpoint, inputs: list[str]) -> Reference:
+def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Reference:
+    """Vectors of `endpoint`, which is asked for the first text's right away."""
+    inputs = [prompted(text, prompts) for text in texts]
+    first = _usable(endpoint.name, endpoint_vectors(endpoint, inputs[:1]), texts[:1])
+
     def vectors() -> Vectors:
         with progress(f"ask {endpoint.name}", len(inputs)) as advance:
             return endpoint_vectors(endpoint, inputs, on_progress=advance)
 
-    return Reference(endpoint_vectors(endpoint, inputs[:1]).shape[1], vectors)
+    return Reference(first.shape[1], vectors)
 
 
 def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Reference:
