@@ -133,12 +133,14 @@ def corpus_lines(path: Path, verdict: CorpusVerdict) -> list[str]:
     row += [f"{percent(verdict.lower)} to {percent(verdict.upper)}", percent(verdict.p95), percent(verdict.p99)]
     row += [f"{percent(verdict.worst)} ({verdict.worst_text})"]
     row += ["" if verdict.top10_overlap is None else f"{verdict.top10_overlap:.1%}", label(verdict.as_dict())]
-    n_documents = verdict.n - verdict.n_queries
-    pairs = f"{verdict.n_queries} queries and {n_documents} documents" if verdict.n_queries else f"{verdict.n} texts"
-    lines = [text_table(COLUMNS, [row]), "", f"similarity scores, {verdict.n_pairs} pairs of {pairs}"]
-    lines[-1] += f" ({verdict.n_duplicates} more are equal to one of them)" if verdict.n_duplicates else ""
-    lines += [
-        f"  move by {verdict.mean_score_shift:.4f} in the mean, {verdict.p95_score_shift:.4f} at the 95th percentile"
+    n_queries, n_documents = verdict.n_queries, verdict.n - verdict.n_queries
+    of = f"{n_queries} queries and {n_documents} documents" if n_queries and n_documents else f"{verdict.n} texts"
+    equal = f" ({verdict.n_duplicates} more rows repeat one of them)" if verdict.n_duplicates else ""
+    lines = [
+        text_table(COLUMNS, [row]),
+        "",
+        f"similarity scores, {verdict.n_pairs} pairs of {of}{equal}:",
+        f"  move by {verdict.mean_score_shift:.4f} in the mean, {verdict.p95_score_shift:.4f} at the 95th percentile",
     ]
     rows = [
         [f"{t.reference:.4f}", f"{t.kept:.2%}", f"{t.kept_unchanged:.2%}", _score(t.candidate)]

@@ -92,7 +92,8 @@ def embed_texts(
         chosen = [text for text, wanted in zip(texts, rows, strict=True) if wanted]
         if chosen:
             with warnings.catch_warnings(), _naming(chosen):
-                warnings.simplefilter("ignore", TruncationWarning)  # long texts are among them to be cut
+                if any(text.kind == "long" for text in chosen):  # which are there to be cut
+                    warnings.simplefilter("ignore", TruncationWarning)
                 vectors[rows] = encode([text.text for text in chosen], on_progress=on_progress)
     return vectors
 

@@ -17,7 +17,7 @@ _LOCK = click.option("--lock", "lock_path", type=click.Path(path_type=Path), hel
 
 def _require_number(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
     if any(number != number for number in (value if isinstance(value, tuple) else (value,))):
-        raise click.BadParameter("nan is no bound.")
+        raise click.BadParameter("nan is no number to compare with.")
     return value
 
 
@@ -198,6 +198,7 @@ def variant(
 @click.option("--endpoint-model", metavar="NAME", help="The model that a URL is asked for.")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable of a URL's key [default: OPENAI_API_KEY].")
 @_MAX_DRIFT
+@_POOLING
 @_DEVICE
 @_LOCK
 @_JSON
@@ -210,6 +211,7 @@ def verify(
     endpoint_model: str | None,
     api_key_env: str | None,
     max_drift: float,
+    pooling: str | None,
     device: str,
     lock_path: Path | None,
     as_json: bool,
@@ -238,7 +240,7 @@ def verify(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_reference(model, texts, lock_path),
+        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock_path),
         device=device,
         endpoint_model=endpoint_model,
         api_key_env=api_key_env,
@@ -294,7 +296,7 @@ def _settle(entry: Any, folder: Path | None, pooling: str | None) -> Any:
     return settle_facts(entry, path, pooling=pooling)
 
 
-def _checkpoint_reference(model: str, texts: Any, lock_path: Path | None) -> Any:
+def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
     """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
     from f2gguf.evals.against import Reference
     from f2gguf.evals.full_precision import choose_run, require_transformers
@@ -303,7 +305,7 @@ def _checkpoint_reference(model: str, texts: Any, lock_path: Path | None) -> Any
 
     require_transformers()
     entry, folder = _find(model, read_lock(lock_path))
-    facts = _settle(entry, folder, None)
+    facts = _settle(entry, folder, pooling)
     run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
     ids = reference_ids(facts, texts)
 

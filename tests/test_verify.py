@@ -183,6 +183,22 @@ def test_a_text_without_a_vector_is_named_by_its_id(nano_f16: Path, corpus: Path
     assert (result.exit_code, f"By id: {TEXTS[only_here].id}." in result.stderr) == (1, True), result.stderr
 
 
+def test_a_checkpoint_that_states_no_pooling_takes_it_from_the_flag(
+    nano_f16: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (copy_of(NANO, tmp_path / "model") / "modules.json").unlink()
+    arguments = (nano_f16, "--against", tmp_path / "model", "--corpus", corpus)
+    assert "State it with --pooling" in verify(*arguments).stderr
+    assert figures(*arguments, "--pooling", "last")["worst"] < 1e-4
+
+
+@pytest.mark.filterwarnings("always::f2gguf.runtime.errors.TruncationWarning")
+def test_texts_of_a_corpus_that_are_cut_are_said(nano_f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("short\n" + 3000 * "long " + "\n")
+    result = verify(nano_f16, "--against", nano_f16, "--corpus", tmp_path / "x.txt")
+    assert (result.exit_code, "warning: 1 of 2 texts are longer than" in result.stderr) == (0, True), result.stderr
+
+
 def test_an_endpoint_gets_prompts_key_and_model_and_its_order_is_by_index(
     api: Api, nano_f16: Path, corpus: Path
 ) -> None:
