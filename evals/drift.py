@@ -59,7 +59,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, drifts rounded to a millionth."""
-        return {**_rounded(asdict(self)), "holds": self.holds}
+        return {**rounded(asdict(self)), "holds": self.holds}
 
 
 def drift(candidate: Vectors, reference: Vectors) -> NDArray[np.float64]:
@@ -125,7 +125,8 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     if len(values) < 2:
         return float(values[0]), float(values[0])
     rng = np.random.default_rng(0)
-    found = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng, batch=1000)
+    batch = min(1000, 10_000_000 // len(values) + 1)  # resamples in memory at a time: 160 MB at most
+    found = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng, batch=batch)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
@@ -181,11 +182,12 @@ def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText], by: str) -> 
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """`value` with every float in it rounded to a millionth, tuples as lists."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value

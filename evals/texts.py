@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import TruncationWarning
+from f2gguf.runtime.errors import NoVector, TruncationWarning
 from numpy.typing import NDArray
 
 PATH = Path(__file__).with_name("texts.jsonl")
@@ -88,12 +89,23 @@ def embed_texts(
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
     queries = np.array([text.kind == "query" for text in texts], dtype=bool)
     for rows, encode in ((queries, model.encode_query), (~queries, model.encode_document)):
-        chosen = [text.text for text, wanted in zip(texts, rows, strict=True) if wanted]
+        chosen = [text for text, wanted in zip(texts, rows, strict=True) if wanted]
         if chosen:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TruncationWarning)  # long texts are among them to be cut
-                vectors[rows] = encode(chosen, on_progress=on_progress)
+            with warnings.catch_warnings(), _naming(chosen):
+                if any(text.kind == "long" for text in chosen):  # which are there to be cut
+                    warnings.simplefilter("ignore", TruncationWarning)
+                vectors[rows] = encode([text.text for text in chosen], on_progress=on_progress)
     return vectors
+
+
+@contextlib.contextmanager
+def _naming(texts: Sequence[EvalText]) -> Iterator[None]:
+    """Add to a `NoVector` the ids of the texts that have none."""
+    try:
+        yield
+    except NoVector as error:
+        names = ", ".join(texts[i].id for i in error.indices[:5])
+        raise NoVector(f"{error} By id: {names}.", error.indices, error.embeddings) from error
 
 
 def prompted(text: EvalText, prompts: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 from f2gguf.evals.cli import bench
-from f2gguf.runtime.cli import f2gguf
+from f2gguf.runtime.cli import COLUMN, f2gguf
 from f2gguf.runtime.console import Commands, progress, say
 from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
 
@@ -19,9 +19,9 @@ _DEVICE = click.option("--device", default="auto", show_default=True, help="auto
 _LOCK = click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Another models.lock.")
 
 
-def _require_number(_context: click.Context, _option: click.Parameter, value: float) -> float:
-    if value != value:
-        raise click.BadParameter("nan is no bound.")
+def _require_number(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
+    if any(number != number for number in (value if isinstance(value, tuple) else (value,))):
+        raise click.BadParameter("nan is no number to compare with.")
     return value
 
 
@@ -266,30 +266,76 @@ def variant(
 
 @quantize.command()
 @click.argument("candidate", type=_PATH)
-@click.option("--against", required=True, metavar="FILE|MODEL", help="The F16 file, or a checkpoint for transformers.")
+@click.option("--against", required=True, metavar="FILE|MODEL|URL", help="The reference, as said above.")
+@click.option("--corpus", metavar="FILE", help="Texts of your own: .txt, .jsonl or .csv.")
+@COLUMN
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=click.FloatRange(-1, 1),
+    multiple=True,
+    callback=_require_number,
+    help="A similarity at which you cut; again for more [default: quantiles].",
+)
+@click.option("--endpoint-model", metavar="NAME", help="The model that a URL is asked for.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable of a URL's key [default: OPENAI_API_KEY].")
 @_MAX_DRIFT
+@_POOLING
 @_DEVICE
 @_LOCK
 @_JSON
-def verify(candidate: Path, against: str, max_drift: float, device: str, lock_path: Path | None, as_json: bool) -> None:
-    """Measure the drift of a file, against another GGUF file or against its checkpoint run by transformers."""
+def verify(
+    candidate: Path,
+    against: str,
+    corpus: str | None,
+    column: str,
+    thresholds: tuple[float, ...],
+    endpoint_model: str | None,
+    api_key_env: str | None,
+    max_drift: float,
+    pooling: str | None,
+    device: str,
+    lock_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the drift of a file against a reference.
+
+    --against takes another GGUF file; a MODEL, which transformers runs in float32, layer by layer where it does not fit
+    the memory; a .npy or .safetensors file of vectors in the order of the texts; or the URL of an OpenAI-compatible
+    endpoint. --corpus measures on texts of your own, and how far their similarity scores and thresholds move; rows with
+    "kind": "query" are queries.
+    """
+    from f2gguf.evals.against import open_reference
+    from f2gguf.evals.conversion import as_json as json_text
+    from f2gguf.evals.corpus import corpus_lines, judge_corpus, read_corpus
     from f2gguf.evals.drift import judge
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
     from f2gguf.runtime import Embedder
+    from f2gguf.runtime.header import read_header
 
-    with Embedder(candidate, device=device) as model:
-        dims = model.header.dims
-        texts = claimed_texts(load_texts(), model.header.languages)
-        with progress(f"measure {candidate.name}", len(texts)) as advance:
-            vectors = embed_texts(model, texts, advance)
-    if against.endswith(".gguf"):
-        with Embedder(against, device=device) as model, progress(f"measure {against}", len(texts)) as advance:
-            reference = embed_texts(model, texts, advance)
-    else:
-        reference = _checkpoint_vectors(against, texts, lock_path)
-    verdict = judge(vectors, reference, texts, dims=dims, max_drift=max_drift)
+    if thresholds and not corpus:
+        raise WrongUsage("--threshold: is measured on texts of your own. Name them with --corpus.")
+    header = read_header(candidate)
+    header.require_pooling()
+    texts = read_corpus(corpus, column=column) if corpus else claimed_texts(load_texts(), header.languages)
+    reference = open_reference(
+        against,
+        texts,
+        header,
+        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock_path),
+        device=device,
+        endpoint_model=endpoint_model,
+        api_key_env=api_key_env,
+    )
+    with Embedder(candidate, device=device) as model, progress(f"measure {candidate.name}", len(texts)) as advance:
+        vectors = embed_texts(model, texts, advance)
+    if corpus:
+        on_corpus = judge_corpus(vectors, reference(), texts, thresholds=thresholds, max_drift=max_drift)
+        click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
+        return _require_bound(candidate, on_corpus)
+    verdict = judge(vectors, reference(), texts, dims=header.dims, max_drift=max_drift)
     _show_verdict(candidate, verdict.as_dict(), as_json)
-    _require_bound(candidate, verdict)
+    return _require_bound(candidate, verdict)
 
 
 @quantize.command()
@@ -334,17 +380,24 @@ def _settle(entry: Any, folder: Path | None, pooling: str | None) -> Any:
     return settle_facts(entry, path, pooling=pooling)
 
 
-def _checkpoint_vectors(model: str, texts: Any, lock_path: Path | None) -> Any:
-    from f2gguf.evals.conversion import require_transformers, transformers_vectors
+def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
+    """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
+    from f2gguf.evals.against import Reference
+    from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.lock import read_lock
     from f2gguf.quantize.readback import reference_ids
 
     require_transformers()
     entry, folder = _find(model, read_lock(lock_path))
-    facts = _settle(entry, folder, None)
-    with progress("run the checkpoint", len(texts)) as advance:
-        ids = reference_ids(facts, texts)
-        return transformers_vectors(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
+    facts = _settle(entry, folder, pooling)
+    run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
+    ids = reference_ids(facts, texts)
+
+    def vectors() -> Any:
+        with progress(f"run {facts.name}, {name}", len(texts)) as advance:
+            return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
+
+    return Reference(facts.n_embd, vectors)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ F2ggufError
 ├── OutputError              an output that cannot be written
 ├── DeviceMissing            this build of llama.cpp lacks the device
 ├── DownloadFailed           the Hub did not give the files
+├── EndpointFailed           an embeddings endpoint gave no vectors
 ├── BenchFailed              a side of `f2gguf bench` did not run
+├── MemoryMissing            a model does not fit this machine's memory
 ├── ExtraMissing             an optional dependency is not installed
 ├── OverBound                exit 3: measured, and over the bound (every file was written)
 └── OutOfReach               exit 3: no file can be that small
@@ -150,7 +152,15 @@ class DownloadFailed(F2ggufError):
     pass
 
 
+class EndpointFailed(F2ggufError):
+    pass
+
+
 class BenchFailed(F2ggufError):
+    pass
+
+
+class MemoryMissing(F2ggufError):
     pass
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from f2gguf.runtime.embedder import Embeddings
 
 Id = str | int
+Row = tuple[Id | None, str, object]  # id, text, kind
 
 
 @dataclass(frozen=True)
@@ -27,29 +28,31 @@ class Texts:
 
     ids: tuple[Id, ...]
     texts: tuple[str, ...]
+    kinds: tuple[str, ...]  # what a .jsonl or .csv states under "kind", or ""
     has_ids: bool = False
 
     def without(self, indices: Iterable[int]) -> Texts:
         """All texts but those at `indices`."""
         left_out = set(indices)
         kept = [i for i in range(len(self.texts)) if i not in left_out]
-        return Texts(tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept), self.has_ids)
+        ids, texts = tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept)
+        return Texts(ids, texts, tuple(self.kinds[i] for i in kept), self.has_ids)
 
 
 def from_arguments(texts: Iterable[str]) -> Texts:
     chosen = tuple(texts)
-    return Texts(tuple(range(len(chosen))), chosen)
+    return Texts(tuple(range(len(chosen))), chosen, ("",) * len(chosen))
 
 
 def read_texts(source: str, *, column: str = "text") -> Texts:
     """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (header row) file; '-' is stdin, as lines.
 
-    `column` names the key or column of the text; "id" is kept where there is one. Raises `InputError` with file and
-    line for what does not parse.
+    `column` names the key or column of the text; "id" and "kind" are kept where there are any. Raises `InputError` with
+    file and line for what does not parse.
     """
     if source == "-":
         content = _decode("stdin", sys.stdin.buffer.read())
-        return from_arguments(text for _, text in _read_lines(Path("stdin"), content, column))
+        return from_arguments(text for _, text, _ in _read_lines(Path("stdin"), content, column))
     path = Path(source)
     readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -59,9 +62,10 @@ def read_texts(source: str, *, column: str = "text") -> Texts:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
     rows = list(readers[path.suffix.lower()](path, content, column))
-    has_ids = any(row_id is not None for row_id, _ in rows)
-    ids = tuple(i if row_id is None else row_id for i, (row_id, _) in enumerate(rows))
-    return Texts(ids, tuple(text for _, text in rows), has_ids)
+    has_ids = any(row_id is not None for row_id, _, _ in rows)
+    ids = tuple(i if row_id is None else row_id for i, (row_id, _, _) in enumerate(rows))
+    kinds = tuple(kind if isinstance(kind, str) else "" for _, _, kind in rows)
+    return Texts(ids, tuple(text for _, text, _ in rows), kinds, has_ids)
 
 
 def require_output(path: Path, *, force: bool) -> None:
@@ -137,13 +141,13 @@ def _decode(name: str, data: bytes) -> str:
         raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
 
 
-def _read_lines(_path: Path, content: str, _column: str) -> Iterator[tuple[None, str]]:
+def _read_lines(_path: Path, content: str, _column: str) -> Iterator[Row]:
     # only real line ends: str.splitlines would split at U+2028 and form feeds, which are part of a text
     for line in io.StringIO(content, newline=None):
-        yield None, line.rstrip("\n")
+        yield None, line.rstrip("\n"), None
 
 
-def _read_jsonl(path: Path, content: str, column: str) -> Iterator[tuple[Id | None, str]]:
+def _read_jsonl(path: Path, content: str, column: str) -> Iterator[Row]:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -156,10 +160,10 @@ def _read_jsonl(path: Path, content: str, column: str) -> Iterator[tuple[Id | No
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             found = f"keys {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise InputError(f"{where}: has no text under {column!r} ({found}). Name the key with --column.")
-        yield _valid_id(where, row.get("id")), _valid_text(where, row[column])
+        yield _valid_id(where, row.get("id")), _valid_text(where, row[column]), row.get("kind")
 
 
-def _read_csv(path: Path, content: str, column: str) -> Iterator[tuple[Id | None, str]]:
+def _read_csv(path: Path, content: str, column: str) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), len(content)))
     rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
@@ -169,7 +173,7 @@ def _read_csv(path: Path, content: str, column: str) -> Iterator[tuple[Id | None
         for row in rows:
             if row[column] is None or None in row:
                 raise InputError(f"{path}, line {rows.line_num}: has another number of fields than the header row.")
-            yield row.get("id"), row[column]
+            yield row.get("id"), row[column], row.get("kind")
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.reader.line_num}: does not parse as CSV: {error}.") from error
 

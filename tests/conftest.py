@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import MINILM, NANO, write_tiny
+from endpoint import Api, serving
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts, settle_facts
 from f2gguf.quantize.lock import Entry, read_lock
@@ -84,6 +85,13 @@ def nano(nano_f16: Path) -> Iterator[Embedder]:
 def minilm(minilm_f16: Path) -> Iterator[Embedder]:
     with Embedder(minilm_f16) as model:
         yield model
+
+
+@pytest.fixture
+def api(nano: Embedder) -> Iterator[Api]:
+    """An endpoint that embeds with nano's F16 file, texts as they are."""
+    with serving(nano.encode) as api:
+        yield api
 
 
 @pytest.fixture

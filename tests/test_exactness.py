@@ -62,7 +62,7 @@ def test_a_shared_prompt_changes_nothing(full_precision: Embedder) -> None:
     "n_tokens", [MIN_FLASH - 1, MIN_FLASH, LastTokenContext.batch_tokens + 1, N_UBATCH, N_UBATCH + 1, 1900]
 )
 def test_texts_of_several_passes_equal_transformers(nano: Embedder, n_tokens: int) -> None:
-    from f2gguf.evals.conversion import transformers_vectors
+    from f2gguf.evals.full_precision import transformers_vectors
 
     text = " ".join(ALL)
     with Embedder(nano.header.path, max_tokens=n_tokens) as model:
@@ -76,7 +76,7 @@ def test_texts_of_several_passes_equal_transformers(nano: Embedder, n_tokens: in
 @pytest.mark.filterwarnings("ignore::f2gguf.runtime.errors.TruncationWarning")
 def test_mean_pooling_of_a_causal_model_sees_all_of_a_long_text(tmp_path: Path) -> None:
     """llama.cpp pools each pass by itself: the text must fit one."""
-    from f2gguf.evals.conversion import transformers_vectors
+    from f2gguf.evals.full_precision import transformers_vectors
 
     folder = copy_of(NANO, tmp_path / "mean")
     edit_json(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=True, pooling_mode_lasttoken=False)

@@ -200,9 +200,10 @@ def test_without_transformers_the_stored_vectors_are_the_reference(nano_release:
 
 
 def test_what_cannot_be_checked_is_said(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from f2gguf.evals import conversion
+    from f2gguf.evals import conversion, full_precision
 
-    monkeypatch.setattr(conversion, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(full_precision, "available_memory_bytes", lambda: 1)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     check = conversion.check_conversion(
         np.ones((1, 2), np.float32),
         [],
@@ -213,7 +214,7 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path, run: Run, monkeypatch: p
         pooling="last",
     )
     assert (check.reference, check.holds) == ("not checked", None)
-    assert "need 5 GB" in check.why
+    assert "need 5.0 GB" in check.why
 
 
 def test_plan_is_what_llama_cpp_writes_and_names_fallbacks(tiny: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_scales_are_powers_of_two(nano_study: Study) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("kind", ["norm", "ffn", "value"])
 def test_outliers_in_channels_cost_nothing(kind: str, seed: int, tmp_path: Path, studied: Studied) -> None:
-    """Outliers of 16 to 512 that leave the function alone: under 0.5% at the stock size; the stock recipe drifts more."""
+    """Outliers of 16 to 512 that leave the function alone: under 0.5% at the stock size, unlike the stock recipe."""
     source = tmp_path / "outliers-F16.gguf"
     convert(facts_of(write_outliers(tmp_path / "outliers", kind, factor=512, seed=seed)), source)
     study = studied(source)

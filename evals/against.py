@@ -1,0 +1,143 @@
+"""What a file is measured against: another file, stored vectors, an endpoint, or its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from f2gguf.evals.endpoint import Endpoint, endpoint_vectors, open_endpoint
+from f2gguf.evals.texts import EvalText, embed_texts, prompted
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.console import progress
+from f2gguf.runtime.engine import is_usable
+from f2gguf.runtime.errors import InputError, WrongUsage, parsing
+from f2gguf.runtime.header import Header, read_header
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.floating[Any]]
+STORED_KEY = "embeddings"  # as `f2gguf embed -o` names them
+_EMBED_AGAIN = "Write it with `f2gguf embed -o`, or another tool, a row for each text."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Vectors to come, a row for each text: their width, and the function that makes them, (n_texts, n_embd)."""
+
+    n_embd: int
+    vectors: Callable[[], Vectors]
+
+
+def open_reference(
+    against: str,
+    texts: Sequence[EvalText],
+    header: Header,
+    *,
+    run_checkpoint: Callable[[str], Reference],
+    device: str = "auto",
+    endpoint_model: str | None = None,
+    api_key_env: str | None = None,
+) -> Callable[[], Vectors]:
+    """Find out what `against` is and whether it can be the reference of the file with `header`.
+
+    A URL, a .npy or .safetensors file, a .gguf file, or else a model for `run_checkpoint`. What is wrong with it is
+    raised here, before any work; the function that is returned does the work, and raises `InputError` for a text whose
+    vector is not finite.
+    """
+    suffix = Path(against).suffix.lower()
+    if against.lower().startswith(("http://", "https://")):
+        endpoint = open_endpoint(against, model=endpoint_model, key_env=api_key_env)
+        against = endpoint.name
+        reference = _from_endpoint(endpoint, texts, header.prompts)
+    elif suffix in _READERS:
+        reference = _from_stored(Path(against), texts)
+    elif suffix == ".gguf":
+        reference = _from_file(Path(against), texts, device)
+    else:
+        reference = run_checkpoint(against)
+    if reference.n_embd != header.n_embd:
+        raise WrongUsage(
+            f"{against}: gives vectors of width {reference.n_embd}, and {header.path} of {header.n_embd}. "
+            "Pass the same model at its full width (--against)."
+        )
+    return lambda: _usable(against, reference.vectors(), texts)
+
+
+def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Reference:
+    """Vectors of `endpoint`, which is asked for the first text's right away."""
+    inputs = [prompted(text, prompts) for text in texts]
+    first = _usable(endpoint.name, endpoint_vectors(endpoint, inputs[:1]), texts[:1])
+
+    def vectors() -> Vectors:
+        with progress(f"ask {endpoint.name}", len(inputs)) as advance:
+            return endpoint_vectors(endpoint, inputs, on_progress=advance)
+
+    return Reference(first.shape[1], vectors)
+
+
+def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Reference:
+    header = read_header(path)
+    header.require_pooling()
+
+    def vectors() -> Vectors:
+        with Embedder(path, device=device) as model, progress(f"measure {path.name}", len(texts)) as advance:
+            return embed_texts(model, texts, advance)
+
+    return Reference(header.n_embd, vectors)
+
+
+def _from_stored(path: Path, texts: Sequence[EvalText]) -> Reference:
+    """Vectors of a file, in the order of `texts`; ids are compared where the file has them."""
+    try:
+        with parsing(path, InputError, _EMBED_AGAIN):
+            vectors, ids = _READERS[path.suffix.lower()](path)
+            shape, is_float = vectors.shape, np.issubdtype(vectors.dtype, np.floating)
+    except (OSError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}. {_EMBED_AGAIN}"
+        ) from error
+    if len(shape) != 2 or not is_float:
+        raise InputError(
+            f"{path}: holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd). {_EMBED_AGAIN}"
+        )
+    if len(vectors) != len(texts):
+        raise InputError(f"{path}: holds {len(vectors)} vectors, and {len(texts)} texts are judged. {_EMBED_AGAIN}")
+    for i, text in enumerate(texts if ids else ()):
+        if len(ids) != len(texts) or str(ids[i]) != text.id:
+            found = repr(ids[i]) if i < len(ids) else "no id"
+            raise InputError(f"{path}: row {i + 1} is of {found}, but text {i + 1} is {text.id!r}. {_EMBED_AGAIN}")
+    _usable(str(path), vectors, texts)
+    return Reference(shape[1], lambda: vectors)
+
+
+def _read_npy(path: Path) -> tuple[Vectors, list[Any]]:
+    ids_path = path.with_suffix(".ids.jsonl")
+    lines = ids_path.read_text(encoding="utf-8").split("\n") if ids_path.exists() else []
+    return np.load(path, mmap_mode="r"), [json.loads(line) for line in lines if line]
+
+
+def _read_safetensors(path: Path) -> tuple[Vectors, list[Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ids = json.loads((file.metadata() or {}).get("ids", "[]"))
+            return file.get_tensor(STORED_KEY), list(ids)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+_READERS: dict[str, Callable[[Path], tuple[Vectors, list[Any]]]] = {
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+}
+
+
+def _usable(name: str, vectors: Vectors, texts: Sequence[EvalText]) -> Vectors:
+    """`vectors`, or `InputError` with the texts whose vector is not finite, or zero."""
+    if bad := [text.id for text, good in zip(texts, is_usable(vectors), strict=True) if not good]:
+        raise InputError(f"{name}: {len(bad)} of {len(texts)} texts have no finite vector: {', '.join(bad[:5])}.")
+    return vectors

@@ -1,0 +1,181 @@
+"""The checkpoint run by transformers in float32: whole, or layer by layer where its weights do not fit the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
+from numpy.typing import NDArray
+
+TRANSFORMERS = "transformers float32"
+LAYER_BY_LAYER = f"{TRANSFORMERS}, layer by layer"
+Ids = NDArray[np.int32]
+Progress = Callable[[int], None] | None
+_TOKEN_TABLE = "embed_tokens.weight"
+
+
+class Run(Protocol):
+    """Token ids of texts to vectors of the checkpoint in `folder`, (n_texts, n_embd) float32, L2-normalised."""
+
+    def __call__(
+        self, folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
+    ) -> NDArray[np.float32]: ...
+
+
+def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
+    """The way to run a checkpoint that this machine's memory allows, and its name.
+
+    Raises `ExtraMissing` without transformers, `MemoryMissing` for a model that neither fits nor can be run in layers.
+    """
+    require_transformers()
+    needed_bytes, free_bytes = 5 * n_parameters, available_memory_bytes()  # float32 weights, and room for activations
+    if needed_bytes < free_bytes:
+        return transformers_vectors, TRANSFORMERS
+    kind = _read_config(folder).get("model_type")
+    if kind == "qwen3":
+        return streamed_vectors, LAYER_BY_LAYER
+    raise MemoryMissing(
+        f"the checkpoint's float32 weights need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are "
+        f"free, and a {kind} model is not run layer by layer: use a machine with more memory"
+    )
+
+
+def require_transformers() -> None:
+    """Raise `ExtraMissing` unless checkpoints can be run by transformers."""
+    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+        raise ExtraMissing(f"{' and '.join(missing)} not installed. Run: pip install 'f2gguf[evals]'")
+
+
+def transformers_vectors(
+    folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
+) -> NDArray[np.float32]:
+    """A `Run` with all weights in memory, text by text."""
+    import torch
+    from transformers import AutoModel
+
+    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    model = AutoModel.from_pretrained(folder, config=_model_config(_read_config(folder)), **options).eval()
+    rows = []
+    with torch.inference_mode():
+        for ids in token_ids:
+            states = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0]
+            rows.append(_pooled(states, pooling))
+            if on_progress:
+                on_progress(1)
+    return np.stack(rows)
+
+
+def streamed_vectors(
+    folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
+) -> NDArray[np.float32]:
+    """A `Run` of a qwen3 checkpoint with one layer in memory: all texts go through it, then the next takes its place.
+
+    The layer is the only one of a model whose own forward makes masks and positions. Texts whose hidden states do not
+    fit half of the free memory go in several rounds.
+    """
+    import torch
+    from transformers import AutoModel
+
+    stated, stored = _read_config(folder), _stored_tensors(folder)
+    n_layers, row_bytes = stated["num_hidden_layers"], 4 * stated["hidden_size"]
+    unused: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "layer_types"))
+    one_layer = {**stated, **unused, "num_hidden_layers": 1, "vocab_size": 1, "use_cache": False}
+    model = AutoModel.from_config(_model_config(one_layer)).float().eval()  # type: ignore[no-untyped-call]
+    norm, model.norm = model.norm, torch.nn.Identity()
+    rows, n_steps = [], 0
+    with torch.inference_mode():
+        _load_weights(norm, "norm.", stored)
+        for texts in _rounds(token_ids, max_tokens=available_memory_bytes() // 2 // row_bytes):
+            states = _token_rows(texts, stored)  # of each text, (n_tokens, n_embd)
+            for layer in range(n_layers):
+                _load_weights(model.layers[0], f"layers.{layer}.", stored)
+                for i in range(len(texts)):
+                    states[i] = model(inputs_embeds=states[i][None]).last_hidden_state[0]
+                    n_steps += 1
+                    if on_progress and n_steps % n_layers == 0:
+                        on_progress(1)
+            rows += [_pooled(norm(state), pooling) for state in states]
+    return np.stack(rows)
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process could take: MemAvailable on Linux, the whole memory elsewhere."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _pooled(states: Any, pooling: str) -> Any:
+    """One vector of length 1 from a text's hidden states, (n_tokens, n_embd) -> (n_embd,)."""
+    import torch
+
+    vector = {"last": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
+    return torch.nn.functional.normalize(vector, dim=0).numpy()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_bytes()))
+
+
+def _model_config(stated: dict[str, Any]) -> Any:
+    """transformers' configuration. F2LLM-v2-80M lists 28 layer_types for its 8 layers, which transformers refuses."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if len(stated.get("layer_types") or ()) != stated["num_hidden_layers"]:
+        stated.pop("layer_types", None)
+    return AutoConfig.for_model(**stated)
+
+
+def _rounds(token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[Ids]]:
+    """The texts in order, in lists of at most `max_tokens` tokens; a longer text is a list of its own."""
+    texts: list[Ids] = []
+    for ids in token_ids:
+        if texts and sum(map(len, texts)) + len(ids) > max_tokens:
+            yield texts
+            texts = []
+        texts.append(ids)
+    yield texts
+
+
+def _stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name of each tensor, without the "model." that some exports put in front -> its file, and its name there."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = json.loads(index.read_bytes())["weight_map"]
+    else:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    return {name.removeprefix("model."): (folder / file, name) for name, file in files.items()}
+
+
+def _load_weights(module: Any, prefix: str, stored: dict[str, tuple[Path, str]]) -> None:
+    """Overwrite the parameters of `module` with the stored tensors of its place in the model."""
+    from safetensors import safe_open
+
+    for name, parameter in module.named_parameters():
+        path, stored_name = stored[prefix + name]
+        with safe_open(path, framework="pt") as file:
+            parameter.copy_(file.get_tensor(stored_name))
+
+
+def _token_rows(texts: Sequence[Ids], stored: dict[str, tuple[Path, str]]) -> list[Any]:
+    """The token table's rows of each text, float32; no other row is read."""
+    import torch
+    from safetensors import safe_open
+
+    path, name = stored[_TOKEN_TABLE]
+    with safe_open(path, framework="pt") as file:
+        table = file.get_slice(name)
+        return [torch.stack([table[int(token)] for token in ids]).float() for ids in texts]
