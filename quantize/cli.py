@@ -244,14 +244,17 @@ def variant(
     weights = Weights(source)  # no such file is said before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
+    imatrix_path = path.with_suffix(".imatrix.gguf")
     with _work_folder(path) as work:
         options = {
-            "imatrix_path": path.with_suffix(".imatrix.gguf"),
+            "imatrix_path": imatrix_path,
             "work": work,
             "calibration": calibration,
             "given_imatrix": imatrix,
             "device": device,
         }
+        if not (recipe_path or stock):
+            require_absent(imatrix_path, force=force or imatrix == imatrix_path)
         chosen, used = _recipes(weights, name, recipe_path, stock, (max_drift, max_size), options)
         with Embedder(source, device=device) as model:
             texts = claimed_texts(load_texts(), model.header.languages)
@@ -260,7 +263,8 @@ def variant(
         measurement = Measurement(texts, reference, max_drift, device, progress)
         verdict = settle(weights, path, chosen, used, measurement=measurement)
     _show_verdict(path, verdict.as_dict(), as_json)
-    click.echo(str(path), err=as_json)
+    for written in [path] if recipe_path or stock else [imatrix_path, path]:
+        click.echo(str(written), err=as_json)
     _require_bound(path, verdict)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from f2gguf.evals.texts import EvalText, texts_sha256
@@ -249,7 +250,7 @@ def _require_match(path: Path, imatrix: dict[str, Rows], source: Weights) -> Non
 
 
 def _save(path: Path, stamp: str, activations: Activations) -> None:
-    arrays = {f"sums/{name}": values for name, values in activations.sums.items()}
+    arrays: dict[str, NDArray[Any]] = {f"sums/{name}": values for name, values in activations.sums.items()}
     arrays |= {f"samples/{name}": values for name, values in activations.samples.items()}
     names = list(activations.sums)
     arrays |= {
