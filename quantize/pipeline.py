@@ -24,6 +24,7 @@ from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts,
 from f2gguf.quantize.card import write_release
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.golden import golden_stamps, stamp_golden
 from f2gguf.quantize.readback import read_back, reference_ids
 from f2gguf.quantize.stamp import stamp
 from f2gguf.quantize.variants import plan_variant, quantize_gguf
@@ -105,7 +106,8 @@ def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
 def convert_checked(
     facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]
 ) -> list[str]:
-    """Convert to `path` and read it back; gives the texts that stock llama.cpp splits differently."""
+    """Convert to `path`, read it back, and fill in its golden vectors; gives the texts that stock llama.cpp splits
+    differently."""
     with progress(f"convert {path.name}", 2 * facts.checkpoint.n_parameters) as advance:
         conversion = convert(facts, path, dtype=dtype, on_progress=advance)
     say(f"{dtype.upper()}: {conversion.n_tensors} tensors, {format_size(conversion.size_bytes)}")
@@ -115,7 +117,10 @@ def convert_checked(
     n_zeroed = sum(loss.n_zeroed for loss in conversion.losses)
     if n_zeroed:
         say(f"  {n_zeroed} values are too small for F16 and became zero, in {len(conversion.losses)} tensors")
-    return read_back(path, facts, texts)
+    differing = read_back(path, facts, texts)
+    if n_without := stamp_golden(path):
+        say(f"  {n_without} golden texts have no finite vector in {dtype.upper()}, and are not compared later")
+    return differing
 
 
 def measure_variant(
@@ -151,9 +156,15 @@ def measure_variant(
         with Embedder(part, device=device) as model, progress(f"measure {variant}", len(texts)) as advance:
             vectors = embed_texts(model, texts, advance)
             verdict = judge(vectors, reference, texts, dims=model.header.dims, max_drift=max_drift)
+            cosines = golden_stamps(model)
         stamp(
             part,
-            {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds},
+            {
+                keys.KEY_MEAN_DRIFT: verdict.mean,
+                keys.KEY_UPPER_DRIFT: verdict.upper,
+                keys.KEY_HOLDS: verdict.holds,
+                **cosines,
+            },
         )
         before_rename(part, verdict)
     return verdict
