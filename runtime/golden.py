@@ -43,11 +43,11 @@ class Golden:
     @property
     def is_compared(self) -> NDArray[np.bool_]:
         """Which texts have a reference vector, (n_texts,)."""
-        return self.vectors.any(axis=1)
+        return np.asarray(self.vectors.any(axis=1))
 
     def cosines_of(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         """Cosines of L2-normalised `vectors` (n_texts, n_embd) with the reference, NaN for a NaN row, (n_texts,)."""
-        return np.einsum("ij,ij->i", vectors, self.vectors, dtype=np.float64)
+        return np.asarray(np.einsum("ij,ij->i", vectors, self.vectors, dtype=np.float64))
 
 
 def has_golden(header: Header) -> bool:
