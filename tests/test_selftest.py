@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import NANO, copy_of
 from conftest import Release, Run, facts_of
+from f2gguf.evals.drift import drift
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.golden import PROBES, stamp_golden
 from f2gguf.quantize.readback import checkpoint_ids
@@ -81,7 +82,7 @@ def spoil(values: np.ndarray) -> None:
 
 MEAN, CLS, LAST = (struct.pack("<I", number) for number in (1, 2, 3))
 DAMAGES = [
-    ("nano", "Q8_0", swap_tokens("Ġthe", "Ġand"), "tokenizer", "text 4 ('A lighthouse keeper"),
+    ("nano", "Q8_0", swap_tokens("Ġthe", "Ġand"), "tokenizer", "text 1 ('how do I keep bread"),
     ("minilm", "Q8_0", swap_tokens("▁the", "▁and"), "tokenizer", "texts are split differently"),
     ("nano", "F16", overwrite("tokenizer.ggml.add_eos_token", b"\0"), "closing token", "16 of 16 texts end with"),
     (
@@ -168,10 +169,10 @@ def test_header_holds_the_checkpoints_ids_and_the_files_vectors(
         assert max(map(len, checkpoint_ids(facts, samples))) > 512  # type: ignore[arg-type]
         reference = require_golden(read_header(releases[name].file("F16")))
         np.testing.assert_array_equal(found.vectors, reference.vectors)
+        kept = [i for i, sample in enumerate(samples) if len(sample) < 200]
         with Embedder(releases[name].file("F16")) as model:
-            vectors = model.encode([sample for sample in samples if len(sample) < 200])
-        kept = [len(sample) < 200 for sample in samples]
-        np.testing.assert_allclose(vectors, reference.vectors[kept], atol=1e-5)
+            vectors = model.encode([samples[i] for i in kept])
+        assert drift(vectors, reference.vectors[kept]).max() < 1e-6
 
 
 def test_a_file_without_golden_vectors_works_and_says_so(nano_release: Release, tmp_path: Path, run: Run) -> None:
