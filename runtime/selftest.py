@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
 # How much lower a cosine may be than the maker's: this, and half of the drift that the maker had. 16-bit files move by
-# less than 1e-6 on any CPU path; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files move with the
-# kernels, and the more the further they drift: of 585 texts, alone instead of together, all-MiniLM-L6-v2's Q8_0 moved by
-# up to 0.0004 and its Q4_K_M by 0.0023, and none drifted 1.5 times as far; of the probes, its Q4_0 by 0.0003.
+# less than 1e-6 on the CPU; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files move with the
+# kernels, and the more the further they drift: of 585 texts, alone instead of together, all-MiniLM-L6-v2's Q8_0 moved
+# by up to 0.0004 and its Q4_K_M by 0.0023, and none drifted 1.5 times as far; of the probes, its Q4_0 by 0.0003.
 TOLERANCE, DRIFT_SHARE = 0.002, 0.5
 _AGAIN = "Download the file again, or make it again with `quantize all`."
 
