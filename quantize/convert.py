@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from f2gguf.quantize.checkpoint import StoredTensor
 from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.golden import add_golden
 from f2gguf.quantize.stamp import stamp
 from f2gguf.runtime import header as keys
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
@@ -250,6 +251,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
         writer.add_string(keys.KEY_NORMALIZER, vocabulary.normalizer)
     if vocabulary.special_tokens:
         writer.add_array(keys.KEY_SPECIAL_TOKENS, vocabulary.special_tokens)
+    add_golden(writer, facts)
     _add_vocabulary(writer, facts)
 
 

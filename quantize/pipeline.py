@@ -25,6 +25,7 @@ from f2gguf.quantize.calibration import load_calibration
 from f2gguf.quantize.card import write_release
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.golden import stamp_golden
 from f2gguf.quantize.plan import plan_variant
 from f2gguf.quantize.readback import read_back, reference_ids
 from f2gguf.quantize.recipe import Recipe
@@ -114,7 +115,8 @@ def make_release(job: Job, variants: Sequence[str]) -> dict[str, Any]:
 def convert_checked(
     facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]
 ) -> list[str]:
-    """Convert to `path` and read it back; gives the texts that stock llama.cpp splits differently."""
+    """Convert to `path`, read it back, and fill in its golden vectors; gives the texts that stock llama.cpp splits
+    differently."""
     with progress(f"convert {path.name}", 2 * facts.checkpoint.n_parameters) as advance:
         conversion = convert(facts, path, dtype=dtype, on_progress=advance)
     say(f"{dtype.upper()}: {conversion.n_tensors} tensors, {format_size(conversion.size_bytes)}")
@@ -124,7 +126,10 @@ def convert_checked(
     n_zeroed = sum(loss.n_zeroed for loss in conversion.losses)
     if n_zeroed:
         say(f"  {n_zeroed} values are too small for F16 and became zero, in {len(conversion.losses)} tensors")
-    return read_back(path, facts, texts)
+    differing = read_back(path, facts, texts)
+    if n_without := stamp_golden(path):
+        say(f"  {n_without} golden texts have no finite vector in {dtype.upper()}, and are not compared later")
+    return differing
 
 
 def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> dict[str, Any]:

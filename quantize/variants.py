@@ -9,6 +9,7 @@ from pathlib import Path
 from f2gguf.evals.drift import Vectors, Verdict, judge
 from f2gguf.evals.texts import EvalText, embed_texts
 from f2gguf.quantize.assemble import Imatrix, Value, assemble
+from f2gguf.quantize.golden import golden_stamps
 from f2gguf.quantize.plan import VARIANTS, plan_variant
 from f2gguf.quantize.recipe import Recipe
 from f2gguf.quantize.rescale import scaled_imatrix, scales
@@ -83,12 +84,11 @@ def settle(
     recipe: Recipe | None = next(recipes)
     with writing(target) as part:
         while recipe:
-            settled, verdict = recipe, _make_and_judge(weights, part, recipe, imatrix, measurement)
+            settled = recipe
+            verdict, cosines = _make_and_judge(weights, part, recipe, imatrix, measurement)
             recipe = _after(recipes, verdict)
-        stamp(
-            part,
-            {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper, keys.KEY_HOLDS: verdict.holds},
-        )
+        measured = {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper}
+        stamp(part, {**measured, keys.KEY_HOLDS: verdict.holds, **cosines})
         before_rename(part, settled, verdict)
     return verdict
 
@@ -102,7 +102,8 @@ def _after(recipes: Recipes, verdict: Verdict) -> Recipe | None:
 
 def _make_and_judge(
     weights: Weights, part: Path, recipe: Recipe, imatrix: Imatrix, measurement: Measurement
-) -> Verdict:
+) -> tuple[Verdict, dict[str, list[float]]]:
+    """The verdict on `recipe`, and the golden vectors' cosines to stamp into the file."""
     variant, texts = recipe.variant, measurement.texts
     placeholders: dict[str, Value] = {
         keys.KEY_MEAN_DRIFT: 0.0,
@@ -118,5 +119,5 @@ def _make_and_judge(
         measurement.progress(f"measure {variant}", len(texts)) as advance,
     ):
         vectors = embed_texts(model, texts, advance)
-        dims = model.header.dims
-    return judge(vectors, measurement.reference, texts, dims=dims, max_drift=measurement.max_drift)
+        dims, cosines = model.header.dims, golden_stamps(model)
+    return judge(vectors, measurement.reference, texts, dims=dims, max_drift=measurement.max_drift), cosines

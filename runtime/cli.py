@@ -1,4 +1,4 @@
-"""The command `f2gguf`: embed, search, inspect."""
+"""The command `f2gguf`: embed, search, inspect, selftest."""
 
 from __future__ import annotations
 
@@ -190,6 +190,24 @@ def inspect(file: Path, as_json: bool) -> None:
 
     header = read_header(file)
     click.echo(json.dumps(as_dict(header), indent=2, ensure_ascii=False) if as_json else describe(header))
+
+
+@f2gguf.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@DEVICE
+@GPU_LAYERS
+@THREADS
+@JSON
+def selftest(file: Path, device: str, n_gpu_layers: int, n_threads: int | None, as_json: bool) -> None:
+    """Embed a file's golden texts on this device, and compare them with what its maker measured.
+
+    Names what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors that this device
+    computes. Exit code 1 where anything is.
+    """
+    with _open(str(file), device=device, n_gpu_layers=n_gpu_layers, n_threads=n_threads) as model:
+        outcome = model.selftest()
+    click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else "\n".join(outcome.lines()))
+    outcome.require_sound()
 
 
 def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.context import Watch
-from f2gguf.runtime.engine import Engine, Settings, is_usable
+from f2gguf.runtime.engine import Engine, Settings, is_usable, normalized
 from f2gguf.runtime.errors import (
     Closed,
+    F2ggufError,
     NoVector,
     TextError,
     TruncationWarning,
@@ -21,9 +22,11 @@ from f2gguf.runtime.errors import (
     UnknownName,
     WrongUsage,
 )
+from f2gguf.runtime.golden import golden_of
 from f2gguf.runtime.header import Header, read_header
 from f2gguf.runtime.llama import default_threads
 from f2gguf.runtime.packing import Ids, shared_length, unique
+from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
 from numpy.typing import NDArray
 
@@ -52,9 +55,11 @@ class Embedder:
     Everything it must know stands in the file's header. `pooling` and `max_tokens` state what a file from elsewhere
     does not. `n_threads` is the number of physical cores unless given, `n_gpu_layers` all of them (-1). With
     `deterministic` every text is a batch of its own, so that a quantised file gives it the same bytes in any company.
-    Many threads may share one Embedder. `watch` is shown the tensors of llama.cpp's graph that it wants.
+    Many threads may share one Embedder. With `selftest` the file's golden texts are embedded first, and must give what
+    its maker measured. `watch` is shown the tensors of llama.cpp's graph that it wants.
 
-    Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`.
+    Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`; with `selftest` also
+    `SelftestMissing` and `SelftestFailed`.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Embedder:
         max_tokens: int | None = None,
         truncate_dim: int | None = None,
         deterministic: bool = False,
+        selftest: bool = False,
         watch: Watch | None = None,
     ) -> None:
         self.header: Header = read_header(path)
@@ -80,6 +86,8 @@ class Embedder:
         self._parts: tuple[Engine, Tokenizer] | None = (engine, tokenizer)
         self._warned = False
         log.info("%s", self.description)
+        if selftest:
+            self._require_sound()
 
     @property
     def description(self) -> str:
@@ -161,7 +169,7 @@ class Embedder:
         ids, truncated = self._tokenize(tokenizer, texts)
         rows = self._compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress)[:, :width]
         if self.header.is_normalized if normalize_embeddings is None else normalize_embeddings:
-            rows = _normalized(rows)
+            rows = normalized(rows)
         n_tokens = np.array([len(tokens) for tokens in ids], dtype=np.int64)
         return self._require_vectors(Embeddings(rows.astype(precision, copy=False), n_tokens, truncated))
 
@@ -180,6 +188,17 @@ class Embedder:
         left, right = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (left, right))
         return np.asarray(left @ right.T)
 
+    def selftest(self) -> Selftest:
+        """What becomes of the file's golden texts on this device, against what its maker measured.
+
+        Raises `SelftestMissing` for a file without them.
+        """
+        return selftest(self._open()[0])
+
+    def probe_vectors(self) -> NDArray[np.float32]:
+        """L2-normalised vectors of the golden texts' token ids, NaN rows where there is none, (n_texts, n_embd)."""
+        return probe_vectors(self._open()[0], golden_of(self.header))
+
     def close(self, *, wait: bool = True) -> None:
         """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
         if self._parts:
@@ -191,6 +210,13 @@ class Embedder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(wait=kind is not KeyboardInterrupt)  # Ctrl-C does not wait for the batch that is under way
+
+    def _require_sound(self) -> None:
+        try:
+            self.selftest().require_sound()
+        except F2ggufError:
+            self.close()
+            raise
 
     def _open(self) -> tuple[Engine, Tokenizer]:
         if self._parts is None:
@@ -272,9 +298,3 @@ class Embedder:
             bad,
             Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
         )
-
-
-def _normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1. The sum of squares is float64: large finite rows have a length too."""
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    return np.asarray(rows / norms[:, None], dtype=np.float32)

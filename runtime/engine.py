@@ -39,6 +39,12 @@ def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
 
 
+def normalized(rows: Rows) -> Rows:
+    """Rows of length 1. The sum of squares is float64: large finite rows have a length too."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return np.asarray(rows / norms[:, None], dtype=np.float32)
+
+
 class Engine:
     """A model in memory and the context that runs it; every call into llama.cpp is made by one worker thread."""
 

@@ -11,7 +11,9 @@ F2ggufError
 ├── GGUFError                the llama.cpp side
 │   ├── NotGGUF              no GGUF file, or a truncated one
 │   ├── NotAnEmbeddingModel  a GGUF file that holds something else
-│   └── PoolingMissing       the header does not say how to pool
+│   ├── PoolingMissing       the header does not say how to pool
+│   ├── SelftestMissing      the header has no golden vectors to compare with
+│   └── SelftestFailed       a file or device that does not give what the file's maker measured; carries the faults
 ├── ConversionMismatch       the written file does not do what the checkpoint does
 ├── QuantizationFailed       llama.cpp's quantiser gave up
 ├── NonFiniteActivations     a calibration text on which the model overflows; names tensor and text
@@ -97,6 +99,18 @@ class NotAnEmbeddingModel(GGUFError):
 
 class PoolingMissing(GGUFError):
     pass
+
+
+class SelftestMissing(GGUFError):
+    pass
+
+
+class SelftestFailed(GGUFError):
+    """`faults` says what each check found."""
+
+    def __init__(self, message: str, faults: tuple[Any, ...]) -> None:
+        super().__init__(message)
+        self.faults = faults
 
 
 class ConversionMismatch(F2ggufError):

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownName
+from f2gguf.runtime.golden import golden_flaw
 
-# Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them.
+# Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them. Those of the
+# golden vectors stand in runtime/golden.py.
 KEY_VERSION = "f2gguf.version"
 KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
@@ -202,6 +204,8 @@ def _require_sane(path: Path, values: dict[str, Any]) -> None:
         check = _is_text if key.startswith(KEY_PROMPT) else checks.get(key)
         if check and not check(value):
             raise NotGGUF(f"{path}: its header has {key} = {value!r}; the file is damaged. Download or make it again.")
+    if flaw := golden_flaw(values, values.get(f"{architecture}.embedding_length", 0)):
+        raise NotGGUF(f"{path}: {flaw}; the file is damaged. Download or make it again.")
 
 
 def _is_text(value: object) -> bool:
@@ -322,12 +326,13 @@ class _Reader:
         kind, length = self._scalar(4), self._scalar(10)
         if kind != _STRING and kind not in _SCALARS:
             raise NotGGUF(f"{self.path}: the header has an array of unknown type {kind}; the file is damaged.")
-        if length <= _LONG_ARRAY or whole:
-            return tuple(self._value(kind) for _ in range(length))
+        is_read = length <= _LONG_ARRAY or whole
         if kind in _SCALARS:
-            self._take(length * struct.calcsize("<" + _SCALARS[kind]))
-        else:
-            self._skip_strings(length)
+            start = self._take(length * struct.calcsize("<" + _SCALARS[kind]))
+            return struct.unpack_from(f"<{length}{_SCALARS[kind]}", self.data, start) if is_read else LongArray(length)
+        if is_read:
+            return tuple(self._string() for _ in range(length))
+        self._skip_strings(length)
         return LongArray(length)
 
     def _skip_strings(self, n: int) -> None:

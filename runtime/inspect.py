@@ -7,6 +7,7 @@ from typing import Any
 
 from f2gguf.runtime import header as keys
 from f2gguf.runtime.files import format_bound, format_size
+from f2gguf.runtime.golden import KEY_TOKEN_IDS, KEY_VECTORS, has_golden, require_golden
 from f2gguf.runtime.header import Header, LongArray
 
 _DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
@@ -35,7 +36,8 @@ def as_dict(header: Header) -> dict[str, Any]:
         "max_tokens": header.max_tokens,
         "prompts": header.prompts,
         "file_type": header.file_type,
-        "values": {key: _plain(value) for key, value in header.values.items()},
+        "has_golden": has_golden(header),
+        "values": {key: _plain(key, value) for key, value in header.values.items()},
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.type, "size_bytes": t.size_bytes} for t in header.tensors
         ],
@@ -55,6 +57,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("licence", values.get("general.license", "not stated")),
         ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
         ("drift", _drift(header)),
+        ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
         ("computed", _PATHS[header.takes_last_tokens(header.pooling)]),
         ("vectors", "L2-normalised" if header.is_normalized else "not normalised"),
@@ -80,5 +83,15 @@ def _drift(header: Header) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
+def _golden(header: Header) -> str:
+    if not has_golden(header):
+        return "none: `f2gguf selftest` has nothing to compare with"
+    golden = require_golden(header)
+    cosine = golden.cosines[golden.is_compared].min()
+    return f"{len(golden.texts)} texts, cosine at least {cosine:.6f} where the file was made; see `f2gguf selftest`"
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key in (KEY_VECTORS, KEY_TOKEN_IDS):
+        return {"length": len(value)}
     return {"length": value.length} if isinstance(value, LongArray) else value

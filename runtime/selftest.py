@@ -1,0 +1,184 @@
+"""Does a file, on this device, still give what its maker measured? Its golden texts, embedded again.
+
+Every fault is named by what causes it: ids are compared before vectors, and vectors are computed from the maker's ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from f2gguf.runtime.engine import Engine, Rows, normalized
+from f2gguf.runtime.errors import SelftestFailed
+from f2gguf.runtime.golden import Golden, require_golden
+from f2gguf.runtime.header import POOLING_IDS
+from f2gguf.runtime.packing import Ids, leading_length, shared_length
+from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
+from numpy.typing import NDArray
+
+CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
+# How much lower a cosine may be than the maker's: this, and half of the drift that the maker had. 16-bit files move by
+# less than 1e-6 on the CPU; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files move with the
+# kernels, and the more the further they drift: of 585 texts, alone instead of together, all-MiniLM-L6-v2's Q8_0 moved
+# by up to 0.0004 and its Q4_K_M by 0.0023, and none drifted 1.5 times as far; of the probes, its Q4_0 by 0.0003.
+TOLERANCE, DRIFT_SHARE = 0.002, 0.5
+_AGAIN = "Download the file again, or make it again with `quantize all`."
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a check (one of CHECKS) found, and the next step."""
+
+    check: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """The outcome: sound where there are no faults."""
+
+    path: Path
+    device: str
+    n_texts: int
+    min_cosine: float  # with the reference vectors, here and now; NaN where a text has no finite vector
+    maker_min_cosine: float
+    faults: tuple[Fault, ...]
+
+    def require_sound(self) -> None:
+        """Raise `SelftestFailed`, which carries the faults, unless there are none."""
+        if self.faults:
+            words = "; ".join(f"{fault.check}: {fault.message}" for fault in self.faults)
+            raise SelftestFailed(f"{self.path}: failed its selftest. {words}", self.faults)
+
+    def lines(self) -> list[str]:
+        """The outcome for people: a line a check, then the cosines."""
+        found = {fault.check: fault.message for fault in self.faults}
+        width = max(map(len, CHECKS))
+        return [
+            *(f"{check:<{width}}  {found.get(check, 'ok')}" for check in CHECKS),
+            f"{'cosine':<{width}}  at least {self.min_cosine:.6f} with the reference over {self.n_texts} texts, "
+            f"{self.maker_min_cosine:.6f} where it was made; {self.device}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome for machines."""
+        cosine = self.min_cosine if np.isfinite(self.min_cosine) else None  # JSON has no NaN
+        return {**asdict(self), "path": str(self.path), "min_cosine": cosine, "holds": not self.faults}
+
+
+def selftest(engine: Engine) -> Selftest:
+    """Compare token ids and vectors of the probes with the header's; `SelftestMissing` where it has none."""
+    golden = require_golden(engine.header)
+    cosines = golden.cosines_of(probe_vectors(engine, golden))
+    faults = [*_token_faults(engine, golden), *_vector_faults(engine, golden, cosines)]
+    return Selftest(
+        path=engine.header.path,
+        device=engine.description,
+        n_texts=len(golden.texts),
+        min_cosine=float(cosines[golden.is_compared].min()),
+        maker_min_cosine=float(golden.cosines[golden.is_compared].min()),
+        faults=tuple(sorted(faults, key=lambda fault: CHECKS.index(fault.check))),
+    )
+
+
+def probe_vectors(engine: Engine, golden: Golden) -> Rows:
+    """L2-normalised vectors of the maker's token ids, NaN rows where there is none, (n_texts, n_embd) float32.
+
+    Texts of one prompt go together, so that what they share is computed as in a user's call.
+    """
+    vectors = np.empty_like(golden.vectors)
+    for name in dict.fromkeys(golden.prompts):
+        rows = [i for i, prompt in enumerate(golden.prompts) if prompt == name]
+        ids = [golden.ids[i] for i in rows]
+        vectors[rows] = engine.embed(ids, n_shared=shared_length(ids), on_batch=lambda _: None)
+    return normalized(vectors)
+
+
+def _token_faults(engine: Engine, golden: Golden) -> Iterator[Fault]:
+    header = engine.header
+    tokenizer = Tokenizer(engine.model, header, max_tokens=header.max_tokens)
+    pairs = zip(golden.prompts, golden.texts, strict=True)
+    found = [tokenizer(header.prompts.get(name, "") + text)[0] for name, text in pairs]
+    differing = [i for i, ids in enumerate(found) if not np.array_equal(ids, golden.ids[i])]
+    closing = [i for i in differing if _differs_only_at_the_end(found[i], golden.ids[i])]
+    others = [i for i in differing if i not in closing]
+    if closing:
+        ids, wanted = found[closing[0]], golden.ids[closing[0]]
+        yield Fault(
+            "closing token",
+            f"{len(closing)} of {len(found)} texts end with the token {ids[-1]} instead of {wanted[-1]}, as where "
+            f"tokenizer.ggml.add_eos_token is false. {_AGAIN}",
+        )
+    if others:
+        names = {golden.prompts[i] for i in others}
+        is_prompt = "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]
+        where = _first_difference(others, found, golden)
+        if is_prompt:
+            yield Fault("prompt", " ".join(_prompt_words(name, header.prompts) for name in sorted(names)) + where)
+        else:
+            yield Fault("tokenizer", f"{len(others)} of {len(found)} texts are split differently.{where}")
+
+
+def _differs_only_at_the_end(found: Ids, wanted: Ids) -> bool:
+    return abs(len(found) - len(wanted)) <= 1 and np.array_equal(found[: len(wanted) - 1], wanted[:-1])
+
+
+def _prompt_words(name: str, prompts: dict[str, str]) -> str:
+    state = f"is {prompts[name]!r}, not the one that the file was made with" if name in prompts else "is missing"
+    return f"The {name} prompt {state}."
+
+
+def _first_difference(texts: list[int], found: list[Ids], golden: Golden) -> str:
+    i = texts[0]
+    at = leading_length(found[i], golden.ids[i])
+    return (
+        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {found[i][at : at + 3].tolist()} instead "
+        f"of {golden.ids[i][at : at + 3].tolist()}. {_AGAIN}"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _vector_faults(engine: Engine, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
+    bad = _below_floor(golden, cosines)
+    if not len(bad):
+        return
+    pooling = engine.settings.pooling
+    for other in POOLING_IDS:
+        if other != pooling and not len(_below_floor(golden, _cosines_by(engine, golden, other))):
+            yield Fault(
+                "pooling",
+                f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}",
+            )
+            return
+    i = int(bad[np.argmin(np.nan_to_num(cosines[bad] - _floors(golden)[bad], nan=-np.inf))])
+    value = f"the cosine {cosines[i]:.6f}" if np.isfinite(cosines[i]) else "no finite vector"
+    yield Fault(
+        "vectors",
+        f"{len(bad)} of {len(cosines)} texts are off, at worst text {i + 1} ({_shown(golden.texts[i])}): {value}, "
+        f"where the maker had {golden.cosines[i]:.6f} and {_floors(golden)[i]:.6f} is the least allowed. "
+        f"Computed on {engine.description}. "
+        + ("Try --device cpu." if engine.model.offloaded else f"The weights are damaged. {_AGAIN}"),
+    )
+
+
+def _below_floor(golden: Golden, cosines: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Texts whose cosine is too small, or not finite."""
+    return np.flatnonzero(golden.is_compared & ~(cosines >= _floors(golden)))
+
+
+def _floors(golden: Golden) -> NDArray[np.float64]:
+    """The smallest cosine that each text may have, (n_texts,)."""
+    return np.asarray(golden.cosines - TOLERANCE - DRIFT_SHARE * (1 - golden.cosines), dtype=np.float64)
+
+
+def _cosines_by(engine: Engine, golden: Golden, pooling: str) -> NDArray[np.float64]:
+    settings = replace(engine.settings, pooling=pooling)
+    with contextlib.closing(Engine(engine.header, settings, overrides=load_overrides(engine.header))) as other:
+        return golden.cosines_of(probe_vectors(other, golden))
