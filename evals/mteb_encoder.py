@@ -18,7 +18,7 @@ from f2gguf.runtime.header import KEY_REVISION, KEY_VERSION, Header
 if TYPE_CHECKING:
     from mteb import TaskMetadata
     from mteb.models import ModelMeta
-    from mteb.types import Array, BatchedInput, PromptType
+    from mteb.types import Array, PromptType
 
 log = logging.getLogger("f2gguf")
 _FRAME = re.compile(r"(Instruct: )(.*)(\nQuery: ?)", re.DOTALL)
@@ -50,14 +50,14 @@ class F2ggufEncoder:
 
     def encode(
         self,
-        inputs: Iterable[BatchedInput],
+        inputs: Iterable[Mapping[str, Any]],
         *,
         task_metadata: TaskMetadata,
         prompt_type: PromptType | None = None,
         precision: str = "float32",
         **_: Any,  # split, subset, progress bar, and a batch size, which f2gguf chooses itself
     ) -> Vectors:
-        """Vectors of the batches' texts, (n_texts, n_dims). Raises what `Embedder.embed` does."""
+        """Vectors of the texts of all batches, (n_texts, n_dims). Raises what `Embedder.embed` does."""
         prompt = self.prompt_for(task_metadata, prompt_type)
         log.info("%s, %s: prompt %r", task_metadata.name, prompt_type or "no prompt type", prompt)
         texts = [text for batch in inputs for text in batch["text"]]
@@ -108,7 +108,7 @@ def require_mteb() -> None:
 
 def _find(table: Mapping[str, str], task: TaskMetadata, kind: str | None) -> str | None:
     """The entry of the task's name, else of its type, else of the kind of text, as mteb looks them up."""
-    return next((table[key] for key in (task.name, task.type, kind) if key in table), None)
+    return next((table[key] for key in (task.name, task.type, kind or "") if key in table), None)
 
 
 def _repo(header: Header) -> str | None:
