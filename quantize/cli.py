@@ -105,6 +105,7 @@ def all_(
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama import require_device
 
+    _refuse_together(**{"--stock": stock, "--max-size": max_size, "--calibration": calibration, "--imatrix": imatrix})
     lock = read_lock(lock_path)
     chosen = [require_variant(name.strip()) for name in variants.split(",")]
     require_device(device)
@@ -240,6 +241,9 @@ def variant(
     from f2gguf.runtime import Embedder
     from f2gguf.runtime.files import require_absent
 
+    choices = {"--max-size": max_size, "--calibration": calibration}
+    _refuse_together(**{"--recipe": recipe_path, "--stock": stock, **choices})
+    _refuse_together(**{"--stock": stock, **choices, "--imatrix": imatrix})
     name = require_variant(name)
     weights = Weights(source)  # no such file is said before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
@@ -402,6 +406,13 @@ def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path
             return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
 
     return Reference(facts.n_embd, vectors)
+
+
+def _refuse_together(**flags: object) -> None:
+    """Raise `WrongUsage` where the first flag was given with one of the others, which it leaves nothing to do."""
+    given = [name for name, value in flags.items() if value]
+    if len(given) > 1 and given[0] == next(iter(flags)):
+        raise WrongUsage(f"{given[0]} and {given[1]}: choose one.")
 
 
 @contextlib.contextmanager

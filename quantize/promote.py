@@ -93,10 +93,11 @@ def _table_errors(weights: Weights, types: tuple[str, ...]) -> dict[str, float]:
     return {kind: relative_error(as_stored(rows, kind) * norm, rows * norm) for kind in types}
 
 
-def possible_types(weights: Weights, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """What every quantised tensor of `types` could be instead, its own type first."""
+def possible_types(weights: Weights, types: Mapping[str, str], *, smallest: str) -> dict[str, tuple[str, ...]]:
+    """What every quantised tensor of `types` could be instead, from `smallest` up, its own type first."""
+    larger = LADDER[LADDER.index(smallest) :]
     return {
-        name: tuple(dict.fromkeys((kind, *(k for k in LADDER if fits(k, shape_of(weights.infos[name])[1])))))
+        name: tuple(dict.fromkeys((kind, *(k for k in larger if fits(k, shape_of(weights.infos[name])[1])))))
         for name, kind in types.items()
         if kind not in ("F32", "F16", "BF16")
     }

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from f2gguf.quantize.assemble import WEIGHED
 from f2gguf.quantize.promote import (
+    LADDER,
     Choice,
     Choices,
     choices,
@@ -64,13 +66,13 @@ def recipes(study: Study, variant: str, *, max_drift: float, max_size: int | Non
 
 def _at_stock_size(study: Study, variant: str) -> Candidate:
     """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
-    plain = study.recipe(variant)
+    types = study.types(Recipe(variant))
+    plain = study.recipe(variant) if set(WEIGHED) & set(types.values()) else Recipe(variant)
     with study.progress(f"scales {variant}", len(places(study.weights.header))) as advance:
-        types = study.types(plain)
         exponents = search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
     best = _measured(study, plain)
     if exponents:
-        scaled = _measured(study, replace(plain, exponents=exponents))
+        scaled = _measured(study, replace(study.recipe(variant), exponents=exponents))
         best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
     return best
 
@@ -102,8 +104,8 @@ def _within(study: Study, start: Candidate, max_size: int, max_drift: float) -> 
     if chosen is None:
         least = fixed + total_size({name: min(some, key=lambda c: c.size_bytes) for name, some in options.items()})
         raise OutOfReach(
-            f"{study.weights.header.path}: no file of {format_size(max_size)} (--max-size): with four bits for every "
-            f"weight it takes {format_size(least)}."
+            f"{study.weights.header.path}: no {start.recipe.variant} of {format_size(max_size)} (--max-size): with the "
+            f"fewest bits for every weight it takes {format_size(least)}."
         )
     best = _measured(study, _with_types(study, start.recipe, chosen))
     if _head_bytes(study) + _size(study, start) <= max_size and start.drift.mean < best.drift.mean:
@@ -121,7 +123,7 @@ def _within(study: Study, start: Candidate, max_size: int, max_drift: float) -> 
 def _choices(study: Study, recipe: Recipe) -> Choices:
     """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
     types = study.types(recipe)
-    possible = possible_types(study.weights, types)
+    possible = possible_types(study.weights, types, smallest="Q8_0" if recipe.variant == "Q8_0" else LADDER[0])
     scaled = scales(study.weights, study.imatrix, recipe.exponents)
     with study.progress("errors of every type", len(possible)) as advance:
         found = errors(study.weights, study.activations, study.imatrix, scaled, possible, on_progress=advance)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 from f2gguf.runtime import header as keys
+from f2gguf.runtime.errors import NotGGUF, parsing
 from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.golden import KEY_TOKEN_IDS, KEY_VECTORS, has_golden, require_golden
 from f2gguf.runtime.header import Header, LongArray
@@ -57,6 +59,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("licence", values.get("general.license", "not stated")),
         ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
         ("drift", _drift(header)),
+        ("recipe", _recipe(header)),
         ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
         ("computed", _PATHS[header.takes_last_tokens(header.pooling)]),
@@ -89,6 +92,22 @@ def _golden(header: Header) -> str:
     golden = require_golden(header)
     cosine = golden.cosines[golden.is_compared].min()
     return f"{len(golden.texts)} texts, cosine at least {cosine:.6f} where the file was made; see `f2gguf selftest`"
+
+
+def _recipe(header: Header) -> str:
+    text = header.values.get(keys.KEY_RECIPE)
+    if text is None:
+        return "not stated"
+    with parsing(header.path, NotGGUF, "Download or make it again."):
+        recipe = json.loads(text)
+        parts = [f"stock {recipe['variant']}"]
+        if recipe["imatrix_sha256"]:
+            parts.append(f"importance matrix {recipe['imatrix_sha256'][:12]}")
+        if recipe["exponents"]:
+            parts.append(f"channels scaled in {len(recipe['exponents'])} places")
+        if recipe["types"]:
+            parts.append(f"other types for {len(recipe['types'])} tensors")
+        return ", ".join(parts)
 
 
 def _plain(key: str, value: Any) -> Any:
