@@ -14,7 +14,7 @@ PATH = Path(__file__).with_name("calibration.jsonl")
 # Fewer leave columns of a wide matrix without weight: 64 texts of 100 tokens are twice as many rows as the widest
 # model of the family's smaller half (1.7B) has columns.
 MIN_TEXTS = 64
-MAX_TOKENS = 128  # later tokens of a text are left out: they excite no other channels, and would take most of the time
+MAX_TOKENS = 64  # later tokens of a text are left out: they excite no other channels, and would take most of the time
 PASSAGE_CHARS = 40  # texts that share as many characters in a row share a passage
 
 

@@ -33,6 +33,7 @@ GRID: tuple[Exponents, ...] = (
     (1.0, 0.0),
     (0.25, 0.75),
 )
+WORTH = 0.9  # scales must leave at most so much of the error without them
 N_ROWS = 256  # of a matrix, in a trial
 # A row smaller than this takes block scales that F16 holds badly: Q4_K keeps 1/470 of a row's largest value.
 _SMALLEST_ROW, _LARGEST_COLUMN = 2.0**-9, 2.0**14
@@ -106,16 +107,16 @@ def search(
     """The exponents of GRID with the least error of what each place's readers give, on the sampled activations.
 
     Readers are quantised for real to their `types`, and activations rounded as llama.cpp's kernels do. Places where
-    nothing beats leaving them alone are not in the result.
+    scales are not worth it are not in the result.
     """
     chosen = {}
     with ThreadPoolExecutor(default_threads()) as pool:
         for place in places(weights.header):
             trial = _Trial(weights, activations, imatrix, types, place)
             errors = list(pool.map(trial.error, GRID))
-            best = GRID[int(np.argmin(errors))]
-            if best != NONE:
-                chosen[place.name] = best
+            best = int(np.argmin(errors))
+            if errors[best] < WORTH * errors[GRID.index(NONE)]:
+                chosen[place.name] = GRID[best]
             if on_progress:
                 on_progress(1)
     return chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from f2gguf.quantize.tensors import Rows, Weights, size_as
 from f2gguf.quantize.variants import make
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import Progress, say
+from f2gguf.runtime.errors import TruncationWarning
 from f2gguf.runtime.files import sha256_file, write_text, writing
 
 
@@ -94,7 +96,8 @@ class Study:
         max_tokens = min(MAX_TOKENS, self.weights.header.max_tokens)
         with self.progress(label, len(types) + len(texts)) as advance:
             make(self.weights, path, recipe, self.imatrix, types=types, on_progress=advance)
-            with Embedder(path, device=self.device, max_tokens=max_tokens) as model:
+            with Embedder(path, device=self.device, max_tokens=max_tokens) as model, warnings.catch_warnings():
+                warnings.simplefilter("ignore", TruncationWarning)  # texts are cut to be quick
                 drifts = drift(embed_texts(model, texts, advance), self.reference[chosen])
         path.unlink()
         return float(drifts.mean()), max(bound_means(drifts, texts).values())

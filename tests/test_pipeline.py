@@ -41,7 +41,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_release_holds_every_file_and_prints_their_paths(nano_release: Release) -> None:
     names = {f"f2llm-nano-{variant}.gguf" for variant in FILES}
-    names |= {"README.md", "Modelfile", "SHA256SUMS", "drift.json", "drift.png", "report.html"}
+    names |= {
+        "f2llm-nano.imatrix.gguf",
+        "README.md",
+        "Modelfile",
+        "SHA256SUMS",
+        "drift.json",
+        "drift.png",
+        "report.html",
+    }
     assert nano_release.process.returncode == 0, nano_release.process.stderr
     assert {path.name for path in nano_release.folder.iterdir()} == names
     assert nano_release.process.stdout.splitlines()[-len(names) :] == sorted(
@@ -274,4 +282,5 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(run: Run, tmp_path: Pa
 
 
 def test_table_has_a_row_for_every_file(nano_release: Release) -> None:
-    assert [row[0] for row in drift_rows(report_of(nano_release))] == ["F16", "Q8_0", "Q4_K_M", "Q4_0"]
+    rows = [row[0] for row in drift_rows(report_of(nano_release))]
+    assert rows == ["F16", "Q8_0", "Q8_0 stock", "Q4_K_M", "Q4_K_M stock", "Q4_0", "Q4_0 stock"]
