@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from f2gguf.quantize.tensors import Weights
 from f2gguf.quantize.variants import make
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
-from f2gguf.runtime.errors import OutOfReach, WrongRecipe
+from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.header import read_header
 from llama_cpp import Llama
 
@@ -57,7 +58,8 @@ def nano_study(studied: Studied, nano_f16: Path) -> Study:
 
 
 def vectors_of(path: Path) -> np.ndarray:
-    with Embedder(path) as model:
+    with Embedder(path) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
         return embed_texts(model, TEXTS)
 
 
