@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from checkpoints import write_outliers
@@ -27,7 +28,6 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.header import read_header
-from llama_cpp import Llama
 
 TEXTS = [text for text in load_texts() if text.kind != "long"][::3]
 Studied = Callable[[Path], Study]
@@ -107,8 +107,13 @@ def test_outliers_in_channels_cost_nothing(kind: str, seed: int, tmp_path: Path,
     assert study.size_bytes(recipe) == study.size_bytes(Recipe("Q4_K_M"))
 
 
-def test_repaired_file_gives_the_same_vectors_in_stock_llama_cpp(nano_study: Study, tmp_path: Path) -> None:
-    """Through llama_cpp.Llama.embed, which knows nothing of recipes."""
+def test_repaired_file_gives_the_same_vectors_in_stock_llama_cpp(
+    nano_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through llama_cpp.Llama.embed, which knows nothing of recipes; unpacked, since AMX may crash (issue 20824)."""
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    monkeypatch.setattr("llama_cpp.llama_cpp.llama_model_default_params", lambda: params)
     exponents = {place.name: (0.5, 0.5) for place in places(nano_study.weights.header)}
     types = {"blk.2.ffn_down.weight": "Q8_0", "token_embd.weight": "Q5_0"}
     recipe = replace(nano_study.recipe("Q4_K_M"), exponents=exponents, types=types)
@@ -116,7 +121,7 @@ def test_repaired_file_gives_the_same_vectors_in_stock_llama_cpp(nano_study: Stu
     words = ["how do I compress a folder?", "ein Texteditor für die Konsole", "画像を表示する"]
     with Embedder(tmp_path / "x.gguf") as model:
         ours = model.encode(words)
-    stock = Llama(str(tmp_path / "x.gguf"), embedding=True, n_ctx=512, verbose=False)
+    stock = llama_cpp.Llama(str(tmp_path / "x.gguf"), embedding=True, n_ctx=512, verbose=False)
     theirs = np.array([stock.embed(word) for word in words])
     assert drift(ours, theirs).max() < 1e-3, "other batch shapes round activations otherwise"
 
@@ -162,7 +167,7 @@ def study_drift(study: Study, recipe: Recipe) -> float:
 
 def test_max_size_is_kept_and_a_larger_one_drifts_less(nano_study: Study, tmp_path: Path) -> None:
     drifts = []
-    for size in (4_500_000, 5_500_000, 7_000_000):
+    for size in (5_000_000, 5_600_000, 7_000_000):
         recipe = next(recipes(nano_study, "Q4_K_M", max_drift=0.02, max_size=size))
         drifts.append(drift_of(nano_study, recipe, tmp_path / f"{size}.gguf"))
         assert 0.9 * size < (tmp_path / f"{size}.gguf").stat().st_size <= size
