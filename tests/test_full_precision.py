@@ -74,10 +74,11 @@ def test_layers_in_turn_need_less_memory_by_the_weights(tmp_path: Path) -> None:
     """80M in float32 takes 320 MB; one of its 8 layers 13 MB. Each in a process of its own, its peak measured."""
     subprocess.run([sys.executable, SYNTHETIC, "80M", tmp_path], check=True, capture_output=True)
     code = (
-        "import resource, sys; from pathlib import Path; import numpy as np; from f2gguf.evals import full_precision\n"
+        "import sys; from pathlib import Path; import numpy as np\n"
+        "from f2gguf.evals import bench_sides, full_precision\n"
         "ids = [np.arange(n, dtype=np.int32) for n in (8, 64)]\n"
         "getattr(full_precision, sys.argv[1])(Path(sys.argv[2]), ids, pooling='last')\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+        "print(bench_sides.peak_rss_bytes())"
     )
     whole, streamed = (
         int(subprocess.run([sys.executable, "-c", code, way, tmp_path], check=True, capture_output=True).stdout)
