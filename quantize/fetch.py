@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from f2gguf.quantize.checkpoint import NEEDED
 from f2gguf.quantize.lock import Entry, Lock, package_folder
-from f2gguf.runtime.errors import DownloadFailed, UnsupportedCheckpoint, WrongUsage
-from f2gguf.runtime.files import require_free_space
+from f2gguf.runtime.errors import UnsupportedCheckpoint, WrongUsage
+from f2gguf.runtime.hub import Listing, download, list_files
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -46,9 +44,9 @@ def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
 
 
 def fetch(entry: Entry, folder: Path | None = None) -> Path:
-    """The checkpoint folder of a model, downloaded into the Hub's cache where it is not on this disk yet.
+    """The checkpoint folder of a model, downloaded into the Hub's cache where it is not on this disk yet, and verified.
 
-    Raises `DownloadFailed` with the Hub's reason, `OutputError` where the disk is too small, `WrongUsage` for an entry
+    Raises a `HubError` with the Hub's reason, `OutputError` where the disk is too small, `WrongUsage` for an entry
     without a revision, `UnsupportedCheckpoint` for a repository without safetensors.
     """
     if folder is not None:
@@ -59,43 +57,18 @@ def fetch(entry: Entry, folder: Path | None = None) -> Path:
         raise WrongUsage(
             f"{entry.name} has no revision in models.lock. Name one: {entry.repo}@<commit>, or add it to the lock."
         )
-    return _download(entry.repo, entry.revision)
+    listing = list_files(entry.repo, entry.revision)
+    return download(listing, needed_files(listing))
 
 
-def _download(repo: str, revision: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import DryRunError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
-
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": list(NEEDED),
-        "ignore_patterns": ["*/*.safetensors"],  # the client's * crosses folders, read_checkpoint's does not
-    }
-    try:
-        try:
-            planned = snapshot_download(repo, **wanted, dry_run=True)
-        except DryRunError:  # the Hub gave no list of files; its cache may hold them all the same
-            with contextlib.suppress(LocalEntryNotFoundError):
-                return Path(snapshot_download(repo, **wanted, local_files_only=True))
-            raise
-        if not any(file.filename.endswith(".safetensors") for file in planned):
-            raise UnsupportedCheckpoint(f"{repo}@{revision}: has no safetensors weights; f2gguf converts no others.")
-        missing_bytes = sum(file.file_size or 0 for file in planned if file.will_download)
-        require_free_space(Path(constants.HF_HUB_CACHE), missing_bytes, f"downloading {repo}", choose_with="HF_HOME")
-        return Path(snapshot_download(repo, **wanted))
-    except (HTTPError, OSError, ValueError) as error:
-        raise DownloadFailed(f"{repo}@{revision}: {_reason(error)}") from error
+def needed_files(listing: Listing) -> list[str]:
+    """What a conversion reads of a repository; raises `UnsupportedCheckpoint` where there are no safetensors."""
+    names = [name for name in listing.files if any(is_match(name, pattern) for pattern in NEEDED)]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UnsupportedCheckpoint(f"{listing}: has no safetensors weights; f2gguf converts no others.")
+    return names
 
 
-def _reason(error: Exception) -> str:
-    """The Hub's own words on one line; the client keeps them in the cause of what it raises."""
-    from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
-
-    is_wrapped = isinstance(error, (DryRunError, LocalEntryNotFoundError))
-    if is_wrapped and not isinstance(error.__cause__, HfHubHTTPError):
-        return (
-            "the Hub cannot be reached, and its cache lacks the model. Check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, or pass a checkpoint folder."
-        )
-    words = str(error.__cause__ if is_wrapped else error).split()
-    return " ".join(words) or type(error).__name__
+def is_match(name: str, pattern: str) -> bool:
+    """Whether a path is what `read_checkpoint` would find by `pattern`: * stays within a folder."""
+    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)

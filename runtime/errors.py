@@ -25,7 +25,13 @@ F2ggufError
 ├── InputError               an input file that does not parse
 ├── OutputError              an output that cannot be written
 ├── DeviceMissing            this build of llama.cpp lacks the device
-├── DownloadFailed           the Hub did not give the files
+├── HubError                 the Hub did not do what was asked
+│   ├── RepoMissing              no such repository or revision, or a private one
+│   ├── RepoGated                the owner grants access
+│   ├── RepoRenamed              it has another name now
+│   ├── RateLimited              too many requests
+│   ├── HubUnreachable           no connection, or told to do without one
+│   └── HashMismatch             other bytes than stated, on either side
 ├── EndpointFailed           an embeddings endpoint gave no vectors
 ├── BenchFailed              a side of `f2gguf bench` did not run
 ├── MemoryMissing            a model does not fit this machine's memory
@@ -162,7 +168,31 @@ class DeviceMissing(F2ggufError):
     pass
 
 
-class DownloadFailed(F2ggufError):
+class HubError(F2ggufError):
+    pass
+
+
+class RepoMissing(HubError):
+    pass
+
+
+class RepoGated(HubError):
+    pass
+
+
+class RepoRenamed(HubError):
+    pass
+
+
+class RateLimited(HubError):
+    pass
+
+
+class HubUnreachable(HubError):
+    pass
+
+
+class HashMismatch(HubError):
     pass
 
 

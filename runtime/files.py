@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from f2gguf.runtime.errors import OutputError
 
 PART_SUFFIX = ".part"
+_REMEMBERED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
+_SETTLED_NS = 100_000_000  # a file system's clock may tick 100 times a second: a change within a tick shows nowhere
+
+
+def cache_folder() -> Path:
+    """What f2gguf remembers between runs: $F2GGUF_CACHE. All of it can be removed at any time."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "f2gguf")
+    return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser()
 
 
 @contextlib.contextmanager
@@ -66,9 +76,26 @@ def require_free_space(folder: Path, size_bytes: int, what: str, *, choose_with:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """SHA-256 of a file's bytes, as hexadecimal digits; remembered until the file changes."""
+    stamp = _stamp(path)
+    record = cache_folder() / "hashes" / f"{stamp[0]:x}-{stamp[1]:x}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: the file is read
+        known, digest = json.loads(record.read_text(encoding="utf-8"))
+        if known == stamp:
+            return str(digest)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    is_settled = stamp == _stamp(path) and time.time_ns() - max(stamp[3:]) > _SETTLED_NS
+    if stamp[2] >= _REMEMBERED_BYTES and is_settled:
+        with contextlib.suppress(OutputError):  # a memory that cannot be written costs time, nothing else
+            write_text(record, json.dumps([stamp, digest]))
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    """Whatever changes when a file's content does."""
+    it = path.stat()
+    return [it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns]
 
 
 def format_size(size_bytes: float) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,14 @@ def run_command(
     process = subprocess.run([sys.executable, "-c", code, *rest], input=data, capture_output=True, timeout=timeout_s)
     out, err = (stream.decode("utf-8", errors="replace") for stream in (process.stdout, process.stderr))
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What f2gguf remembers between runs, for this session alone."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["F2GGUF_CACHE"] = str(path)
+    return path
 
 
 @pytest.fixture
