@@ -9,9 +9,11 @@ from subprocess import CompletedProcess
 import pytest
 from f2gguf.quantize.fetch import find_model
 from f2gguf.quantize.lock import read_lock
-from hub import COMMIT, REPO, Hub, run_fetch
+from hub import ALWAYS, Fault, Hub, run_command, serving
 
 Fetch = Callable[..., CompletedProcess[str]]
+REPO = "org/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PINNED = f"{REPO}@{COMMIT}"
 NEEDED = {
     "config.json": b'{"model_type": "qwen3"}',
@@ -25,14 +27,15 @@ NOT_NEEDED = {"pytorch_model.bin": b"\x80\x04pickle", "modeling.py": b"raise Sys
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    hub = Hub(NEEDED | NOT_NEEDED)
-    yield hub
-    hub.stop()
+    hub = Hub()
+    hub.add(REPO, NEEDED | NOT_NEEDED, sha=COMMIT)
+    with serving(hub):
+        yield hub
 
 
 @pytest.fixture
 def fetch(hub: Hub, tmp_path: Path) -> Fetch:
-    return lambda *arguments: run_fetch(*arguments, hub=hub, home=tmp_path / "home")
+    return lambda *arguments: run_command("quantize", "fetch", *arguments, hub=hub, home=tmp_path / "home")
 
 
 @pytest.fixture
@@ -72,8 +75,8 @@ def test_code_and_pickles_are_not_even_asked_about(fetch: Fetch, hub: Hub) -> No
 
 def test_weights_in_subfolders_are_not_sent(fetch: Fetch, hub: Hub) -> None:
     """`read_checkpoint` never looks there, and they can double the download."""
-    hub.files["checkpoint-100/model.safetensors"] = b"of an earlier step"
-    assert fetch(PINNED).returncode == 0
+    hub.repos[REPO].commit({"checkpoint-100/model.safetensors": b"of an earlier step"})
+    assert fetch(REPO).returncode == 0
     assert hub.asked_for("GET") == set(NEEDED)
 
 
@@ -81,12 +84,13 @@ def test_weights_in_subfolders_are_not_sent(fetch: Fetch, hub: Hub) -> None:
 def test_every_request_names_the_revision_of_the_lock(fetch: Fetch, hub: Hub, lock: Path, model: str) -> None:
     assert fetch(model, "--lock", lock).returncode == 0
     assert hub.requests
-    assert [path for _, path in hub.requests if COMMIT not in path] == []
+    on_hub = [request.path for request in hub.requests if "/stored/" not in request.path]
+    assert [path for path in on_hub if COMMIT not in path] == []
 
 
 def test_repository_that_no_lock_knows_is_fetched_from_main(fetch: Fetch, hub: Hub) -> None:
     assert printed_files(fetch(REPO)) == NEEDED
-    assert hub.requests[0] == ("GET", f"/api/models/{REPO}/revision/main")
+    assert hub.requests[0].path == f"/api/models/{REPO}/revision/main"
 
 
 def test_printed_folder_is_named_after_the_commit(fetch: Fetch) -> None:
@@ -130,24 +134,33 @@ def test_what_is_not_on_the_hub_is_one_clear_error(fetch: Fetch, model: str, rea
 
 
 def test_gated_repository_is_one_clear_error(fetch: Fetch, hub: Hub) -> None:
-    hub.is_gated = True
+    hub.repos[REPO].is_gated = True
     assert "gated" in only_error(fetch(PINNED))
 
 
 def test_connection_that_breaks_is_one_clear_error(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
-    hub.is_cut = True
+    hub.faults += [Fault("GET", "/stored/", send_bytes=1000), Fault("GET", "/stored/", ALWAYS, send_bytes=0)]
     assert PINNED in only_error(fetch(PINNED))
     assert not [path for path in (tmp_path / "home").rglob("model.safetensors") if path.is_file()]
 
 
+def test_connection_that_breaks_once_breaks_nothing(fetch: Fetch, hub: Hub) -> None:
+    hub.faults.append(Fault("GET", "/stored/", send_bytes=1000))
+    process = fetch(PINNED)
+    assert process.returncode == 0
+    assert (Path(process.stdout.strip()) / "model.safetensors").read_bytes() == NEEDED["model.safetensors"]
+    assert len(hub.asked("GET", "/stored/")) == 2
+
+
 def test_repository_without_safetensors_is_refused(fetch: Fetch, hub: Hub) -> None:
-    del hub.files["model.safetensors"]
-    assert "safetensors" in only_error(fetch(PINNED))
+    hub.repos[REPO].commit({"model.safetensors": None})
+    assert "safetensors" in only_error(fetch(REPO))
     assert not hub.asked_for("GET")
 
 
 def test_disk_that_is_too_small_is_refused_before_any_file_is_sent(fetch: Fetch, hub: Hub) -> None:
-    hub.stated_bytes["model.safetensors"] = 10**18  # an exabyte: no disk here takes it
+    stated = {"X-Linked-Size": str(10**18)}  # an exabyte: no disk here takes it
+    hub.faults.append(Fault("HEAD", "model.safetensors", headers=stated))
     line = only_error(fetch(PINNED))
     assert "needs 1000000000.00 GB and the disk has" in line
     assert "--out" not in line, "`quantize fetch` has no such flag"

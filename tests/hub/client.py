@@ -1,0 +1,56 @@
+"""Programs with the real Hub client, each in a process of its own, pointed at the stand-in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hub.data import Hub
+
+# The client waits 23 s in all before it gives up on a Hub that refuses connections: its retries stay, its waits shrink
+_QUICK = "import time; time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))\n"
+_SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_THEIRS = ("hf_", "huggingface", "transformers_", "http_proxy", "https_proxy", "all_proxy")
+
+
+def start_python(
+    code: str, *arguments: str | Path, hub: Hub, home: Path, token: str = "", is_offline: bool = False
+) -> subprocess.Popen[str]:
+    """Start a program with its cache in `home`, without the user's own settings and tokens. The caller ends it."""
+    settings = {name: value for name, value in os.environ.items() if not name.lower().startswith(_THEIRS)}
+    settings |= _SETTINGS | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+    settings |= {"HF_TOKEN": token} if token else {}
+    settings |= {"HF_HUB_OFFLINE": "1"} if is_offline else {}
+    command = [sys.executable, "-c", _QUICK + code, *map(str, arguments)]
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_command(
+    name: str, *arguments: str | Path, hub: Hub, home: Path, token: str = "", is_offline: bool = False
+) -> subprocess.Popen[str]:
+    """Start `quantize ...` or `f2gguf ...`."""
+    code = f"from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
+    return start_python(code, *arguments, hub=hub, home=home, token=token, is_offline=is_offline)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Wait for a program, or end it when its time is over."""
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_python(code: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`start_python` and `finish` in one."""
+    return finish(start_python(code, *arguments, **options))
+
+
+def run_command(name: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`start_command` and `finish` in one."""
+    return finish(start_command(name, *arguments, **options))

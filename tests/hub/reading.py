@@ -1,0 +1,160 @@
+"""What the Hub and its storage answer to those who read: facts on a repository, its files, its history."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+from hub.call import Answer, Call, Refused, find_commit, json_answer
+from hub.card import front_matter
+from hub.data import Blob, Commit, Repo
+
+DATE = "2026-01-01T00:00:00.000Z"  # of everything
+
+
+def whoami(call: Call) -> Answer:
+    if not call.user:
+        raise Refused(401, "Invalid username or password.")
+    token = {"displayName": "test", "role": "write" if call.user == "writer" else "read"}
+    orgs = [{"type": "org", "name": org} for org in call.hub.orgs]
+    auth = {"type": "access_token", "accessToken": token}
+    return json_answer({"type": "user", "id": call.user, "name": call.user, "orgs": orgs, "auth": auth})
+
+
+def info(call: Call, repo: Repo, revision: str = "main") -> Answer:
+    commit = find_commit(repo, revision)
+    card = _card(commit)
+    sources = card.get("base_model") or []
+    sources = sources if isinstance(sources, list) else [sources]
+    relation = card.get("base_model_relation")
+    tags = [
+        *card.get("tags", []),
+        *(f"license:{card[key]}" for key in ("license",) if key in card),
+        *(f"base_model:{source}" for source in sources),
+        *(f"base_model:{relation}:{source}" for source in sources if relation),
+    ]
+    siblings = [_sibling(path, blob, has_details="blobs" in call.query) for path, blob in sorted(commit.files.items())]
+    facts = {"id": repo.name, "modelId": repo.name, "author": repo.name.split("/")[0], "sha": commit.sha}
+    facts |= {"createdAt": DATE, "lastModified": DATE, "private": repo.is_private, "disabled": False}
+    facts |= {"gated": "manual" if repo.is_gated else False, "tags": tags, "cardData": card, "siblings": siblings}
+    return json_answer(facts)
+
+
+def tree(call: Call, repo: Repo, revision: str, folder: str = "") -> Answer:
+    """A page of a folder; the `Link` header names the next one."""
+    commit = find_commit(repo, revision)
+    prefix = f"{folder}/" if folder else ""
+    inside = [path for path in commit.files if path.startswith(prefix)]
+    if folder and not inside:
+        raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+    paths = {*inside, *(parent for path in inside for parent in _parents(path) if parent.startswith(prefix))}
+    if call.query.get("recursive") != "true":
+        paths = {path for path in paths if "/" not in path[len(prefix) :]}
+    start = int(call.query.get("cursor", 0))
+    end = start + call.hub.page_size
+    page = [
+        _entry(repo, commit, path, is_expanded=call.query.get("expand") == "true") for path in sorted(paths)[start:end]
+    ]
+    rest, _, _ = call.target.partition("&cursor=")
+    following = f'<{call.hub.url}{rest}{"&" if "?" in rest else "?"}cursor={end}>; rel="next"'
+    return json_answer(page, **({"Link": following} if end < len(paths) else {}))
+
+
+def paths_info(call: Call, repo: Repo, revision: str) -> Answer:
+    commit = find_commit(repo, revision)
+    form = parse_qs(call.body.decode())
+    known = {*commit.files, *(parent for path in commit.files for parent in _parents(path))}
+    is_expanded = form.get("expand") == ["true"]
+    asked = [path for path in form.get("paths", []) if path in known]
+    return json_answer([_entry(repo, commit, path, is_expanded=is_expanded) for path in asked])
+
+
+def refs(_: Call, repo: Repo) -> Answer:
+    kinds = (("branches", "heads", repo.branches), ("tags", "tags", repo.tags))
+    listed = {
+        key: [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in names.items()]
+        for key, kind, names in kinds
+    }
+    return json_answer({"converts": [], "pullRequests": [], **listed})
+
+
+def commits(_: Call, repo: Repo, revision: str) -> Answer:
+    history = repo.history(find_commit(repo, revision))
+    authors = [{"user": "writer"}]
+    return json_answer(
+        [{"id": c.sha, "title": c.title, "message": "", "date": DATE, "authors": authors} for c in history]
+    )
+
+
+def auth_check(_: Call, repo: Repo) -> Answer:
+    return json_answer({"repo": repo.name})
+
+
+def resolve(call: Call, repo: Repo, revision: str, path: str) -> Answer:
+    """A file of git itself, or a redirect to the storage that says what the client will find there."""
+    commit = find_commit(repo, revision)
+    stated = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
+    blob = commit.files.get(path)
+    if blob is None:
+        raise Refused(404, "Entry not found", "EntryNotFound", **stated)
+    if not blob.sha256:
+        return _ranged(call, blob.content, {**stated, "ETag": f'"{blob.blob_id}"'})
+    location = call.hub.storage_url + call.hub.sign(f"/{repo.name}/stored/{blob.sha256}/{quote(path)}")
+    linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size), "Location": location}
+    return Answer(f"Found. Redirecting to {location}".encode(), 302, {**stated, **linked})
+
+
+def stored(call: Call, repo: Repo, oid: str, path: str) -> Answer:
+    return _ranged(call, repo.objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+
+
+def _ranged(call: Call, content: bytes, headers: Mapping[str, str]) -> Answer:
+    """Source: https://www.rfc-editor.org/rfc/rfc9110#name-range"""
+    wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("Range", ""))
+    if not wanted or not any(wanted.groups()):
+        return Answer(content, headers=headers)
+    first, last = wanted.groups()
+    start = int(first) if first else max(0, len(content) - int(last))
+    end = min(int(last) + 1, len(content)) if first and last else len(content)
+    if start >= end:
+        raise Refused(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
+    return Answer(content[start:end], 206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
+
+
+def _card(commit: Commit) -> dict[str, Any]:
+    readme = commit.files.get("README.md")
+    with contextlib.suppress(Exception):  # a card that somebody broke is none
+        card = front_matter(readme.content.decode()) if readme else None
+        return card if isinstance(card, dict) else {}
+    return {}
+
+
+def _sibling(path: str, blob: Blob, *, has_details: bool) -> dict[str, Any]:
+    if not has_details:
+        return {"rfilename": path}
+    lfs = {"sha256": blob.sha256, "size": blob.size, "pointerSize": blob.pointer_bytes}
+    details = {"rfilename": path, "size": blob.size, "blobId": blob.blob_id}
+    return {**details, "lfs": lfs} if blob.sha256 else details
+
+
+def _entry(repo: Repo, commit: Commit, path: str, *, is_expanded: bool) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    if is_expanded:
+        past = list(repo.history(commit))
+        since = next((i for i, c in enumerate(past) if c.files.get(path) != commit.files.get(path)), len(past))
+        last = {"lastCommit": {"id": past[since - 1].sha, "title": past[since - 1].title, "date": DATE}}
+    blob = commit.files.get(path)
+    if blob is None:
+        return {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path, **last}
+    file = {"type": "file", "oid": blob.blob_id, "size": blob.size, "path": path, **last}
+    lfs = {"oid": blob.sha256, "size": blob.size, "pointerSize": blob.pointer_bytes}
+    return {**file, "lfs": lfs} if blob.sha256 else file
+
+
+def _parents(path: str) -> list[str]:
+    names = path.split("/")[:-1]
+    return ["/".join(names[: i + 1]) for i in range(len(names))]
