@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -174,10 +175,10 @@ def test_download_is_taken_up_where_the_connection_broke(hf: Hf, hub: Hub) -> No
 )
 def test_client_tries_again_after_a_fault_that_passes(hf: Hf, hub: Hub, fault: Fault) -> None:
     hub.part_bytes = 60_000
-    hub.faults.append(fault)
+    hub.faults.append(replace(fault))
     process = hf('upload("new-Q8_0.gguf")')
     assert process.returncode == 0, process.stderr
-    assert fault.times == 0
+    assert hub.faults[0].times == 0
     assert "Retrying in" in process.stderr or "Waiting 8.0s" in process.stderr
     assert hub.repos[REPO].read("new-Q8_0.gguf") == WEIGHTS
 
@@ -237,6 +238,34 @@ def test_client_that_is_killed_amid_an_upload_leaves_no_commit(hf: Hf, hub: Hub,
     assert set(hub.repos[REPO].head.files) == {".gitattributes"}
     assert hf('upload("new-Q8_0.gguf")').returncode == 0
     assert hub.repos[REPO].read("new-Q8_0.gguf") == WEIGHTS
+
+
+def test_tags_and_branches_are_made_once_and_deleted(hf: Hf, hub: Hub) -> None:
+    code = """
+api.create_branch(repo, branch="next/one")
+upload("new-Q8_0.gguf", revision="next/one")
+api.create_tag(repo, tag="v1", revision="next/one")
+for again in ('api.create_tag(repo, tag="v1")', 'api.create_tag(repo, tag="v2", revision="none")'):
+    try:
+        eval(again)
+    except errors.HfHubHTTPError as error:
+        print(error.response.status_code)
+api.create_tag(repo, tag="v1", exist_ok=True)
+api.delete_branch(repo, branch="next/one")
+"""
+    assert hf(code).stdout.split() == ["409", "404"]
+    assert hub.repos[REPO].read("new-Q8_0.gguf", "v1") == WEIGHTS
+    assert set(hub.repos[REPO].branches) == {"main"}
+
+
+def test_cached_files_need_no_hub_in_offline_mode(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.repos[REPO].commit({"new-Q8_0.gguf": WEIGHTS})
+    code = START + 'print(snapshot_download(repo), end="")'
+    first = run_python(code, folder, hub=hub, home=tmp_path / "home")
+    hub.requests.clear()
+    second = run_python(code, folder, hub=hub, home=tmp_path / "home", is_offline=True)
+    assert second.stdout == first.stdout != ""
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
