@@ -67,8 +67,9 @@ def _download_all(listing: Listing, names: list[str]) -> None:
         pool = ThreadPoolExecutor(_N_AT_ONCE)
         try:
             list(pool.map(lambda name: _download(listing, name, bar), names))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # who interrupts a download, waits for none
+        except BaseException as error:  # who interrupts the downloads under way does not wait for them
+            pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            raise
 
 
 def _download(listing: Listing, name: str, bar: type) -> None:
@@ -93,7 +94,7 @@ def _resume(listing: Listing, name: str, bar: type) -> None:
     file comes by Xet, which is left to it.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import WeakFileLock, is_xet_available  # type: ignore[attr-defined]
+    from huggingface_hub.file_download import WeakFileLock, is_xet_available  # type: ignore[attr-defined]
 
     url = hf_hub_url(listing.repo, name, revision=listing.commit)
     if is_xet_available() and get_hf_file_metadata(url).xet_file_data:

@@ -118,7 +118,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (hub.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (hub.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
         raise _in_words(what, error) from error
 
 
@@ -132,7 +132,8 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     cause: Any = error  # the client keeps the Hub's answer in the cause of what it raises
     while not isinstance(cause, hub.HfHubHTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    reason = " ".join(str(cause).split()) or type(cause).__name__
+    said = getattr(cause, "server_message", None) or str(cause)  # the Hub's own words, without the client's
+    reason = " ".join(said.split()).rstrip(".") or type(cause).__name__
     if isinstance(cause, hub.GatedRepoError):
         url = f"{constants.ENDPOINT}/{what.partition('@')[0]}"
         return RepoGated(f"{what}: is gated. Ask for access at {url}, then set HF_TOKEN to your token.")
@@ -143,7 +144,7 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     if not isinstance(cause, hub.HfHubHTTPError):
         return HubUnreachable(
             f"{what}: the Hub cannot be reached, and its cache lacks this ({reason}). Check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE, or pass a checkpoint folder."
+            "and HF_HUB_OFFLINE; what was done is kept."
         )
     status = cause.response.status_code
     if status == 429:
@@ -151,7 +152,7 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
         when = f"in {wait_s} s" if wait_s.isdigit() else "later"
         return RateLimited(
             f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
-            "What was fetched is kept."
+            "What was done is kept."
         )
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
