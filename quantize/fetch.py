@@ -57,7 +57,8 @@ def fetch(entry: Entry, folder: Path | None = None) -> Path:
         return package_folder(entry)
     if not entry.revision:
         raise WrongUsage(
-            f"{entry.name} has no revision in models.lock. Name one: {entry.repo}@<commit>, or add it to the lock."
+            f"{entry.name} has no revision in models.lock. Name one, {entry.repo}@<commit>, or lock the head of main: "
+            f"quantize lock {entry.name}"
         )
     locked = Listing(entry.repo, entry.revision, entry.files)
     if entry.files and (cached := cached_folder(locked, entry.files)):

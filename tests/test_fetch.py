@@ -6,7 +6,9 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -248,6 +250,18 @@ quantize(["fetch", "org/tiny"])
 """
     assert printed_files(run_python(code, hub=hub, home=tmp_path / "home")) == NEEDED
     assert [request.range for request in hub.asked("GET", "/stored/")] == ["bytes=200-"]
+
+
+def test_interrupted_download_ends_at_once(hub: Hub, tmp_path: Path) -> None:
+    def interrupt(_: Hub) -> None:
+        started[0].send_signal(signal.SIGINT)
+        time.sleep(30)
+
+    started: list[subprocess.Popen[str]] = []
+    hub.faults.append(Fault("GET", "/stored/", before=interrupt))
+    started.append(start_command("quantize", "fetch", PINNED, hub=hub, home=tmp_path / "home"))
+    process = finish(started[0], timeout_s=15)
+    assert (process.returncode, process.stdout) == (130, "")
 
 
 def test_two_runs_at_once_both_end_well(hub: Hub, tmp_path: Path) -> None:
