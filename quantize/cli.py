@@ -149,8 +149,8 @@ def convert(
 @LOCK
 def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
     """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
-    from f2gguf.quantize.card import write_release
     from f2gguf.quantize.checkpoint import read_json
+    from f2gguf.quantize.release import write_release
 
     facts = settle(model, pooling, lock_path)
     path = out / facts.name / "drift.json"
