@@ -27,7 +27,7 @@ def fetch(model: str, lock_path: Path | None) -> None:
 @click.option("--check", is_flag=True, help="Change nothing, and say what has moved.")
 @LOCK
 def lock(models: tuple[str, ...], check: bool, lock_path: Path | None) -> None:
-    """Write each MODEL's commit, and the sizes and hashes of its files, into models.lock.
+    """Pin models in models.lock: their commits, and their files' sizes and hashes.
 
     Without MODEL, all that come from the Hub. An entry keeps its revision, and gets the head of main where it has none;
     org/name@revision gives it that one, or adds an entry. --check compares the lock with the Hub: exit code 1 where the

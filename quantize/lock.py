@@ -130,8 +130,10 @@ def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-def _is_file(value: object) -> bool:
-    """A size, and one hash."""
+def _is_file(name: str, value: object) -> bool:
+    """A path within the repository, a size, and one hash."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return False
     if not isinstance(value, dict) or len(value) != 2 or type(value.get("size_bytes")) is not int:
         return False
     digests = {key: pattern.fullmatch(str(value[key])) for key, pattern in _HASHES.items() if key in value}
@@ -153,5 +155,5 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "pooling": lambda value: value in POOLING_IDS,
     "eos_token": _is_text,
     "prompts": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
-    "files": lambda value: isinstance(value, dict) and bool(value) and all(map(_is_file, value.values())),
+    "files": lambda value: isinstance(value, dict) and bool(value) and all(map(_is_file, value, value.values())),
 }

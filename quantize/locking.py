@@ -35,13 +35,15 @@ def find_targets(models: Iterable[str], lock: Lock) -> list[Target]:
 
 
 def _target(model: str, lock: Lock) -> Target:
-    found, _ = find_model(model, lock)
-    known = next((entry for entry in lock.entries.values() if entry.repo and entry.repo == found.repo), None)
+    named = {name.lower(): entry for name, entry in lock.entries.items()}
+    found = named.get(model.lower()) or find_model(model, lock)[0]
+    of_repo = (entry for entry in lock.entries.values() if entry.repo == found.repo)
+    known = named.get(model.lower()) or next(of_repo, None)
     if not found.repo or (known and known.package):
         raise WrongUsage(f"{model}: comes from an installed package or a folder: there is nothing to lock.")
     if known:
         return _of_entry(known, found.revision)
-    if found.name.lower() in {name.lower() for name in lock.entries}:
+    if found.name.lower() in named:
         raise WrongUsage(f"{lock.path}: its {found.name} is another model. Write an entry for {found.repo} by hand.")
     return Target(found.name, found.repo, str(found.revision), None)
 

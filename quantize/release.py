@@ -9,11 +9,10 @@ from typing import Any
 from f2gguf.evals.report_html import report_html
 from f2gguf.evals.report_plot import can_draw, draw
 from f2gguf.quantize.card import model_card, recommended
+from f2gguf.quantize.checkpoint import is_legal
 from f2gguf.quantize.facts import Facts
 from f2gguf.runtime.console import say
 from f2gguf.runtime.files import sha256_file, write_text, writing
-
-NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*")  # of the source model: they go where its weights go
 
 
 def write_release(facts: Facts, folder: Path, report: dict[str, Any]) -> list[Path]:
@@ -58,7 +57,7 @@ def _draw(path: Path, report: dict[str, Any]) -> list[str]:
 
 def _copy_notices(source: Path, folder: Path) -> list[str]:
     """Copy the licence and notice files of the checkpoint; gives their names."""
-    paths = sorted({path for pattern in NOTICES for path in source.glob(pattern) if path.is_file()})
+    paths = sorted(path for path in source.iterdir() if is_legal(path.name) and path.is_file())
     for path in paths:
         with writing(folder / path.name) as part:
             shutil.copyfile(path, part)

@@ -127,8 +127,8 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     from huggingface_hub import errors as hub
 
     if isinstance(error, OSError) and error.errno:  # of this machine: the client's own have no number
-        where = f"{error.filename or constants.HF_HUB_CACHE}: cannot be written: {error.strerror}"
-        return OutputError(f"{what}: {where}. Free some space, or choose another folder with HF_HOME.")
+        where = error.filename or constants.HF_HUB_CACHE
+        return OutputError(f"{what}: {where}: {error.strerror}. Free some space, or choose another disk with HF_HOME.")
     cause: Any = error  # the client keeps the Hub's answer in the cause of what it raises
     while not isinstance(cause, hub.HfHubHTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__

@@ -70,6 +70,8 @@ def test_a_model_is_found_by_name_repository_or_folder(tmp_path: Path) -> None:
                 "5",
                 "{ f = 5 }",
                 "{ f = { size_bytes = 1 } }",
+                f'{{ "../f" = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
+                f'{{ "/f" = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
                 f'{{ f = {{ sha256 = "{"0" * 64}" }} }}',
                 f'{{ f = {{ size_bytes = -1, sha256 = "{"0" * 64}" }} }}',
                 f'{{ f = {{ size_bytes = true, sha256 = "{"0" * 64}" }} }}',

@@ -132,6 +132,14 @@ def test_new_model_is_added_at_the_end_with_what_its_card_states(lock: Lock, pat
     assert path.read_text().startswith(LOCK)
 
 
+def test_entries_of_one_repository_are_told_apart_by_name(lock: Lock, path: Path, hub: Hub) -> None:
+    path.write_text(f'{LOCK}\n[models.newer]\nrepo = "org/tiny"\n')
+    head = hub.repos["org/tiny"].commit({"config.json": b'{"new": 1}'})
+    assert lock("newer").returncode == 0
+    assert entry(path, "newer")["revision"] == head.sha
+    assert "files" not in entry(path, "pinned")
+
+
 def test_repository_with_another_revision_moves_its_entry(lock: Lock, path: Path, hub: Hub) -> None:
     head = hub.repos["org/tiny"].commit({"config.json": b'{"new": 1}'})
     assert lock("org/tiny@main").returncode == 0
@@ -155,7 +163,7 @@ def test_without_model_every_entry_of_the_hub_is_locked_but_those_that_cannot_be
 @pytest.mark.parametrize(
     ("model", "words", "exit_code"),
     [
-        ("packaged", "not_there", 1),
+        ("packaged", "there is nothing to lock", 2),
         ("org/packaged", "there is nothing to lock", 2),
         ("someone/pinned", "its pinned is another model", 2),
         ("org/absent", "repository not found", 1),
