@@ -24,6 +24,7 @@ from f2gguf.quantize.options import (
     settle_found,
 )
 from f2gguf.runtime.cli import f2gguf
+from f2gguf.runtime.cli_serve import serve
 from f2gguf.runtime.console import Commands, progress
 from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
 
@@ -166,6 +167,7 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
 for command in (cli_hub.fetch, cli_hub.lock, convert, cli_file.imatrix, cli_file.variant, cli_file.verify, card):
     quantize.add_command(command)
 f2gguf.add_command(bench)
+f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
 
 
