@@ -166,11 +166,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         reason, words = _HTTP_ERRORS.get(error.status_code, ("invalid", "the body is no JSON in UTF-8."))
         return Refused(reason, words).response(request.url.path)
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, _error: Exception) -> Response:
-        words = f"the model failed on this request; the server's log says why, at {request.state.facts['request_id']}."
-        return Refused("failed", words).response(request.url.path)
-
 
 def _invalid(error: RequestValidationError) -> Refused:
     """What is wrong and where, without the value itself; of the branches of a union, the one that went furthest."""

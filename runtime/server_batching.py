@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections import deque
@@ -17,8 +16,6 @@ from f2gguf.runtime.engine import Rows
 from f2gguf.runtime.packing import Ids
 
 Compute = Callable[[list[Ids], Ids | None], Rows]  # texts and the ids of the prompt they share -> raw vectors
-
-log = logging.getLogger("f2gguf.serve")
 
 
 class QueueFull(Exception):
@@ -143,7 +140,6 @@ class Batcher:
             return list(self._compute(texts, prompt))
         except Exception as error:
             if len(texts) == 1:
-                log.exception("a text of %d tokens fails alone", len(texts[0]))
                 return [error]
             half = len(texts) // 2
             return self._isolated(texts[:half], prompt) + self._isolated(texts[half:], prompt)

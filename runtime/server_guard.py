@@ -8,10 +8,12 @@ import hmac
 import json
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Mapping, MutableMapping
 from typing import Any
 
+from f2gguf.runtime.errors import F2ggufError
 from f2gguf.runtime.server_errors import Refused
 from f2gguf.runtime.server_metrics import Metrics
 from f2gguf.runtime.server_models import Settings
@@ -25,7 +27,10 @@ log = logging.getLogger("f2gguf.serve")
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON; what a record has in `facts` comes along."""
+    """A log record as one line of JSON; what a record has in `facts` comes along.
+
+    Of an error that is not ours only the kind is told, and where: its words could quote a text.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -34,8 +39,9 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "facts", {}),
         }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+        if record.exc_info and (error := record.exc_info[1]):
+            line["error"] = f"{type(error).__name__}{f': {error}' if isinstance(error, F2ggufError) else ''}"
+            line["traceback"] = "".join(traceback.format_tb(error.__traceback__))
         return json.dumps(line)
 
 
@@ -94,6 +100,10 @@ class Guard:
             await refused.response(scope["path"])(scope, receive, answer)
         except _Left:
             answer.status = CLIENT_LEFT
+        except Exception:
+            log.exception("request failed", extra={"facts": answer.facts})
+            words = f"the server failed on this request; its log says why, at {answer.facts['request_id']}."
+            await Refused("failed", words).response(scope["path"])(scope, receive, answer)
         finally:
             self._metrics.in_flight.dec()
             self._drain.n_in_flight -= 1
@@ -157,7 +167,7 @@ class _Answer:
 
     def __init__(self, send: Send, facts: MutableMapping[str, Any], drain: Drain) -> None:
         self._send = send
-        self._facts = facts
+        self.facts = facts
         self._drain = drain
         self.status = 500
 
@@ -165,7 +175,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self._facts["request_id"]
+            headers["X-Request-Id"] = self.facts["request_id"]
             if self._drain.has_begun or self.status in (408, 413):  # what is left of the body is not worth reading
                 headers["Connection"] = "close"
         await self._send(message)
