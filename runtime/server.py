@@ -36,9 +36,9 @@ put before each text. Without a suffix, `input_type` (OpenAI) or `prompt_name` (
 documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width).
 X-Embedding-Truncated holds the indices of texts that were cut."""
 DIALECTS = {
-    "/v1/": server_openai.ErrorResponse,
-    "/api/": server_ollama.ErrorResponse,
-    "/": server_tei.ErrorResponse,
+    "/v1/": server_openai.OpenAIError,
+    "/api/": server_ollama.OllamaError,
+    "/": server_tei.TEIError,
 }
 _HTTP_ERRORS = {
     404: ("unknown_path", "there is nothing at this path; /openapi.json lists what there is."),
@@ -164,7 +164,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         reason, words = _HTTP_ERRORS.get(error.status_code, ("invalid", "the body is no JSON in UTF-8."))
-        return Refused(reason, words).response(request.url.path)
+        return Refused(reason, words, headers=error.headers).response(request.url.path)
 
 
 def _invalid(error: RequestValidationError) -> Refused:

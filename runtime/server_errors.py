@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +42,18 @@ REASONS = {
 class Refused(Exception):
     """A request that gets no vectors: a key of REASONS, and the words for the client."""
 
-    def __init__(self, reason: str, message: str, *, param: str | None = None, retry_after_s: int | None = None):
+    def __init__(
+        self, reason: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.reason = REASONS[reason]
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
     def response(self, path: str) -> Response:
         """The answer in the dialect that speaks at `path`."""
         reason = self.reason
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        if reason.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
         body: dict[str, Any]
         status = reason.status
         if path.startswith("/v1/"):
@@ -64,10 +64,10 @@ class Refused(Exception):
         else:
             body = {"error": self.message, "error_type": reason.error_type}
             status = reason.tei_status or status
-        return json_response(body, status=status, headers=headers)
+        return json_response(body, status=status, headers=self.headers)
 
 
-def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON of what may hold numpy arrays: float32 as its shortest decimals, in C."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status_code=status, headers=headers, media_type="application/json")

@@ -113,11 +113,14 @@ class Guard:
         if is_read and path in OPEN_PATHS:
             return
         if self._drain.has_begun:
-            raise Refused("draining", "the server is shutting down.", retry_after_s=1)
+            raise Refused("draining", "the server is shutting down.", headers={"Retry-After": "1"})
         if self._keys and not self._knows_key(Headers(scope=scope)):
-            raise Refused("no_key", "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY.")
+            words = "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY."
+            raise Refused("no_key", words, headers={"WWW-Authenticate": "Bearer"})
         if self._drain.n_in_flight > self._settings.max_requests and not is_read:
-            raise Refused("overloaded", f"{self._settings.max_requests} requests are in flight.", retry_after_s=1)
+            raise Refused(
+                "overloaded", f"{self._settings.max_requests} requests are in flight.", headers={"Retry-After": "1"}
+            )
 
     def _knows_key(self, headers: Mapping[str, str]) -> bool:
         """Whether the request has one of the keys, in a time that tells nothing about them."""

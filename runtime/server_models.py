@@ -65,7 +65,6 @@ class Answer:
     n_tokens: int
     truncated: list[int]
     fingerprint: str
-    seconds: float
 
     @property
     def headers(self) -> dict[str, str]:
@@ -146,8 +145,7 @@ class ServedModel:
         self.metrics["texts"].inc(len(rows))
         self.metrics["truncated"].inc(len(tokens.truncated))
         rows = np.ascontiguousarray(rows, dtype=np.float32)
-        fingerprint = self.fingerprint(prompt, width)
-        return Answer(rows, n_tokens, tokens.truncated, fingerprint, time.perf_counter() - begin)
+        return Answer(rows, n_tokens, tokens.truncated, self.fingerprint(prompt, width))
 
     async def tokenize(self, inputs: Sequence[Input], prompt: str, *, truncate: bool) -> Tokens:
         """Token ids with the prompt and special tokens; in a thread where that takes a while (llama.cpp's tokenizer
@@ -216,8 +214,8 @@ class ServedModel:
         try:
             return await self.batcher(tokens.ids, tokens.prompt)
         except QueueFull as full:
-            words = f"{self.name}: {full}"
-            raise Refused("overloaded", words, retry_after_s=full.retry_after_s) from full
+            wait = {"Retry-After": str(full.retry_after_s)}
+            raise Refused("overloaded", f"{self.name}: {full}.", headers=wait) from full
 
     def _require_vectors(self, rows: Rows) -> Rows:
         bad = np.flatnonzero(~is_usable(rows))
@@ -252,11 +250,11 @@ class Models:
         self.by_name: Mapping[str, ServedModel] = {model.name: model for model in models}
 
     def find(self, name: str | None, prompt_name: str | None = None) -> tuple[ServedModel, str | None]:
-        """The model called `name`, which may end in ':query', ':document' or another prompt's name, and the prompt.
+        """The model called `name` (None: the first), which may end in ':query', ':document' or another prompt's name, and the prompt.
 
         ':latest', which Ollama's clients write, means nothing. Raises `Refused`.
         """
-        if not name:
+        if name is None:
             return next(iter(self.by_name.values())), prompt_name
         if model := self.by_name.get(name):
             return model, prompt_name

@@ -12,13 +12,15 @@ from f2gguf.runtime.server_models import Answer, Asked, Models, ServedModel
 from f2gguf.runtime.server_openai import MODEL
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 Options = Annotated[dict[str, Any] | None, Field(description="Accepted and ignored: a file says how it is to be used.")]
-KeepAlive = Annotated[float | str | None, Field(description="Accepted and ignored: models stay loaded.")]
+KeepAlive = Annotated[
+    StrictFloat | StrictInt | StrictStr | None, Field(description="Accepted and ignored: models stay loaded.")
+]
 
 
-class EmbedRequest(BaseModel):
+class OllamaEmbedRequest(BaseModel):
     model: Annotated[StrictStr, MODEL]
     input: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] = Field(
         description="A text or texts; '' gives none."
@@ -29,7 +31,7 @@ class EmbedRequest(BaseModel):
     keep_alive: KeepAlive = None
 
 
-class EmbedResponse(BaseModel):
+class OllamaEmbedResponse(BaseModel):
     model: str
     embeddings: list[list[float]]
     total_duration: int = Field(description="Nanoseconds.")
@@ -38,14 +40,14 @@ class EmbedResponse(BaseModel):
     truncated: list[int] = Field(description="Indices of the texts that were cut.")
 
 
-class EmbeddingsRequest(BaseModel):
+class OllamaEmbeddingsRequest(BaseModel):
     model: Annotated[StrictStr, MODEL]
     prompt: StrictStr = ""
     options: Options = None
     keep_alive: KeepAlive = None
 
 
-class EmbeddingsResponse(BaseModel):
+class OllamaEmbeddingsResponse(BaseModel):
     embedding: list[float]
 
 
@@ -91,15 +93,15 @@ class VersionResponse(BaseModel):
     version: str
 
 
-class ErrorResponse(BaseModel):
+class OllamaError(BaseModel):
     error: str
 
 
 def router(models: Models, errors: dict[int | str, dict[str, Any]], version: str) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["Ollama"], responses=errors)
 
-    @routes.post("/embed", response_model=EmbedResponse)
-    async def embed(asked: EmbedRequest, request: Request) -> Response:
+    @routes.post("/embed", response_model=OllamaEmbedResponse)
+    async def embed(asked: OllamaEmbedRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
         begin = time.perf_counter_ns()
         model, prompt_name = models.find(asked.model)
@@ -118,8 +120,8 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]], version: str
             }
         return json_response(body | {"total_duration": time.perf_counter_ns() - begin}, headers=headers)
 
-    @routes.post("/embeddings", response_model=EmbeddingsResponse)
-    async def embeddings(asked: EmbeddingsRequest, request: Request) -> Response:
+    @routes.post("/embeddings", response_model=OllamaEmbeddingsResponse)
+    async def embeddings(asked: OllamaEmbeddingsRequest, request: Request) -> Response:
         """The vector of one text, as older clients ask for it; long ones are cut."""
         model, prompt_name = models.find(asked.model)
         if not asked.prompt:
@@ -135,7 +137,7 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]], version: str
     @routes.post("/show", response_model=ShowResponse)
     async def show(asked: ShowRequest) -> Response:
         """What one model is, its header's values included."""
-        model, _ = models.find(asked.model or asked.name)
+        model, _ = models.find(asked.model or asked.name or "")
         return json_response(_show(model), headers={"X-Embedding-Fingerprint": model.fingerprint()})
 
     @routes.get("/version", response_model=VersionResponse)

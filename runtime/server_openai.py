@@ -78,7 +78,7 @@ class Error(BaseModel):
     code: str | None
 
 
-class ErrorResponse(BaseModel):
+class OpenAIError(BaseModel):
     error: Error
 
 

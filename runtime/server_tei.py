@@ -27,7 +27,7 @@ class Options(BaseModel):
     truncation_direction: Literal["Right", "right"] | None = "Right"
 
 
-class EmbedRequest(Options):
+class TEIEmbedRequest(Options):
     inputs: Text | Texts | Annotated[list[Ids], Field(fail_fast=True)]
     normalize: StrictBool | None = Field(None, description="Vectors of length 1 [default: as the model's file says].")
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the trained widths.")
@@ -58,7 +58,7 @@ class Token(BaseModel):
     stop: int | None
 
 
-class ErrorResponse(BaseModel):
+class TEIError(BaseModel):
     error: str
     error_type: str
 
@@ -86,7 +86,7 @@ class Info(BaseModel):
 def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     routes = APIRouter(tags=["text-embeddings-inference"], responses=errors)
 
-    async def embed(asked: EmbedRequest, request: Request) -> Response:
+    async def embed(asked: TEIEmbedRequest, request: Request) -> Response:
         """Vectors of texts, (n_texts, n_dims). Headers: X-Embedding-Fingerprint, X-Embedding-Truncated."""
         model, prompt_name = models.find(asked.model, asked.prompt_name)
         given = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs

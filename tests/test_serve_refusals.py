@@ -125,7 +125,8 @@ def test_a_slow_sender_is_told_so(url: str) -> None:
 def test_unknown_models_prompts_and_paths_are_named(url: str, path: str) -> None:
     unknown = httpx.post(url + path, json=BODIES[path] | {"model": "gpt"})
     assert (unknown.status_code, words(path, unknown)[:21]) == (404, "model 'gpt' not found")
-    assert httpx.post(url + path, json=BODIES[path] | {"model": "nano:nonsense"}).status_code == 404
+    for name in ("nano:nonsense", "", ":query"):
+        assert httpx.post(url + path, json=BODIES[path] | {"model": name}).status_code == 404
     there_is_none = httpx.post(f"{url}{path}_sparse", json={})
     assert there_is_none.status_code == 404
     assert "/openapi.json" in there_is_none.text
