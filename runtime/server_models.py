@@ -22,12 +22,10 @@ from f2gguf.runtime.packing import Ids
 from f2gguf.runtime.server_batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server_errors import Refused
 from f2gguf.runtime.server_metrics import Metrics
-
-Input = str | Sequence[int]  # a text, or the ids of its tokens
+from f2gguf.runtime.server_request import Answer, Asked, Input
 
 KINDS = ("query", "document")  # known for every model; without such a prompt, the texts go in as they are
 _INLINE_CHARS = 1000  # shorter requests are tokenised in less time than a thread takes to be asked
-_SHOWN_INDICES = 256  # in a header; clients and proxies take a few kB
 
 
 @dataclass(frozen=True)
@@ -44,35 +42,6 @@ class Settings:
     body_timeout_s: float = 30.0
     # 32 queries of a dozen tokens and their shared prompt take one step; a newcomer waits for one step at most
     step_tokens: int = 1024
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a request of any dialect asks for; `prompt_name` None means documents."""
-
-    inputs: Sequence[Input]
-    prompt_name: str | None = None
-    dimensions: int | None = None
-    normalize: bool | None = None
-    truncate: bool = False
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Vectors of a request, and what the response tells about them."""
-
-    rows: Rows  # (n_texts, n_dims)
-    n_tokens: int
-    truncated: list[int]
-    fingerprint: str
-
-    @property
-    def headers(self) -> dict[str, str]:
-        headers = {"X-Embedding-Fingerprint": self.fingerprint}
-        if self.truncated:
-            more = ",..." * (len(self.truncated) > _SHOWN_INDICES)
-            headers["X-Embedding-Truncated"] = ",".join(map(str, self.truncated[:_SHOWN_INDICES])) + more
-        return headers
 
 
 @dataclass(frozen=True)
@@ -250,7 +219,7 @@ class Models:
         self.by_name: Mapping[str, ServedModel] = {model.name: model for model in models}
 
     def find(self, name: str | None, prompt_name: str | None = None) -> tuple[ServedModel, str | None]:
-        """The model called `name` (None: the first), which may end in ':query', ':document' or another prompt's name, and the prompt.
+        """The model called `name` (None: the first), and the prompt, which the name may end in: 'nano:query'.
 
         ':latest', which Ollama's clients write, means nothing. Raises `Refused`.
         """
@@ -267,10 +236,6 @@ class Models:
         if prompt_name not in (None, suffix):
             raise Refused("invalid", f"the model's name says {suffix}, the request {prompt_name}.", param="model")
         return model, suffix
-
-    def close(self) -> None:
-        for model in self.by_name.values():
-            model.close()
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from f2gguf.runtime.inspect import as_dict
 from f2gguf.runtime.server_errors import json_response
-from f2gguf.runtime.server_models import Answer, Asked, Models, ServedModel
+from f2gguf.runtime.server_models import Models, ServedModel
 from f2gguf.runtime.server_openai import MODEL
+from f2gguf.runtime.server_request import Asked
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
@@ -126,7 +127,7 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]], version: str
         model, prompt_name = models.find(asked.model)
         if not asked.prompt:
             return json_response({"embedding": []}, headers={"X-Embedding-Fingerprint": model.fingerprint()})
-        answer: Answer = await model.embed(Asked([asked.prompt], prompt_name, truncate=True), request.state.facts)
+        answer = await model.embed(Asked([asked.prompt], prompt_name, truncate=True), request.state.facts)
         return json_response({"embedding": answer.rows[0]}, headers=answer.headers)
 
     @routes.get("/tags", response_model=TagsResponse)

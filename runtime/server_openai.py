@@ -6,7 +6,8 @@ import base64
 from typing import Annotated, Any, Literal
 
 from f2gguf.runtime.server_errors import json_response
-from f2gguf.runtime.server_models import Asked, Models
+from f2gguf.runtime.server_models import Models
+from f2gguf.runtime.server_request import Asked
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.header import KEY_VERSION
 from f2gguf.runtime.server_errors import json_response
-from f2gguf.runtime.server_models import Asked, Models, ServedModel
+from f2gguf.runtime.server_models import Models, ServedModel
 from f2gguf.runtime.server_openai import MODEL, Ids, Text
+from f2gguf.runtime.server_request import Asked
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
