@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,7 @@ class ServedModel:
         self.header = embedder.header
         self.settings = settings
         self.selftest = selftest
+        self.sha256 = sha256_file(embedder.header.path)  # now: of a large file it takes a while
         self.metrics = metrics.of(name)
         self.batcher = Batcher(
             compute or self._compute,
@@ -81,10 +81,6 @@ class ServedModel:
         self._prompt_ids = {
             text: embedder.parts[1](text)[0] if text else None for text in ["", *self.header.prompts.values()]
         }
-
-    @cached_property
-    def sha256(self) -> str:
-        return sha256_file(self.header.path)
 
     def fingerprint(self, prompt: str | None = None, dimensions: int | None = None) -> str:
         """'SPACE' or 'SPACE.PROMPT', 16 and 8 hexadecimal digits.

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 # fail_fast: a long list of wrong things has one error, not one for each of them
-Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 MODEL = Field(description="A model's name; it may end in ':query' or ':document' (or another prompt's name).")
 
@@ -25,8 +25,8 @@ class EmbeddingsRequest(BaseModel):
     input: Annotated[
         Text
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
         Field(description="A text, texts, token ids, or lists of token ids; a missing closing token is added to ids."),
     ]
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the model's trained widths.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.header import KEY_VERSION
+from f2gguf.runtime.packing import Ids
 from f2gguf.runtime.server_errors import json_response
 from f2gguf.runtime.server_models import Models, ServedModel
-from f2gguf.runtime.server_openai import MODEL, Ids, Text
+from f2gguf.runtime.server_openai import MODEL, Text, TokenIds
 from f2gguf.runtime.server_request import Asked
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -29,7 +31,7 @@ class Options(BaseModel):
 
 
 class TEIEmbedRequest(Options):
-    inputs: Text | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+    inputs: Text | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     normalize: StrictBool | None = Field(None, description="Vectors of length 1 [default: as the model's file says].")
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the trained widths.")
 
@@ -117,7 +119,7 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         prompt = model.prompt(prompt_name)
         tokens = await model.tokenize(texts, prompt, truncate=True)
-        return json_response([_tokens(model, ids.tolist(), asked.add_special_tokens) for ids in tokens.ids])
+        return json_response(await asyncio.to_thread(_tokens, model, tokens.ids, asked.add_special_tokens))
 
     @routes.get("/info", response_model=Info)
     async def info(model: str | None = None) -> Response:
@@ -128,19 +130,22 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     return routes
 
 
-def _tokens(model: ServedModel, ids: list[int], with_special: bool) -> list[dict[str, Any]]:
+def _tokens(model: ServedModel, texts: list[Ids], with_special: bool) -> list[list[dict[str, Any]]]:
     llama = model.embedder.parts[0].model
-    tokens = [
-        {
-            "id": token,
-            "text": llama.piece(token).decode(errors="replace"),
-            "special": llama.is_special(token),
-            "start": None,
-            "stop": None,
-        }
-        for token in ids
+    return [
+        [
+            {
+                "id": token,
+                "text": llama.piece(token).decode(errors="replace"),
+                "special": llama.is_special(token),
+                "start": None,
+                "stop": None,
+            }
+            for token in ids.tolist()
+            if with_special or not llama.is_special(token)
+        ]
+        for ids in texts
     ]
-    return [token for token in tokens if with_special or not token["special"]]
 
 
 def _info(model: ServedModel) -> dict[str, Any]:
