@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Tokens:
 
     ids: list[Ids]
     truncated: list[int]  # indices
-    prompt: Ids | None = field(repr=False, default=None)
+    prompt: Ids | None
 
 
 class ServedModel:
@@ -113,8 +113,10 @@ class ServedModel:
         return Answer(rows, n_tokens, tokens.truncated, self.fingerprint(prompt, width))
 
     async def tokenize(self, inputs: Sequence[Input], prompt: str, *, truncate: bool) -> Tokens:
-        """Token ids with the prompt and special tokens; in a thread where that takes a while (llama.cpp's tokenizer
-        lets go of Python's lock). Raises `Refused` for what is no text, or too long where it may not be cut."""
+        """Token ids with the prompt and special tokens; in a thread where that takes a while.
+
+        llama.cpp's tokenizer lets go of Python's lock. Raises `Refused` for what is no text, or too long to be kept.
+        """
         if not inputs:
             raise Refused("empty", "no input: give at least one text.")
         if len(inputs) > self.settings.max_texts:
