@@ -66,6 +66,20 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class StatedDrift:
+    """What the maker measured: 1 - cosine to the reference's vectors, over `n_texts` texts; fractions.
+
+    It `holds` where the upper end of the mean's 95% interval, and every group's mean, are under `bound`.
+    """
+
+    mean: float
+    upper: float
+    bound: float
+    holds: bool
+    n_texts: int
+
+
+@dataclass(frozen=True)
 class Header:
     """What a .gguf file says of itself. Make one with `read_header`."""
 
@@ -130,6 +144,12 @@ class Header:
     def dims(self) -> tuple[int, ...]:
         """Widths that the model was trained for, the full one last."""
         return tuple(self.values.get(KEY_MATRYOSHKA_DIMS, ())) or (self.n_embd,)
+
+    @property
+    def drift(self) -> StatedDrift | None:
+        """None where the file states none."""
+        keys = (KEY_MEAN_DRIFT, KEY_UPPER_DRIFT, KEY_MAX_DRIFT, KEY_HOLDS, KEY_N_TEXTS)
+        return StatedDrift(*(self.values[key] for key in keys)) if all(key in self.values for key in keys) else None
 
     @property
     def file_type(self) -> str:

@@ -12,8 +12,6 @@ from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.golden import KEY_TOKEN_IDS, KEY_VECTORS, has_golden, require_golden
 from f2gguf.runtime.header import Header, LongArray
 
-_DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
-
 _PATHS = {
     True: "last-token path: outputs for last tokens only, the LM head is never run",
     False: "llama.cpp's own pooling",
@@ -76,13 +74,13 @@ def _facts(header: Header) -> list[tuple[str, str]]:
 
 
 def _drift(header: Header) -> str:
-    values = header.values
-    if not all(key in values for key in _DRIFT_KEYS):
+    drift = header.drift
+    if drift is None:
         return "this is a reference" if header.file_type in ("F16", "BF16", "F32") else "not measured"
-    verdict = "under" if values[keys.KEY_HOLDS] else "OVER"
+    verdict = "under" if drift.holds else "OVER"
     return (
-        f"mean {values[keys.KEY_MEAN_DRIFT]:.3%}, at most {values[keys.KEY_UPPER_DRIFT]:.3%} with 95% confidence, over "
-        f"{values[keys.KEY_N_TEXTS]} texts: {verdict} the bound of {format_bound(values[keys.KEY_MAX_DRIFT])}"
+        f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over "
+        f"{drift.n_texts} texts: {verdict} the bound of {format_bound(drift.bound)}"
     )
 
 

@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,15 +18,15 @@ from f2gguf.runtime.server_errors import Refused, json_response
 from f2gguf.runtime.server_guard import Drain, Guard
 from f2gguf.runtime.server_metrics import Metrics
 from f2gguf.runtime.server_models import Models, ServedModel, Settings
+from f2gguf.runtime.server_page import page_response
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-PAGE = Path(__file__).with_name("server_page.html")
 EXPOSED = ["X-Embedding-Fingerprint", "X-Embedding-Truncated", "X-Request-Id", "Retry-After"]
 DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference and Ollama.
 
@@ -145,9 +144,7 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
-        if not PAGE.exists():
-            raise Refused("unknown_path", "this server has no page; its schema is at /openapi.json.")
-        return FileResponse(PAGE)
+        return page_response()
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
+from f2gguf.runtime.header import KEY_VARIANT
 from f2gguf.runtime.server_errors import json_response
 from f2gguf.runtime.server_models import Models
 from f2gguf.runtime.server_request import Asked
@@ -57,7 +58,19 @@ class EmbeddingsResponse(BaseModel):
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
 
 
+class Drift(BaseModel):
+    """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
+
+    mean: float
+    upper: float = Field(description="Where the mean's 95% interval ends.")
+    bound: float
+    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep `bound`.")
+    n_texts: int
+
+
 class Model(BaseModel):
+    """OpenAI's four, and what ours add from `fingerprint` on."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -65,6 +78,13 @@ class Model(BaseModel):
     fingerprint: str = Field(description="What X-Embedding-Fingerprint begins with, at full width.")
     dimensions: list[int]
     prompts: list[str]
+    prompt_texts: dict[str, str] = Field(description="What is put before texts, by the prompt's name.")
+    name: str = Field(description="The model's own name, whatever it is called here.")
+    variant: str = Field(description="The type of most weights, such as 'Q8_0'.")
+    drift: Drift | None = Field(description="Null where the file states none.")
+    max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
+    device: str
+    selftest: str = Field(description="'passed', or why it was not run.")
 
 
 class ModelsResponse(BaseModel):
@@ -137,4 +157,11 @@ def _model(name: str, models: Models) -> dict[str, Any]:
         "fingerprint": model.fingerprint(),
         "dimensions": list(model.header.dims),
         "prompts": list(model.header.prompts),
+        "prompt_texts": model.header.prompts,
+        "name": model.header.name,
+        "variant": model.header.values.get(KEY_VARIANT, model.header.file_type),
+        "drift": model.header.drift,
+        "max_tokens": model.embedder.max_seq_length,
+        "device": model.embedder.description,
+        "selftest": model.selftest,
     }
