@@ -62,6 +62,7 @@ def test_wheel_works_in_a_clean_environment(tmp_path: Path, nano_release: Releas
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.split("/")[0] in FOLDERS], "bare names must not reach site-packages"
+    assert "f2gguf/runtime/server_page.html" in names
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     scripts = environment / "bin"
