@@ -354,6 +354,7 @@ def test_keys_are_asked_for_and_kept_in_the_tab(page: Page, nano: Embedder) -> N
         page.press("secret-key", Keys.ENTER)
         page.until(lambda: page.shows("main"))
         assert not page.shows("key-form")
+        assert not page.shows("api"), "a link to the schema would be refused: it sends no key"
         assert page.compare(TEXTS).startswith("4 texts")
         assert "$F2GGUF_API_KEY" in page.text("snippet")
         assert "secret-key" not in page.driver.page_source
