@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from f2gguf.evals.cli import bench
-from f2gguf.quantize import cli_file
+from f2gguf.quantize import cli_file, cli_push
 from f2gguf.quantize.options import (
     CALIBRATION,
     DEVICE,
@@ -175,7 +175,7 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
         click.echo(str(path))
 
 
-for command in (cli_file.imatrix, cli_file.variant, cli_file.verify, card):
+for command in (cli_file.imatrix, cli_file.variant, cli_file.verify, card, cli_push.push):
     quantize.add_command(command)
 f2gguf.add_command(bench)
 f2gguf.add_command(quantize)

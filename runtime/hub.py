@@ -19,6 +19,7 @@ from f2gguf.runtime.errors import (
     RateLimited,
     RepoGated,
     RepoMissing,
+    RepoMoved,
     RepoRenamed,
     parsing,
 )
@@ -53,6 +54,7 @@ class Listing:
     repo: str
     commit: str
     files: Mapping[str, RemoteFile]
+    is_private: bool = False  # where the Hub was asked now
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
@@ -96,7 +98,7 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
             else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
             for file in info.siblings or []
         }
-        listing = Listing(repo, str(info.sha), files)
+        listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         write_text(_record_path(repo, name), json.dumps(asdict(listing)))
     return listing
@@ -167,7 +169,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (hub.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (hub.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
         raise _in_words(what, error) from error
 
 
@@ -189,15 +191,17 @@ def _in_words(what: str, error: Exception) -> HubError:
     if not isinstance(cause, hub.HfHubHTTPError):
         return HubUnreachable(
             f"{what}: the Hub cannot be reached, and its cache lacks this ({reason}). Check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE, or pass a checkpoint folder."
+            "and HF_HUB_OFFLINE; what was done is kept."
         )
     status = cause.response.status_code
     if status == 429:
         wait = cause.response.headers.get("Retry-After")
         return RateLimited(
             f"{what}: too many requests for the Hub. Try again {f'in {wait} s' if wait else 'later'}; it gives more to "
-            "those who set HF_TOKEN. What was fetched is kept."
+            "those who set HF_TOKEN. What was done is kept."
         )
+    if status == 412:
+        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again; what was sent is kept.")
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
     return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
