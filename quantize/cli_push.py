@@ -37,8 +37,8 @@ def push(
     an unchanged release only reads it back.
     """
     from f2gguf.evals.conversion import as_json as json_text
-    from f2gguf.quantize.push import make_plan
     from f2gguf.quantize.push import push as push_release
+    from f2gguf.quantize.push_plan import make_plan
     from f2gguf.quantize.release import find_release, read_release
     from huggingface_hub import constants
 

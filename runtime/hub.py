@@ -180,7 +180,8 @@ def _in_words(what: str, error: Exception) -> HubError:
     cause: Any = error  # the client keeps the Hub's answer in the cause of what it raises
     while not isinstance(cause, hub.HfHubHTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    reason = " ".join(str(cause).split()) or type(cause).__name__
+    said = getattr(cause, "server_message", None) or str(cause)  # the Hub's own words, without the client's
+    reason = " ".join(said.split()).rstrip(".") or type(cause).__name__
     if isinstance(cause, hub.GatedRepoError):
         url = f"{constants.ENDPOINT}/{what.partition('@')[0]}"
         return RepoGated(f"{what}: is gated. Ask for access at {url}, then set HF_TOKEN to your token.")
