@@ -151,7 +151,7 @@ def ndcg10(similarities: NDArray[np.floating[Any]], relevant: Sequence[Sequence[
     return float(np.mean(scores))
 
 
-def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, float]:
+def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
     from scipy.stats import spearmanr
 
     index = {text.id: i for i, text in enumerate(texts)}
