@@ -38,8 +38,8 @@ def push(
     """
     from f2gguf.evals.conversion import as_json as json_text
     from f2gguf.quantize.push import push as push_release
+    from f2gguf.quantize.push_check import find_release, read_release
     from f2gguf.quantize.push_plan import make_plan
-    from f2gguf.quantize.release import find_release, read_release
     from huggingface_hub import constants
 
     release = read_release(find_release(model, out), allow_over_bound=allow_over_bound)

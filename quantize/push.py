@@ -83,7 +83,7 @@ def _read_back(plan: Plan, commit: str, progress: Progress) -> None:
 
 def _sha256_on_hub(listing: Listing, name: str, advance: Callable[[int], None]) -> str:
     """The SHA-256 of what the Hub sends of a file; nothing of it is kept."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    import httpx2
 
     digest, n_read, n_failed = hashlib.sha256(), 0, 0
     with hub_errors(f"{listing}: {name}"):
@@ -94,9 +94,9 @@ def _sha256_on_hub(listing: Listing, name: str, advance: Callable[[int], None]) 
                     advance(len(chunk))
                     n_read, n_failed = n_read + len(chunk), 0
                 break
-            except HTTPError as error:
+            except httpx2.TransportError:
                 n_failed += 1
-                if isinstance(error, HfHubHTTPError) or n_failed > _N_RETRIES:
+                if n_failed > _N_RETRIES:
                     raise
                 time.sleep(n_failed)
     return digest.hexdigest()

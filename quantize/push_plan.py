@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.evals.report import label, text_table
-from f2gguf.quantize.release import CARD, Release
+from f2gguf.quantize.push_check import CARD, Release
+from f2gguf.runtime.download import download
 from f2gguf.runtime.errors import HubError, RepoMissing, RepoMoved, UnfitRelease, WrongUsage
 from f2gguf.runtime.files import format_size
-from f2gguf.runtime.hub import REPO, Listing, ask_for_files, download, hub_errors
+from f2gguf.runtime.hub import REPO, Listing, ask_for_files, hub_errors
 
 _TAG = re.compile(r"\w[\w+-]*(\.[\w+-]+)*")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Release
-from f2gguf.quantize.release import find_release, read_release
+from f2gguf.quantize.push_check import find_release, read_release
 from f2gguf.quantize.stamp import stamp
 from f2gguf.runtime.errors import GGUFError, HashMismatch, OverBound, UnfitRelease, UnknownName
 from hub import flip_bit
@@ -156,7 +156,10 @@ def change(*keys: str, to: Any = ...) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (change("variants", "Q8_0", "holds", to=False), "states f2gguf.drift.holds = True, and drift.json holds = False"),
+        (
+            change("variants", "Q8_0", "holds", to=False),
+            "states f2gguf.drift.holds = True, and drift.json holds = False",
+        ),
         (change("variants", "Q8_0", "mean", to=0.001), "f2gguf.drift.mean"),
         (change("variants", "Q8_0", "upper", to=0.001), "f2gguf.drift.upper"),
         (change("variants", "Q8_0", "n", to=593), "f2gguf.drift.n_texts"),
