@@ -42,7 +42,9 @@ def push(
     from f2gguf.quantize.push_plan import make_plan
     from huggingface_hub import constants
 
-    release = read_release(find_release(model, out), allow_over_bound=allow_over_bound)
+    folder = find_release(model, out)
+    say(f"check {folder}")
+    release = read_release(folder, allow_over_bound=allow_over_bound)
     plan = make_plan(release, repo, tag=tag, create=create, private=private)
     if not as_json:
         click.echo("\n".join(plan.lines()))

@@ -68,7 +68,7 @@ def _read_back(plan: Plan, commit: str, progress: Progress) -> None:
         remote = listing.files.get(name)
         fault = remote.fault(release.folder / name) if remote else "no such file"
         if fault:
-            raise HashMismatch(f"{listing}: the Hub states of {name}: {fault}. Nothing was tagged. Run it again.")
+            raise HashMismatch(f"{listing}: the Hub states of {name}: {fault}. Nothing was tagged. Push again.")
     n_bytes = sum(map(release.size_bytes, release.hashes))
     with progress("read back", n_bytes) as advance:
         for name, sha256 in release.hashes.items():
@@ -76,7 +76,7 @@ def _read_back(plan: Plan, commit: str, progress: Progress) -> None:
             if found != sha256:
                 raise HashMismatch(
                     f"{listing}: the Hub sends {name} with the SHA-256 {found} instead of {sha256}. Nothing was "
-                    "tagged. Run it again; where that stays, delete the file on the Hub with its LFS object first."
+                    "tagged. Push again; where that stays, delete the file on the Hub with its LFS object first."
                 )
     say(f"read back: {len(release.hashes)} files, {format_size(n_bytes)}, each with the SHA-256 of its file here")
 

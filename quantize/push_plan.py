@@ -139,13 +139,13 @@ def _require_valid_card(path: Path) -> None:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     asked = {"content": path.read_text(encoding="utf-8"), "repoType": "model"}
+    headers = {**build_hf_headers(), "Accept": "text/plain"}
     with hub_errors(str(path)):
-        response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked, headers=build_hf_headers())
-        if response.status_code != 400:
-            hf_raise_for_status(response)
-            return
-        reasons = "; ".join(error["message"] for error in response.json()["errors"])
-    raise UnfitRelease(f"{path}: the Hub refuses it: {reasons}. Correct models.lock, then run `quantize card`.")
+        response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked, headers=headers)
+        if response.status_code == 400:
+            reasons = " ".join(response.text.split())
+            raise UnfitRelease(f"{path}: the Hub refuses it: {reasons}. Correct models.lock, then run `quantize card`.")
+        hf_raise_for_status(response)
 
 
 def _state(listing: Listing | None, path: Path) -> str:
