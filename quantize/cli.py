@@ -24,6 +24,7 @@ from f2gguf.quantize.options import (
     settle_found,
 )
 from f2gguf.runtime.cli import f2gguf
+from f2gguf.runtime.cli_serve import serve
 from f2gguf.runtime.console import Commands, progress
 from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
 
@@ -175,6 +176,7 @@ for command in (
 ):
     quantize.add_command(command)
 f2gguf.add_command(bench)
+f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
 
 

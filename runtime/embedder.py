@@ -92,13 +92,19 @@ class Embedder:
     @property
     def description(self) -> str:
         """File, device, threads and way of computing, in one line."""
-        engine, _ = self._open()
-        return f"{self.header.path.name}: {engine.description}"
+        return f"{self.header.path.name}: {self.parts[0].description}"
+
+    @property
+    def parts(self) -> tuple[Engine, Tokenizer]:
+        """What `embed` is made of, for whoever batches by other rules. Raises `Closed` after `close`."""
+        if self._parts is None:
+            raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
+        return self._parts
 
     @property
     def compute_seconds(self) -> float:
         """Time spent inside llama.cpp so far; what is left of the wall time is f2gguf's own."""
-        return self._open()[0].compute_seconds
+        return self.parts[0].compute_seconds
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -114,7 +120,7 @@ class Embedder:
 
     def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
-        return self._open()[1](text)[0]
+        return self.parts[1](text)[0]
 
     def encode(
         self,
@@ -159,7 +165,7 @@ class Embedder:
         carries all others) for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for an
         untrained width.
         """
-        engine, tokenizer = self._open()
+        engine, tokenizer = self.parts
         width = self._require_dim(truncate_dim) or self.get_sentence_embedding_dimension()
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
@@ -167,7 +173,7 @@ class Embedder:
         given = [sentences] if isinstance(sentences, str) else sentences
         texts = [text if text.startswith(prefix) else prefix + text for text in given]
         ids, truncated = self._tokenize(tokenizer, texts)
-        rows = self._compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress)[:, :width]
+        rows = compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress=on_progress)[:, :width]
         if self.header.is_normalized if normalize_embeddings is None else normalize_embeddings:
             rows = normalized(rows)
         n_tokens = np.array([len(tokens) for tokens in ids], dtype=np.int64)
@@ -193,11 +199,11 @@ class Embedder:
 
         Raises `SelftestMissing` for a file without them.
         """
-        return selftest(self._open()[0])
+        return selftest(self.parts[0])
 
     def probe_vectors(self) -> NDArray[np.float32]:
         """L2-normalised vectors of the golden texts' token ids, NaN rows where there is none, (n_texts, n_embd)."""
-        return probe_vectors(self._open()[0], golden_of(self.header))
+        return probe_vectors(self.parts[0], golden_of(self.header))
 
     def close(self, *, wait: bool = True) -> None:
         """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
@@ -217,11 +223,6 @@ class Embedder:
         except F2ggufError:
             self.close()
             raise
-
-    def _open(self) -> tuple[Engine, Tokenizer]:
-        if self._parts is None:
-            raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
-        return self._parts
 
     def _encode_as(self, kind: str, sentences: str | Sequence[str], options: dict[str, Any]) -> Vectors:
         if "prompt" not in options:
@@ -271,19 +272,6 @@ class Embedder:
             )
         return ids, truncated
 
-    @staticmethod
-    def _compute(
-        engine: Engine, texts: list[Ids], prompt: Ids | None, on_progress: Callable[[int], None] | None
-    ) -> NDArray[np.float32]:
-        """Raw vectors of token ids, (n_texts, n_embd); equal ones are computed once."""
-        different, index = unique(texts)
-        counts = np.bincount(index, minlength=len(different))
-        return engine.embed(
-            different,
-            n_shared=shared_length(different if prompt is None else [*different, prompt]),
-            on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
-        )[index]
-
     def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
         vectors = embeddings.vectors
@@ -298,3 +286,19 @@ class Embedder:
             bad,
             Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
         )
+
+
+def compute(
+    engine: Engine, texts: Sequence[Ids], prompt: Ids | None, *, on_progress: Callable[[int], None] | None = None
+) -> NDArray[np.float32]:
+    """Raw vectors of token ids, (n_texts, n_embd); equal ones are computed once, and so is what all begin with.
+
+    `prompt` are the ids of the prompt that all texts have, or None.
+    """
+    different, index = unique(texts)
+    counts = np.bincount(index, minlength=len(different))
+    return engine.embed(
+        different,
+        n_shared=shared_length(different if prompt is None else [*different, prompt]),
+        on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
+    )[index]

@@ -144,6 +144,10 @@ class Model:
     def n_embd(self) -> int:
         return int(llama_cpp.llama_model_n_embd(self.pointer))
 
+    @property
+    def n_vocab(self) -> int:
+        return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+
     def tokenize(self, text: str) -> NDArray[np.int32]:
         """Token ids of `text` with the special tokens that the header asks for, (n_tokens,) int32."""
         data = text.encode("utf-8")
@@ -157,9 +161,18 @@ class Model:
 
     def token_texts(self) -> list[str]:
         """The vocabulary as the header spells it, by id."""
-        ids = range(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        ids = range(self.n_vocab)
         texts = (llama_cpp.llama_vocab_get_text(self.vocab, i) for i in ids)
         return [text.decode("utf-8", errors="replace") for text in texts]
+
+    def piece(self, token: int) -> bytes:
+        """What one token stands for, special tokens by their names."""
+        buffer = ctypes.create_string_buffer(512)  # the longest token of any vocabulary has 256 bytes
+        n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(n, 0)]
+
+    def is_special(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
 
     @property
     def closes_texts(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,28 @@ class Tokenizer:
             ) from error
         if not len(ids):
             raise TextError("the text is empty, and this model has no special token that could stand for it.")
+        return self._cut(ids)
+
+    def complete(self, ids: Sequence[int]) -> tuple[NDArray[np.int32], bool]:
+        """Ids that somebody else's tokenizer gave, with the special tokens that they lack, and whether they were cut.
+
+        Raises `TextError` for no ids, or one that is not in the vocabulary.
+        """
+        if not ids:
+            raise TextError("the list of token ids is empty.")
+        n_vocab = self._model.n_vocab
+        if wrong := [token for token in ids if not 0 <= token < n_vocab]:
+            raise TextError(f"there is no token {wrong[0]}: this model has {n_vocab:,}, from 0.")
+        whole = np.array(ids, dtype=np.int32)
+        special = self._model.tokenize("")
+        opening, closing = np.split(special, [len(special) - self._n_closing])
+        if not np.array_equal(whole[: len(opening)], opening):
+            whole = np.concatenate([opening, whole])
+        if not np.array_equal(whole[-1:], closing):
+            whole = np.concatenate([whole, closing])
+        return self._cut(whole)
+
+    def _cut(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], bool]:
         if len(ids) <= self.max_tokens:
             return ids, False
         kept = self.max_tokens - self._n_closing

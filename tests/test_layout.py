@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("quantize", "evals", "runtime")
 ALLOWED = {"runtime": {"runtime"}, "evals": {"evals", "runtime"}, "quantize": {"quantize", "evals", "runtime"}}
 HEAVY = ("numpy", "llama_cpp", "gguf", "scipy", "tokenizers", "huggingface_hub", "torch", "transformers", "safetensors")
+HEAVY += ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
 
 def test_mapping_lists_every_folder_with_python_code() -> None:

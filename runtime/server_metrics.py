@@ -1,0 +1,55 @@
+"""What Prometheus is told: counters, gauges and histograms of one server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.metrics import MetricWrapperBase
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each, of when it began
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+class Metrics:
+    """All figures of a server, in a registry of their own; those of a model by `of`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._new(Counter, "requests", "Requests answered.", "path", "status")
+        self.request_seconds = self._new(
+            Histogram,
+            "request_seconds",
+            "From a request's headers to its answer's last byte.",
+            "path",
+            buckets=_SECONDS,
+        )
+        self.in_flight = self._new(Gauge, "requests_in_flight", "Requests accepted and not answered yet.")
+        new = self._new
+        self._of_model = {
+            "tokens": new(Counter, "tokens", "Tokens embedded.", "model"),
+            "texts": new(Counter, "texts", "Texts embedded.", "model"),
+            "truncated": new(Counter, "truncated_texts", "Texts cut to the maximum length.", "model"),
+            "quarantined": new(Counter, "quarantined_texts", "Texts that have no finite vector.", "model"),
+            "queue_requests": new(Gauge, "queue_requests", "Requests with texts that wait.", "model"),
+            "queue_tokens": new(Gauge, "queue_tokens", "Tokens that wait.", "model"),
+            "tokenize_seconds": new(
+                Histogram, "tokenize_seconds", "A request's texts become ids.", "model", buckets=_SECONDS
+            ),
+            "queue_seconds": new(
+                Histogram, "queue_seconds", "A request waits for its first text's turn.", "model", buckets=_SECONDS
+            ),
+            "compute_seconds": new(Histogram, "compute_seconds", "One step of the model.", "model", buckets=_SECONDS),
+            "batch_fill": new(
+                Histogram, "batch_fill", "Tokens of a step, as a share of its budget.", "model", buckets=_SHARES
+            ),
+        }
+
+    def of(self, model: str) -> dict[str, Any]:
+        """The figures of one model, by their short names."""
+        return {name: metric.labels(model) for name, metric in self._of_model.items()}
+
+    def _new(self, kind: type[MetricWrapperBase], name: str, words: str, *labels: str, **options: Any) -> Any:
+        return kind(f"f2gguf_{name}", words, labels, registry=self.registry, **options)

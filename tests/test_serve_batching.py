@@ -1,0 +1,166 @@
+"""Texts of many requests in one queue: company, turns, cancellation, back-pressure, and texts that fail alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from f2gguf.runtime.errors import GGUFError
+from f2gguf.runtime.packing import Ids
+from f2gguf.runtime.server_batching import Batcher, QueueFull
+from f2gguf.runtime.server_metrics import Metrics
+
+POISON = 666
+
+
+class Model:
+    """Stands in for llama.cpp: a text's vector is its first id. Holds its first step back until told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[int], int | None]] = []  # first ids of the texts, first id of the prompt
+        self.may_go_on = threading.Event()
+
+    def __call__(self, texts: list[Ids], prompt: Ids | None) -> np.ndarray:
+        self.calls.append(([int(ids[0]) for ids in texts], None if prompt is None else int(prompt[0])))
+        self.may_go_on.wait(10)
+        if any(POISON in ids for ids in texts):
+            raise GGUFError("llama.cpp failed on a batch")
+        return np.array([[ids[0]] for ids in texts], dtype=np.float32)
+
+
+def text(first: int, n_tokens: int = 10) -> Ids:
+    return np.full(n_tokens, first, dtype=np.int32)
+
+
+def run(test: Callable[[Batcher, Model], Awaitable[Any]], **limits: int) -> Model:
+    """Run a test on a batcher whose model is busy with text 0."""
+    model = Model()
+    limits = {"step_tokens": 100, "max_waiting_tokens": 10_000, **limits}
+
+    async def main() -> None:
+        batcher = Batcher(model, metrics=Metrics().of("model"), **limits)
+        busy = asyncio.create_task(batcher([text(0)], None))
+        while not model.calls:
+            await asyncio.sleep(0.001)
+        try:
+            await test(batcher, model)
+        finally:
+            model.may_go_on.set()
+        await busy
+        assert batcher.waiting_tokens == 0
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    return model
+
+
+async def release(model: Model, *waiting: asyncio.Task[Any]) -> list[Any]:
+    model.may_go_on.set()
+    return await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def ask(batcher: Batcher, *texts: Ids, prompt: Ids | None = None) -> asyncio.Task[Any]:
+    """A request that waits in the queue."""
+    task = asyncio.create_task(batcher(list(texts), prompt))
+    await asyncio.sleep(0)
+    return task
+
+
+def test_requests_that_wait_are_computed_together() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        waiting = [await ask(batcher, text(i), text(i + 100)) for i in range(1, 4)]
+        rows = await release(model, *waiting)
+        assert [row[:, 0].tolist() for row in rows] == [[i, i + 100] for i in range(1, 4)]
+
+    assert run(test).calls[1:] == [([1, 2, 3, 101, 102, 103], None)]
+
+
+def test_a_small_request_is_in_the_next_step_whatever_waits_before_it() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        huge = await ask(batcher, *[text(1)] * 500)
+        small = await ask(batcher, text(2))
+        await release(model, small)
+        assert len(model.calls) <= 3
+        assert not huge.done()
+        await huge
+
+    calls = run(test).calls
+    assert 2 in calls[1][0]
+    assert [len(texts) for texts, _ in calls[1:4]] == [10, 10, 10], "every step has its budget of 100 tokens"
+
+
+def test_texts_of_one_prompt_are_computed_together_and_cost_only_their_own_tokens() -> None:
+    prompt = text(9, 80)
+
+    async def test(batcher: Batcher, model: Model) -> None:
+        waiting = [await ask(batcher, text(i, 90), prompt=prompt) for i in range(1, 9)]
+        waiting += [await ask(batcher, text(20, 10)), await ask(batcher, text(21, 10))]
+        await release(model, *waiting)
+
+    assert run(test).calls[1:] == [(list(range(1, 9)), 9), ([20, 21], None)]
+
+
+def test_a_text_over_the_budget_is_a_step_of_its_own() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        waiting = [await ask(batcher, text(1, 500)), await ask(batcher, text(2)), await ask(batcher, text(3))]
+        await release(model, *waiting)
+
+    assert [texts for texts, _ in run(test).calls[1:]] == [[1], [2, 3]]
+
+
+def test_a_cancelled_request_leaves_the_queue() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        leaving, staying = await ask(batcher, text(1), text(1)), await ask(batcher, text(2))
+        assert batcher.waiting_tokens == 30
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert batcher.waiting_tokens == 10
+        await release(model, staying)
+
+    assert [texts for texts, _ in run(test).calls] == [[0], [2]]
+
+
+def test_a_request_that_is_cancelled_half_way_is_not_computed_to_its_end() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        huge = await ask(batcher, *[text(1)] * 500)
+        small = await ask(batcher, text(2))
+        await release(model, small)
+        huge.cancel()
+        await asyncio.gather(huge, return_exceptions=True)
+        assert batcher.waiting_tokens == 0
+
+    assert len(run(test).calls) <= 4
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        waiting = await ask(batcher, text(1, 2500))
+        with pytest.raises(QueueFull) as refused:
+            await batcher([text(2, 600)], None)
+        assert refused.value.retry_after_s == 3, "2,500 tokens at the 1,000 a second that it assumes at first"
+        await release(model, waiting, await ask(batcher, text(3, 500)))
+
+    run(test, max_waiting_tokens=3000)
+
+
+def test_a_request_that_is_larger_than_the_queue_is_taken_when_nobody_waits() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        await release(model, await ask(batcher, text(1, 500)))
+
+    assert run(test, max_waiting_tokens=100).calls[1:] == [([1], None)]
+
+
+def test_a_text_on_which_the_model_fails_fails_alone() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        waiting = [await ask(batcher, text(i)) for i in (1, 2, POISON, 3, 4)]
+        waiting.append(await ask(batcher, text(5), text(POISON)))
+        outcomes = await release(model, *waiting)
+        assert [outcome[0, 0] for outcome in (*outcomes[:2], *outcomes[3:5])] == [1, 2, 3, 4]
+        assert isinstance(outcomes[2], GGUFError)
+        assert isinstance(outcomes[5], GGUFError)
+        assert (await batcher([text(7)], None))[0, 0] == 7
+
+    run(test)

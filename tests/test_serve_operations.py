@@ -1,0 +1,184 @@
+"""The command: health, figures, logs, refusals to start, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import Run
+from f2gguf.runtime import Embedder
+from serving import Served, figure, serving_process
+
+SECRET = "a text that nobody else may read"
+
+
+@pytest.fixture(scope="module")
+def served(nano_f16: Path) -> Iterator[Served]:
+    with serving_process("-m", nano_f16) as served:
+        yield served
+
+
+def test_health_names_the_models_and_their_selftests(served: Served) -> None:
+    answer = httpx.get(f"{served.url}/health")
+    assert answer.json() == {"status": "ok", "models": {"nano-F16": "file has no golden vectors"}}
+
+
+def test_figures_count_requests_texts_tokens_and_cuts(served: Served, nano: Embedder) -> None:
+    model = '{model="nano-F16"}'
+    names = ("tokens_total", "texts_total", "truncated_texts_total", "tokenize_seconds_count", "compute_seconds_count")
+    before = {name: figure(served.url, f"f2gguf_{name}{model}") for name in names}
+    httpx.post(f"{served.url}/embed", json={"inputs": ["a b c", "word " * 5000], "truncate": True})
+    added = {name: figure(served.url, f"f2gguf_{name}{model}") - before[name] for name in names}
+    assert added == {
+        "tokens_total": len(nano.tokenize("a b c")) + 2048,
+        "texts_total": 2,
+        "truncated_texts_total": 1,
+        "tokenize_seconds_count": 1,
+        "compute_seconds_count": 2,  # the long text is a step of its own
+    }
+    assert figure(served.url, 'f2gguf_requests_total{path="/embed",status="200"}') >= 1
+    assert figure(served.url, f"f2gguf_queue_tokens{model}") == 0
+
+
+def test_logs_are_json_with_the_requests_id_and_without_its_text(served: Served) -> None:
+    asked = {"model": "nano-F16:query", "input": [SECRET, SECRET]}
+    answer = httpx.post(f"{served.url}/v1/embeddings", json=asked)
+    httpx.post(f"{served.url}/v1/embeddings", json={"model": SECRET, "input": SECRET, "dimensions": SECRET})
+    httpx.get(f"{served.url}/{SECRET}")
+    httpx.get(f"{served.url}/info", params={"model": SECRET})
+    time.sleep(0.2)
+    line = next(line for line in served.logs if line["request_id"] == answer.headers["X-Request-Id"])
+    tokens = answer.json()["usage"]["prompt_tokens"]
+    assert (line["status"], line["model"], line["n_texts"], line["n_tokens"]) == (200, "nano-F16", 2, tokens)
+    assert not [line for line in served.lines if SECRET in line or SECRET.replace(" ", "%20") in line]
+
+
+def test_the_page_or_the_way_to_the_schema_is_at_the_root(served: Served) -> None:
+    answer = httpx.get(served.url)
+    assert answer.headers["content-type"].startswith("text/html") or "/openapi.json" in answer.text
+
+
+def test_selftest_runs_where_a_file_has_golden_vectors_and_can_be_insisted_on(
+    nano_release, nano_f16: Path, run: Run
+) -> None:
+    with serving_process("-m", nano_release.file("Q8_0"), "--selftest") as served:
+        assert httpx.get(f"{served.url}/health").json()["models"] == {"f2llm-nano-Q8_0": "passed"}
+    refused = run("f2gguf", "serve", "-m", nano_f16, "--selftest", "--port", "0")
+    assert refused.returncode == 1
+    assert "golden" in refused.stderr
+
+
+def test_term_under_load_loses_no_request_that_was_accepted(nano_f16: Path, nano: Embedder) -> None:
+    """Each client opens a connection a request. Until the server closes its socket, each gets vectors or a 503."""
+    wanted = nano.encode_query("text 7")
+    with serving_process("-m", f"nano={nano_f16}") as served, ThreadPoolExecutor(16) as clients:
+        outcomes: list[httpx.Response] = []
+
+        def call() -> None:
+            while True:
+                try:
+                    body = {"model": "nano:query", "input": ["text 7"] * 20}
+                    outcomes.append(httpx.post(f"{served.url}/v1/embeddings", json=body, timeout=60))
+                except httpx.ConnectError:  # the socket is closed
+                    return
+                except httpx.TransportError:  # in the socket's backlog, and not accepted, when it was closed
+                    return
+                if outcomes[-1].status_code == 503:
+                    return
+
+        calls = [clients.submit(call) for _ in range(16)]
+        time.sleep(1.0)
+        assert served.end() == 0
+        for finished in calls:
+            finished.result()
+        time.sleep(0.2)
+    logged = {line["request_id"]: line["status"] for line in served.logs if line["path"] == "/v1/embeddings"}
+    got = {answer.headers["X-Request-Id"]: answer.status_code for answer in outcomes}
+    assert logged == got, "every accepted request was answered, and every answer arrived"
+    assert set(got.values()) <= {200, 503}
+    assert list(got.values()).count(200) > 16
+    for answer in outcomes:
+        if answer.status_code == 200:
+            rows = [item["embedding"] for item in answer.json()["data"]]
+            np.testing.assert_allclose(rows, np.tile(wanted, (20, 1)), atol=1e-6)
+
+
+def test_while_draining_health_is_a_503_and_what_was_accepted_goes_on(nano_f16: Path) -> None:
+    with serving_process("-m", nano_f16) as served, ThreadPoolExecutor(1) as clients:
+        with httpx.Client(base_url=served.url) as watcher:
+            watcher.get("/health")
+            texts = ["word " * 2000 + str(i) for i in range(25)]
+            work = clients.submit(httpx.post, f"{served.url}/embed", json={"inputs": texts}, timeout=120)
+            time.sleep(0.5)
+            served.process.terminate()
+            time.sleep(0.3)
+            assert watcher.get("/health").status_code == 503
+            refused = httpx.post(f"{served.url}/embed", json={"inputs": "late"})
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.json()["error_type"] == "Unhealthy"
+        assert work.result().status_code == 200
+        assert served.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_other_machines_are_let_in_only_with_a_key_or_by_name(nano_f16: Path, run: Run, host: str) -> None:
+    refused = run("f2gguf", "serve", "-m", nano_f16, "--host", host)
+    assert refused.returncode == 2
+    assert "--allow-open" in refused.stderr
+
+
+def test_open_to_others_where_told(nano_f16: Path) -> None:
+    with serving_process("-m", nano_f16, "--host", "0.0.0.0", "--allow-open") as served:
+        assert httpx.get(f"{served.url}/v1/models").status_code == 200
+
+
+def test_keys_come_from_a_file_and_the_environment(nano_f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# ours\none\n\n two \n")
+    options = ("--api-keys-file", tmp_path / "keys", "--api-key-env", "KEYS")
+    with serving_process("-m", nano_f16, *options, KEYS="three four") as served:
+        for key in ("one", "two", "three", "four"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == 200
+        assert httpx.get(f"{served.url}/v1/models", headers={"Authorization": "Bearer # ours"}).status_code == 401
+
+
+def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path, served: Served) -> None:
+    port = served.url.rpartition(":")[2]
+    (tmp_path / "empty").touch()
+    for words, options in {
+        "no model: pass -m FILE": (),
+        "another model is called nano-F16": ("-m", nano_f16, "-m", nano_f16),
+        "x.gguf: no such file": ("-m", "x.gguf"),
+        "-m =: pass FILE, or NAME=FILE": ("-m", "="),
+        "cannot listen there: Address already in use": ("-m", nano_f16, "--port", port),
+        "holds no key. Write one a line": ("-m", nano_f16, "--api-keys-file", tmp_path / "empty"),
+        "cannot be read": ("-m", nano_f16, "--api-keys-file", tmp_path / "none"),
+        "--api-key-env NO_SUCH_KEY: holds no key": ("-m", nano_f16, "--api-key-env", "NO_SUCH_KEY"),
+    }.items():
+        refused = run("f2gguf", "serve", *options)
+        assert refused.returncode in (1, 2)
+        assert words in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_a_missing_extra_is_named(nano_f16: Path) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\nfrom f2gguf.quantize.cli import f2gguf; f2gguf(prog_name='f2gguf')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "serve", "-m", nano_f16], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'f2gguf[serve]'" in done.stderr
+
+
+def test_the_schema_describes_every_dialect(served: Served) -> None:
+    schema = httpx.get(f"{served.url}/openapi.json").json()
+    assert {"/v1/embeddings", "/embed", "/similarity", "/tokenize", "/api/embed", "/health"} <= set(schema["paths"])
+    assert ":query" in schema["info"]["description"]
+    assert ":query" in schema["components"]["schemas"]["EmbeddingsRequest"]["properties"]["model"]["description"]
