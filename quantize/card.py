@@ -21,8 +21,8 @@ from f2gguf.evals.report_plot import can_draw, draw
 from f2gguf.quantize.facts import Facts
 from f2gguf.runtime.console import say
 from f2gguf.runtime.files import format_bound, sha256_file, write_text, writing
+from f2gguf.runtime.references import recommended
 
-_PREFERRED = ("Q4_K_M", "Q8_0", "Q4_0", "F16")
 _PICTURE = "![Drift of every text, size against drift, and mean drift by dimension and language](drift.png)"
 
 
@@ -57,12 +57,6 @@ def _draw(path: Path, report: dict[str, Any]) -> list[str]:
     with writing(path) as part:
         draw(report, part, file_format="png")
     return [path.name]
-
-
-def recommended(report: dict[str, Any]) -> str:
-    """The smallest usual file that holds the bound; F16 where none does."""
-    holding = {name for name, verdict in report["variants"].items() if verdict["holds"]} | {"F16"}
-    return next(name for name in _PREFERRED if name in holding and name in report["files"])
 
 
 def ollama_modelfile(facts: Facts, report: dict[str, Any]) -> str:

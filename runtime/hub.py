@@ -102,6 +102,11 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
     return listing
 
 
+def recorded_files(repo: str, revision: str = "main") -> Listing | None:
+    """What the Hub said when it was asked last, without asking; None where it never was."""
+    return _recorded(repo, revision)
+
+
 def download(listing: Listing, names: Iterable[str]) -> Path:
     """The folder of the Hub's cache that holds `names` of `listing`, each with the size and hash that it states.
 

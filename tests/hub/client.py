@@ -21,7 +21,7 @@ def start_python(
 ) -> subprocess.Popen[str]:
     """Start a program with its cache in `home`, without the user's own settings and tokens. The caller ends it."""
     settings = {name: value for name, value in os.environ.items() if not name.lower().startswith(_THEIRS)}
-    settings |= _SETTINGS | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+    settings |= _SETTINGS | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "F2GGUF_CACHE": str(home / "f2gguf")}
     settings |= {"HF_TOKEN": token} if token else {}
     settings |= {"HF_HUB_OFFLINE": "1"} if is_offline else {}
     command = [sys.executable, "-c", _QUICK + code, *map(str, arguments)]
