@@ -188,12 +188,12 @@ def search(
 @f2gguf.command()
 @click.argument("model")
 def pull(model: str) -> None:
-    """Download one file of MODEL, org/name[:VARIANT][@revision] on the Hugging Face Hub, and print its path.
+    """Download a .gguf file from the Hugging Face Hub, verified.
 
-    VARIANT is how the file's name ends (Q8_0 finds NAME-Q8_0.gguf), or the whole name. Without it, the variant that the
-    repository's drift.json recommends: the first of Q4_K_M, Q8_0, Q4_0 that holds its bound; Q8_0 or F16 where nothing
-    was measured. The bytes must have the hash that the Hub states, and the one in SHA256SUMS. -m MODEL then uses the
-    file without asking the Hub; pull asks again, and updates it.
+    MODEL is org/name[:VARIANT][@revision]. VARIANT is how the file's name ends (Q8_0 finds NAME-Q8_0.gguf), or all of
+    it. Without it: the first of Q4_K_M, Q8_0, Q4_0 that holds its bound by the repository's drift.json, or F16; where
+    nobody measured, Q8_0 before F16. The bytes must have the hash that the Hub and the repository's SHA256SUMS state.
+    From then on -m MODEL uses the file without asking the Hub; pull asks again, and updates it.
     """
     from f2gguf.runtime.files import format_size
     from f2gguf.runtime.header import read_header
@@ -217,9 +217,9 @@ def pull(model: str) -> None:
 )
 @JSON
 def list_(folders: tuple[Path, ...], as_json: bool) -> None:
-    """Show the embedding models of the Hub's cache and of FOLDERs [default: dist], with their measured drift.
+    """Show the models on this disk, and their measured drift.
 
-    The first column is what to pass to -m.
+    Those of the Hub's cache, and of every FOLDER [default: dist]. The first column is what to pass to -m.
     """
     from f2gguf.runtime.inventory import COLUMNS, as_dict, find_models, table_row
 

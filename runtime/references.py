@@ -124,16 +124,11 @@ def variant_of(name: str) -> str | None:
 def _locate(reference: Reference) -> Path:
     """The file: where the cache holds what the Hub named when it was asked last, without asking."""
     known = recorded_files(reference.repo, reference.revision)
-    if known and (reference.variant or _has_report(known)):
+    if known:
         names = matching(known, reference.variant)
         if len(names) == 1 and known.path(names[0]):
             return download(known, names) / names[0]
     return fetch_file(*find_file(reference))
-
-
-def _has_report(listing: Listing) -> bool:
-    """Whether the recommended variant is known without a request."""
-    return "drift.json" not in listing.files or listing.path("drift.json") is not None
 
 
 def _choose(listing: Listing, variant: str | None) -> str:

@@ -152,7 +152,8 @@ def test_names_that_end_alike_must_be_told_apart(command: Run, hub: Hub, release
     assert "which of a-Q8_0.gguf, b/b-Q8_0.gguf?" in only_error(command("pull", "org/two:Q8_0"), exit_code=2)
     path = pulled(command("pull", "org/two:b/b-Q8_0.gguf"))
     assert path.parts[-2:] == ("b", "b-Q8_0.gguf")
-    assert command("embed", "-m", "org/two:b/b-Q8_0.gguf", TEXT).returncode == 0
+    assert [one["model"] for one in json.loads(command("list", "--json").stdout)] == ["org/two:b/b-Q8_0.gguf"]
+    assert command("inspect", "org/two:b/b-Q8_0.gguf").returncode == 0
 
 
 @pytest.mark.parametrize("model", ["dist/tiny-Q8_0.gguf", "tiny", "./tiny", "a/b/c", f"{REPO}:", "https://host/x"])
