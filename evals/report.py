@@ -21,13 +21,27 @@ def drift_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def files_table(report: dict[str, Any]) -> Table:
-    """The drift table with the bits that each weight takes."""
+    """The drift table with the bits that each weight takes, and what becomes of F16's nDCG@10."""
     bits_per_byte_weight = 8 / report["source"]["n_parameters"]
+    verdicts = named_verdicts(report)
     rows = [
-        [name, format_size(size_bytes), f"{size_bytes * bits_per_byte_weight:.2f}", *cells]
+        [
+            name,
+            format_size(size_bytes),
+            f"{size_bytes * bits_per_byte_weight:.2f}",
+            *cells[:-1],
+            ndcg_change(verdicts[name]) if name in verdicts else "",
+            cells[-1],
+        ]
         for name, size_bytes, cells in _measured_files(report)
     ]
-    return (*COLUMNS[:2], "bits per weight", *COLUMNS[2:]), rows
+    return (*COLUMNS[:2], "bits per weight", *COLUMNS[2:-1], "change", COLUMNS[-1]), rows
+
+
+def ndcg_change(verdict: dict[str, Any]) -> str:
+    """Of nDCG@10 against F16's: 0.261 of 0.263 -> '-0.76%'."""
+    reference = verdict["ndcg10_reference"]
+    return f"{verdict['ndcg10'] / reference - 1:+.2%}" if reference else ""
 
 
 def groups_table(report: dict[str, Any], by: str) -> Table:

@@ -65,6 +65,6 @@ def _refuse_overlap(path: Path, texts: Sequence[EvalText]) -> None:
         )
         if shared:
             raise WrongUsage(
-                f"{path}: {text.id} shares a passage with the evaluation text {shared}. A verdict over texts that the "
-                "file was fitted to proves nothing: take it out (--calibration)."
+                f"{path}: text {text.id} shares a passage with the evaluation text {shared}. A verdict over texts that "
+                "the file was fitted to proves nothing: take it out (--calibration)."
             )

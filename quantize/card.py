@@ -1,13 +1,13 @@
-"""What goes beside the .gguf files: model card, picture, report, Ollama's Modelfile, checksums."""
+"""The model card: what each file is, how far it drifts, how it was made, how to run it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from f2gguf.evals.report import (
     STOCK_NOTE,
+    Table,
     conversion_sentence,
     dims_table,
     files_table,
@@ -16,64 +16,26 @@ from f2gguf.evals.report import (
     over_lines,
     recipe_lines,
 )
-from f2gguf.evals.report_html import report_html
-from f2gguf.evals.report_plot import can_draw, draw
+from f2gguf.evals.report_plot import can_draw
 from f2gguf.quantize.facts import Facts
-from f2gguf.runtime.console import say
-from f2gguf.runtime.files import format_bound, sha256_file, write_text, writing
+from f2gguf.runtime.files import format_bound
 from f2gguf.runtime.references import recommended
 
+_DEVICES_GB = (0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 128)
+_SHARE = 0.8  # of a device's memory, for the model
 _PICTURE = "![Drift of every text, size against drift, and mean drift by dimension and language](drift.png)"
-
-
-def write_release(facts: Facts, folder: Path, report: dict[str, Any]) -> list[Path]:
-    """Write what people read beside the files of `report`, and SHA256SUMS; gives their paths.
-
-    drift.png is drawn only where matplotlib is installed, and an older one would show other figures: it goes.
-    """
-    texts = {
-        "README.md": model_card(facts, report),
-        "Modelfile": ollama_modelfile(facts, report),
-        "report.html": report_html(report),
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    paths = [folder / name for name in (*texts, *_draw(folder / "drift.png", report))]
-    files = [*report["files"].values(), *([report["imatrix"]] if "imatrix" in report else [])]
-    hashes = {file["file"]: file["sha256"] for file in files}
-    hashes |= {path.name: sha256_file(path) for path in (folder / "drift.json", *paths)}
-    sums = folder / "SHA256SUMS"
-    write_text(sums, "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items())))
-    return [*paths, sums]
-
-
-def _draw(path: Path, report: dict[str, Any]) -> list[str]:
-    """Draw the picture where that is possible; gives the names of what was drawn."""
-    if not can_draw(report):
-        path.unlink(missing_ok=True)
-        if report["variants"]:
-            say(f"{path.name}: not drawn, for want of matplotlib. Run: pip install 'f2gguf[plots]', then quantize card")
-        return []
-    with writing(path) as part:
-        draw(report, part, file_format="png")
-    return [path.name]
-
-
-def ollama_modelfile(facts: Facts, report: dict[str, Any]) -> str:
-    file = report["files"][recommended(report)]["file"]
-    return f"FROM ./{file}\nPARAMETER num_ctx {facts.max_tokens}\n"
 
 
 def model_card(facts: Facts, report: dict[str, Any]) -> str:
     """README.md with the YAML front matter of the Hugging Face Hub."""
     file = report["files"][recommended(report)]["file"]
     sections = [
-        f"---\n{_front_matter(facts)}\n---",
+        f"---\n{_front_matter(facts, report)}\n---",
         f"# {facts.name}, GGUF",
         _introduction(facts),
         "## Files",
-        markdown_table(*files_table(report)),
-        STOCK_NOTE if report.get("stock") else "",
+        markdown_table(*_files(facts, report)),
+        _files_note(facts, report),
         _measurement(report),
         "\n".join(f"**{line}.**" for line in over_lines(report)),
         _PICTURE if can_draw(report) else "",
@@ -85,15 +47,18 @@ def model_card(facts: Facts, report: dict[str, Any]) -> str:
         _usage(facts, file),
         "## The model",
         markdown_table(("", ""), _properties(facts)),
+        "## Where it comes from",
+        markdown_table(("", ""), _provenance(facts, report)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts, report: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     entry = facts.entry
     data = ModelCardData(
+        model_name=facts.name,
         language=list(entry.languages) or None,
         license=entry.license,
         base_model=entry.repo,
@@ -101,8 +66,64 @@ def _front_matter(facts: Facts) -> str:
         library_name="gguf",
         pipeline_tag="sentence-similarity",
         tags=["gguf", "llama.cpp", "f2gguf", "sentence-transformers", "feature-extraction"],
+        eval_results=list(_eval_results(report)),
     )
     return str(data.to_yaml())
+
+
+def _eval_results(report: dict[str, Any]) -> Iterator[Any]:
+    """The model-index: each variant's figures. Source: https://github.com/huggingface/hub-docs, modelcard.md"""
+    from huggingface_hub import EvalResult
+
+    for name, verdict in report["variants"].items():
+        metrics = {
+            "mean_drift": ("mean of 1 - cosine to the F16 file's vector", verdict["mean"]),
+            "mean_drift_upper": ("upper end of its 95% interval", verdict["upper"]),
+            "ndcg_at_10": (f"nDCG@10; F16 has {verdict['ndcg10_reference']:.3f}", verdict["ndcg10"]),
+        }
+        for kind, (words, value) in metrics.items():
+            yield EvalResult(
+                task_type="sentence-similarity",
+                dataset_type="f2gguf-texts",
+                dataset_name=f"f2gguf evaluation texts ({verdict['n']})",
+                dataset_config=name,
+                metric_type=kind,
+                metric_name=f"{name}: {words}",
+                metric_value=value,
+            )
+
+
+def _files(facts: Facts, report: dict[str, Any]) -> Table:
+    """The table of sizes and drifts, with what memory a file fits in, and the beginning of its hash."""
+    header, rows = files_table(report)
+    for row in rows:
+        file = report["files"].get(row[0])  # llama.cpp's own recipes were measured, not kept
+        row += [_fits_in(facts, file["size_bytes"]), f"`{file['sha256'][:12]}`"] if file else ["", ""]
+    return (*header, "fits in", "SHA-256"), rows
+
+
+def _fits_in(facts: Facts, size_bytes: int) -> str:
+    needed = size_bytes + facts.max_tokens * _cache_bytes(facts)
+    return next((f"{size:g} GB" for size in _DEVICES_GB if needed <= _SHARE * size * 1e9), f"{needed / 1e9:.0f} GB")
+
+
+def _cache_bytes(facts: Facts) -> int:
+    """Keys and values of one token in F16; none for models that see a text at once."""
+    values = facts.architecture.facts(facts.checkpoint)
+    if "attention.head_count_kv" not in values:
+        return 0
+    width = values["attention.key_length"] + values["attention.value_length"]
+    return int(2 * values["block_count"] * values["attention.head_count_kv"] * width)
+
+
+def _files_note(facts: Facts, report: dict[str, Any]) -> str:
+    cache = _cache_bytes(facts)
+    of_tokens = f" and {cache / 1000:.1f} MB for every 1,000 tokens of a text (keys and values)" if cache else ""
+    note = (
+        f'"Fits in" is by arithmetic: the file\'s size{of_tokens}, for a text of {facts.max_tokens:,} tokens, is at '
+        f"most {_SHARE:.0%} of that memory."
+    )
+    return f"{STOCK_NOTE} {note}" if report.get("stock") else note
 
 
 def _introduction(facts: Facts) -> str:
@@ -157,7 +178,9 @@ def _recipes(report: dict[str, Any]) -> Iterator[str]:
 def _usage(facts: Facts, file: str) -> str:
     query = facts.prompts.get("query", "")
     prompt_note = (
-        f"Put the prompt before every query (f2gguf does it by itself), none before documents:\n\n```text\n{query}\n```"
+        "f2gguf puts the model's prompt before every query by itself. llama-server and Ollama embed what they are "
+        "sent: there it is the caller's duty to put it before every query, and nothing before documents:\n\n"
+        f"```text\n{query}\n```"
         if query
         else "The model needs no prompt."
     )
@@ -167,11 +190,43 @@ pip install f2gguf
 f2gguf embed -m {file} --query "what is a GGUF file?"
 ```
 
+```python
+from f2gguf.runtime import Embedder
+
+model = Embedder("{file}")
+print(model.similarity(model.encode_query("what is a GGUF file?"), model.encode_document(["a file of tensors"])))
+```
+
+LangChain:
+
+```python
+from f2gguf.runtime import Embedder
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import InMemoryVectorStore
+
+class F2ggufEmbeddings(Embeddings):
+    def __init__(self, file: str) -> None:
+        self.model = Embedder(file)
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return self.model.encode_document(texts).tolist()
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.model.encode_query(text).tolist()
+
+store = InMemoryVectorStore.from_texts(["a file of tensors", "a bird"], F2ggufEmbeddings("{file}"))
+print(store.similarity_search("what is a GGUF file?", k=1))
+```
+
+llama-server:
+
 ```bash
 llama-server -m {file} --embedding
 curl http://localhost:8080/v1/embeddings -H "Content-Type: application/json" \\
   -d '{{"input": "{server_text}"}}'
 ```
+
+Ollama:
 
 ```bash
 ollama create {facts.name.lower()} -f Modelfile
@@ -190,3 +245,16 @@ def _properties(facts: Facts) -> list[list[str]]:
         ["Closing token", f"`{facts.vocabulary.eos_token}`"],
         ["Licence", facts.entry.license or "see the base model"],
     ]
+
+
+def _provenance(facts: Facts, report: dict[str, Any]) -> list[list[str]]:
+    """What the files' bytes and figures follow from."""
+    source, texts, calibration = report["source"], report["texts"], report.get("calibration")
+    rows = [
+        ["Source", f"`{source['repo']}`" if source["repo"] else "a checkpoint folder"],
+        ["Commit", f"`{source['revision']}`" if source["revision"] else "not stated"],
+        ["SHA-256 of the checkpoint's files", f"`{source['sha256']}`"],
+        ["SHA-256 of the evaluation texts", f"`{texts['sha256']}`"],
+        ["SHA-256 of the calibration texts", f"`{calibration['sha256']}`" if calibration else "none were used"],
+    ]
+    return rows + [[f"Made with {name}", number] for name, number in report["made_with"].items()]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 # safetensors dtype -> numpy dtype of its bytes (numpy has no bfloat16: its bits are read as uint16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 CHUNK_ELEMENTS = 1 << 19  # 8 to 16 MB: what a conversion holds in memory at a time
-# What a conversion reads; never code, never pickle
+# What a conversion reads, and `Checkpoint.sha256` covers; never code, never pickle
 NEEDED = (
     "config.json",
     "*.safetensors",
@@ -30,6 +30,7 @@ NEEDED = (
     "config_sentence_transformers.json",
     "*_Pooling/config.json",
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # as weights are named that run code when they are read
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _FETCH_AGAIN = "Fetch the model again."
 _POOLING_MODES = {
@@ -137,6 +138,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+def is_legal(name: str) -> bool:
+    """Whether a file of a repository is a licence or notice, which must come along wherever the weights go."""
+    return "/" not in name and name.lower().startswith(("license", "licence", "notice"))
+
+
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """A JSON object from a file; `BrokenCheckpoint` where it does not parse, or is missing and not `optional`."""
     if optional and not path.exists():
@@ -227,7 +233,7 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
-        if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx") for path in folder.iterdir()):
+        if any(path.suffix in (*PICKLES, ".h5", ".onnx") for path in folder.iterdir()):
             raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
         raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
     weight_map = read_json(index_path).get("weight_map")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from f2gguf.evals.cli import bench
-from f2gguf.quantize import cli_file
+from f2gguf.quantize import cli_file, cli_hub
 from f2gguf.quantize.options import (
     CALIBRATION,
     DEVICE,
@@ -117,19 +117,7 @@ def all_(
         )
 
 
-@quantize.command()
-@click.argument("model")
-@LOCK
-def fetch(model: str, lock_path: Path | None) -> None:
-    """Download a checkpoint at its pinned revision, and print its folder."""
-    from f2gguf.quantize.fetch import fetch as fetch_model
-    from f2gguf.quantize.fetch import find_model
-    from f2gguf.quantize.lock import read_lock
-
-    click.echo(str(fetch_model(*find_model(model, read_lock(lock_path)))))
-
-
-@quantize.command()
+@click.command()
 @click.argument("model")
 @click.option("--dtype", default="f16", show_default=True, help="f16, bf16 or f32.")
 @click.option("-o", "--output", type=PATH, help="The file to write [default: NAME-DTYPE.gguf].")
@@ -161,8 +149,8 @@ def convert(
 @LOCK
 def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
     """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
-    from f2gguf.quantize.card import write_release
     from f2gguf.quantize.checkpoint import read_json
+    from f2gguf.quantize.release import write_release
 
     facts = settle(model, pooling, lock_path)
     path = out / facts.name / "drift.json"
@@ -175,7 +163,7 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
         click.echo(str(path))
 
 
-for command in (cli_file.imatrix, cli_file.variant, cli_file.verify, card):
+for command in (cli_hub.fetch, cli_hub.lock, convert, cli_file.imatrix, cli_file.variant, cli_file.verify, card):
     quantize.add_command(command)
 f2gguf.add_command(bench)
 f2gguf.add_command(quantize)

@@ -13,6 +13,7 @@ from typing import Any
 
 from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage, parsing
 from f2gguf.runtime.header import POOLING_IDS
+from f2gguf.runtime.hub import COMMIT, REPO, RemoteFile
 
 FILE_NAME = "models.lock"
 
@@ -34,6 +35,7 @@ class Entry:
     pooling: str | None = None
     eos_token: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # of the revision, by path; empty where not locked
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ def _entry(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[
         raise WrongUsage(f"{path}: {name} is like {like!r}, which [shared] does not have.")
     values = {**(shared[like] if like else {}), **{key: value for key, value in table.items() if key != "like"}}
     for key, value in values.items():
-        if key not in _KEYS:
-            raise UnknownName(f"key of {name} in {path}", key, _KEYS)
-        if not _KEYS[key](value):
+        if key not in KEYS:
+            raise UnknownName(f"key of {name} in {path}", key, KEYS)
+        if not KEYS[key](value):
             raise WrongUsage(f"{path}: {name} has {key} = {value!r}, which is no such thing.")
+    if "files" in values and not COMMIT.fullmatch(values.get("revision", "")):
+        raise WrongUsage(f"{path}: {name} has files, but no commit as its revision. Remove its files.")
     as_tuples: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }
-    return Entry(name=name, **as_tuples)
+    files = {file: RemoteFile(**stated) for file, stated in values.get("files", {}).items()}
+    return Entry(name=name, **{**as_tuples, "files": files})
 
 
 def _is_text(value: object) -> bool:
@@ -125,9 +130,20 @@ def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
+def _is_file(name: str, value: object) -> bool:
+    """A path within the repository, a size, and one hash."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return False
+    if not isinstance(value, dict) or len(value) != 2 or type(value.get("size_bytes")) is not int:
+        return False
+    digests = {key: pattern.fullmatch(str(value[key])) for key, pattern in _HASHES.items() if key in value}
+    return value["size_bytes"] >= 0 and len(digests) == 1 and all(digests.values())
+
+
+_HASHES = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
 # what an entry may state, and what each value must be
-_KEYS: dict[str, Callable[[Any], bool]] = {
-    "repo": lambda value: _is_text(value) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None,
+KEYS: dict[str, Callable[[Any], bool]] = {
+    "repo": lambda value: _is_text(value) and REPO.fullmatch(value) is not None,
     "revision": _is_text,
     "package": lambda value: _is_text(value) and not value.startswith("."),
     "folder": _is_text,
@@ -139,4 +155,5 @@ _KEYS: dict[str, Callable[[Any], bool]] = {
     "pooling": lambda value: value in POOLING_IDS,
     "eos_token": _is_text,
     "prompts": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+    "files": lambda value: isinstance(value, dict) and bool(value) and all(map(_is_file, value, value.values())),
 }

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from f2gguf.evals.drift import Verdict
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, texts_sha256
 from f2gguf.quantize.assemble import Imatrix
 from f2gguf.quantize.calibration import load_calibration
-from f2gguf.quantize.card import write_release
 from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts
 from f2gguf.quantize.golden import stamp_golden
 from f2gguf.quantize.plan import plan_variant
 from f2gguf.quantize.readback import read_back, reference_ids
-from f2gguf.quantize.recipe import Recipe
+from f2gguf.quantize.recipe import Recipe, made_with
+from f2gguf.quantize.release import write_release
 from f2gguf.quantize.repair import recipes
 from f2gguf.quantize.study import Study, study_source
 from f2gguf.quantize.tensors import Weights
@@ -142,7 +141,7 @@ def _start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalTex
             "sha256": job.facts.checkpoint.sha256,
             "n_parameters": job.facts.checkpoint.n_parameters,
         },
-        "made_with": {"f2gguf": version("f2gguf"), "llama-cpp-python": version("llama-cpp-python")},
+        "made_with": made_with(),
         "texts": {
             "n": len(claimed),
             "sha256": texts_sha256(claimed),

@@ -16,6 +16,7 @@ from f2gguf.quantize.tensors import Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.header import KEY_RECIPE, read_header
+from f2gguf.runtime.llama import ggml_build
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Recipe:
 
 def made_with() -> dict[str, str]:
     """The versions that bytes depend on."""
-    return {name: version(name) for name in ("f2gguf", "llama-cpp-python")}
+    return {**{name: version(name) for name in ("f2gguf", "llama-cpp-python")}, "ggml": ggml_build()}
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from f2gguf.runtime.errors import OutputError
 
@@ -78,18 +79,37 @@ def require_free_space(folder: Path, size_bytes: int, what: str, *, choose_with:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits; remembered until the file changes."""
     stamp = _stamp(path)
-    record = cache_folder() / "hashes" / f"{stamp[0]:x}-{stamp[1]:x}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: the file is read
-        known, digest = json.loads(record.read_text(encoding="utf-8"))
-        if known == stamp:
-            return str(digest)
+    record = f"hashes/{stamp[0]:x}-{stamp[1]:x}"
+    known, digest = recall(record) or (None, "")
+    if known == stamp:
+        return str(digest)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     is_settled = stamp == _stamp(path) and time.time_ns() - max(stamp[3:]) > _SETTLED_NS
     if stamp[2] >= _REMEMBERED_BYTES and is_settled:
-        with contextlib.suppress(OutputError):  # a memory that cannot be written costs time, nothing else
-            write_text(record, json.dumps([stamp, digest]))
+        remember(record, [stamp, digest])
     return digest
+
+
+def remember(name: str, value: Any) -> None:
+    """Keep a JSON value in the cache folder. A folder that cannot be written costs time, nothing else."""
+    text = json.dumps(value)
+    with contextlib.suppress(OutputError):
+        write_text(cache_folder() / f"{name}.json", f"{_checksum(text)}\n{text}\n")
+
+
+def recall(name: str) -> Any:
+    """What `remember` kept; None where that is nothing, or was damaged since."""
+    try:
+        checksum, _, text = (cache_folder() / f"{name}.json").read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    text = text.removesuffix("\n")
+    return json.loads(text) if checksum == _checksum(text) else None
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:

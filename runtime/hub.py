@@ -1,32 +1,30 @@
-"""The Hugging Face Hub through its own client: what a repository holds, files verified, errors in words."""
+"""The Hugging Face Hub through its own client: what a repository holds, and its errors in words."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from f2gguf.runtime.errors import (
-    HashMismatch,
+    F2ggufError,
     HubError,
     HubUnreachable,
+    OutputError,
     RateLimited,
     RepoGated,
     RepoMissing,
     RepoRenamed,
     parsing,
 )
-from f2gguf.runtime.files import cache_folder, require_free_space, sha256_file, write_text
+from f2gguf.runtime.files import recall, remember, sha256_file
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_N_AT_ONCE = 4  # downloads
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,9 @@ class RemoteFile:
     size_bytes: int
     sha256: str | None = None  # of a file in LFS or Xet storage
     blob_id: str | None = None  # git's, of any other
+
+    def __str__(self) -> str:
+        return f"{self.size_bytes} bytes with {'SHA-256' if self.sha256 else 'git blob'} {self.sha256 or self.blob_id}"
 
     def fault(self, path: Path) -> str | None:
         """How the file at `path` differs; None where it is the one."""
@@ -71,25 +72,27 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 
     Raises `RepoMissing`, `RepoGated`, `RepoRenamed`, `RateLimited`, `HubUnreachable` or another `HubError`.
     """
-    if COMMIT.fullmatch(revision) and (known := _recorded(repo, revision)):
+    if COMMIT.fullmatch(revision) and (known := recorded_files(repo, revision)):
         return known
     try:
         return ask_for_files(repo, revision)
     except HubUnreachable:
-        if known := _recorded(repo, revision):
+        if known := recorded_files(repo, revision):
             return known
         raise
 
 
 def ask_for_files(repo: str, revision: str = "main") -> Listing:
     """`list_files` that always asks the Hub, and records its answer."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    with hub_errors(f"{repo}@{revision}"):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    if info.id != repo:
-        raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
-    with parsing(f"{repo}@{revision}", HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
+    what = f"{repo}@{revision}"
+    with parsing(what, HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
+        with hub_errors(what):
+            timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
+        if info.id != repo:
+            raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
         files = {
             file.rfilename: RemoteFile(int(file.size), sha256=file.lfs.sha256)  # type: ignore[arg-type]
             if file.lfs
@@ -98,65 +101,8 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
         }
         listing = Listing(repo, str(info.sha), files)
     for name in {revision, listing.commit}:
-        write_text(_record_path(repo, name), json.dumps(asdict(listing)))
+        remember(_record(repo, name), asdict(listing))
     return listing
-
-
-def recorded_files(repo: str, revision: str = "main") -> Listing | None:
-    """What the Hub said when it was asked last, without asking; None where it never was."""
-    return _recorded(repo, revision)
-
-
-def download(listing: Listing, names: Iterable[str]) -> Path:
-    """The folder of the Hub's cache that holds `names` of `listing`, each with the size and hash that it states.
-
-    Only what is missing or differs is fetched. Raises `HashMismatch` where the Hub sends other bytes twice,
-    `OutputError` before a disk that is too small, and the errors of `list_files`.
-    """
-    names = list(names)
-    missing = [name for name in names if not _is_sound(listing, name)]
-    if missing:
-        from huggingface_hub import constants
-
-        needed = sum(listing.files[name].size_bytes for name in missing)
-        cache = Path(constants.HF_HUB_CACHE)
-        require_free_space(cache, needed, f"downloading {listing.repo}", choose_with="HF_HOME")
-        with ThreadPoolExecutor(_N_AT_ONCE) as pool:
-            list(pool.map(lambda name: _download(listing, name), missing))
-    path = listing.path(names[0])
-    assert path is not None  # it is there, and sound
-    return path.parents[names[0].count("/")]
-
-
-def _download(listing: Listing, name: str) -> None:
-    from huggingface_hub import hf_hub_download
-
-    wanted = listing.files[name]
-    for _ in range(2):
-        with hub_errors(f"{listing}: {name}"):
-            path = Path(hf_hub_download(listing.repo, name, revision=listing.commit))
-        fault = wanted.fault(path)
-        if fault is None:
-            return
-        _remove(path)
-    raise HashMismatch(f"{listing}: the Hub sends {name} with {fault}, twice. Nothing of it was kept.")
-
-
-def _is_sound(listing: Listing, name: str) -> bool:
-    """Whether the cache holds the file with the right bytes; one with others is removed."""
-    path = listing.path(name)
-    if path is None:
-        return False
-    if listing.files[name].fault(path) is None:
-        return True
-    _remove(path)
-    return False
-
-
-def _remove(path: Path) -> None:
-    """Remove a file of the Hub's cache, and the blob that it links to."""
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def git_blob_id(path: Path) -> str:
@@ -172,18 +118,22 @@ def hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (hub.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (hub.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
         raise _in_words(what, error) from error
 
 
-def _in_words(what: str, error: Exception) -> HubError:
+def _in_words(what: str, error: Exception) -> F2ggufError:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
+    if isinstance(error, OSError) and error.errno:  # of this machine: the client's own have no number
+        where = error.filename or constants.HF_HUB_CACHE
+        return OutputError(f"{what}: {where}: {error.strerror}. Free some space, or choose another disk with HF_HOME.")
     cause: Any = error  # the client keeps the Hub's answer in the cause of what it raises
     while not isinstance(cause, hub.HfHubHTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    reason = " ".join(str(cause).split()) or type(cause).__name__
+    said = getattr(cause, "server_message", None) or str(cause)  # the Hub's own words, without the client's
+    reason = " ".join(said.split()).rstrip(".") or type(cause).__name__
     if isinstance(cause, hub.GatedRepoError):
         url = f"{constants.ENDPOINT}/{what.partition('@')[0]}"
         return RepoGated(f"{what}: is gated. Ask for access at {url}, then set HF_TOKEN to your token.")
@@ -194,29 +144,30 @@ def _in_words(what: str, error: Exception) -> HubError:
     if not isinstance(cause, hub.HfHubHTTPError):
         return HubUnreachable(
             f"{what}: the Hub cannot be reached, and its cache lacks this ({reason}). Check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE, or pass a checkpoint folder."
+            "and HF_HUB_OFFLINE; what was done is kept."
         )
     status = cause.response.status_code
     if status == 429:
-        wait = cause.response.headers.get("Retry-After")
+        wait_s = cause.response.headers.get("Retry-After", "")
+        when = f"in {wait_s} s" if wait_s.isdigit() else "later"
         return RateLimited(
-            f"{what}: too many requests for the Hub. Try again {f'in {wait} s' if wait else 'later'}; it gives more to "
-            "those who set HF_TOKEN. What was fetched is kept."
+            f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
+            "What was done is kept."
         )
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
     return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
 
 
-def _record_path(repo: str, revision: str) -> Path:
-    return cache_folder() / "hub" / repo.replace("/", "--") / f"{revision.replace('/', '--')}.json"
+def _record(repo: str, revision: str) -> str:
+    return f"hub/{repo.replace('/', '--')}/{revision.replace('/', '--')}"
 
 
-def _recorded(repo: str, revision: str) -> Listing | None:
-    """What the Hub said of `revision` when it was asked last."""
+def recorded_files(repo: str, revision: str = "main") -> Listing | None:
+    """What the Hub said of `revision` when it was asked last; None where it never was."""
     try:
-        content = json.loads(_record_path(repo, revision).read_text(encoding="utf-8"))
+        content = recall(_record(repo, revision))
         files = {name: RemoteFile(**file) for name, file in content["files"].items()}
         return Listing(content["repo"], content["commit"], files)
-    except (OSError, ValueError, TypeError, KeyError):  # not asked yet, or by another version: ask
+    except (TypeError, KeyError):  # not asked yet, or by another version: ask
         return None

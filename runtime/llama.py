@@ -20,6 +20,8 @@ from f2gguf.runtime.worker import interruptible
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
+for _name in ("ggml_version", "ggml_commit"):
+    getattr(libggml, _name).restype = ctypes.c_char_p
 # device -> names of the ggml backend that drives it, and the build flag that brings it
 DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
     "auto": ((), ""),
@@ -43,6 +45,11 @@ def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
 
 llama_cpp.llama_log_set(_on_log, ctypes.c_void_p())
 llama_cpp.llama_backend_init()
+
+
+def ggml_build() -> str:
+    """Version and commit of the ggml that llama.cpp was compiled with."""
+    return f"{libggml.ggml_version().decode()} ({libggml.ggml_commit().decode()})"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from f2gguf.runtime.download import cached_folder, download
 from f2gguf.runtime.errors import (
     DriftWarning,
     HashMismatch,
@@ -24,7 +25,7 @@ from f2gguf.runtime.errors import (
 )
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.header import Header, read_header
-from f2gguf.runtime.hub import Listing, download, list_files, recorded_files
+from f2gguf.runtime.hub import Listing, list_files, recorded_files
 
 USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first that holds its bound is recommended
 # Where nobody measured, bytes are no argument: plain 4-bit embedders have been seen to drift by 0.3
@@ -126,8 +127,8 @@ def _locate(reference: Reference) -> Path:
     known = recorded_files(reference.repo, reference.revision)
     if known:
         names = matching(known, reference.variant)
-        if len(names) == 1 and known.path(names[0]):
-            return download(known, names) / names[0]
+        if len(names) == 1 and (folder := cached_folder(known, names)):
+            return folder / names[0]
     return fetch_file(*find_file(reference))
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from f2gguf.quantize.fetch import find_model
+from f2gguf.quantize.checkpoint import NEEDED as READ
+from f2gguf.quantize.fetch import find_model, is_needed
 from f2gguf.quantize.lock import read_lock
-from hub import ALWAYS, Fault, Hub, run_command, serving
+from hub import ALWAYS, READER, WRITER, Fault, Hub, finish, flip_bit, run_command, run_python, serving, start_command
 
 Fetch = Callable[..., CompletedProcess[str]]
 REPO = "org/tiny"
@@ -21,7 +29,12 @@ NEEDED = {
     "modules.json": b"[]\r\n",
     "tokenizer.json": '{"text": "blåbærgrød"}'.encode(),
     "1_Pooling/config.json": b"{}",
+    "LICENSE.txt": b"Apache License",
+    "NOTICE": b"written by org",
 }
+LFS = "model.safetensors"
+LARGE = random.Random(0).randbytes(12_000_000)
+CHUNK = 10 * 2**20  # what the client writes at a time
 NOT_NEEDED = {"pytorch_model.bin": b"\x80\x04pickle", "modeling.py": b"raise SystemExit", "README.md": b"# tiny"}
 
 
@@ -35,7 +48,8 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def fetch(hub: Hub, tmp_path: Path) -> Fetch:
-    return lambda *arguments: run_command("quantize", "fetch", *arguments, hub=hub, home=tmp_path / "home")
+    home = tmp_path / "home"
+    return lambda *arguments, **options: run_command("quantize", "fetch", *arguments, hub=hub, home=home, **options)
 
 
 @pytest.fixture
@@ -45,6 +59,30 @@ def lock(tmp_path: Path) -> Path:
     pinned = f'[models.pinned]\nrepo = "{REPO}"\nrevision = "{COMMIT}"\n'
     path.write_text(f'default = "pinned"\n{pinned}[models.preview]\nrepo = "org/preview"\nmax_tokens = 77\n')
     return path
+
+
+@pytest.fixture
+def locked(lock: Path, hub: Hub, tmp_path: Path) -> Path:
+    """The lock, after `quantize lock` wrote the files of its pinned entry."""
+    assert run_command("quantize", "lock", "pinned", "--lock", lock, hub=hub, home=tmp_path / "other").returncode == 0
+    hub.requests.clear()
+    return lock
+
+
+def cached(tmp_path: Path, name: str) -> Path:
+    """Where the cache keeps the bytes of a file of the pinned commit."""
+    return (tmp_path / "home" / "hub" / "models--org--tiny" / "snapshots" / COMMIT / name).resolve()
+
+
+def fault_of(name: str, *, times: int = 1) -> Fault:
+    """A bit flips in a file whenever it is sent."""
+    return Fault(
+        "GET", f"stored/{sha256_of(NEEDED[name])}" if name == LFS else f"{COMMIT}/{name}", times, sent=flip_bit
+    )
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def printed_files(process: CompletedProcess[str]) -> dict[str, bytes]:
@@ -73,6 +111,13 @@ def test_code_and_pickles_are_not_even_asked_about(fetch: Fetch, hub: Hub) -> No
     assert hub.asked_for("GET", "HEAD") == set(NEEDED)
 
 
+def test_licences_come_along_and_are_no_part_of_what_is_converted() -> None:
+    legal = ("LICENSE", "License.md", "license.txt", "LICENCE", "NOTICE", "NOTICE.txt")
+    assert all(map(is_needed, legal))
+    assert not any(Path(name).match(pattern) for name in legal for pattern in READ)
+    assert not any(map(is_needed, ("docs/LICENSE", "README.md", "tokenizer.py", "2_Dense/model.safetensors")))
+
+
 def test_weights_in_subfolders_are_not_sent(fetch: Fetch, hub: Hub) -> None:
     """`read_checkpoint` never looks there, and they can double the download."""
     hub.repos[REPO].commit({"checkpoint-100/model.safetensors": b"of an earlier step"})
@@ -97,19 +142,131 @@ def test_printed_folder_is_named_after_the_commit(fetch: Fetch) -> None:
     assert Path(fetch(REPO).stdout.strip()).name == COMMIT
 
 
+@pytest.mark.parametrize("is_offline", [False, True])
 @pytest.mark.parametrize("model", [PINNED, REPO])
-def test_cached_model_needs_no_hub(fetch: Fetch, hub: Hub, model: str) -> None:
+def test_cached_model_needs_no_hub(fetch: Fetch, hub: Hub, model: str, is_offline: bool) -> None:
     first = fetch(model)
     hub.stop()
-    second = fetch(model)
+    second = fetch(model, is_offline=is_offline)
     assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
 
 
-def test_cached_files_are_not_sent_again(fetch: Fetch, hub: Hub) -> None:
+def test_cached_commit_is_not_asked_about_again(fetch: Fetch, hub: Hub) -> None:
     fetch(PINNED)
     hub.requests.clear()
     assert printed_files(fetch(PINNED)) == NEEDED
+    assert not hub.requests
+
+
+def test_cached_files_are_not_sent_again(fetch: Fetch, hub: Hub) -> None:
+    fetch(REPO)
+    hub.repos[REPO].commit({"README.md": b"# new"})
+    hub.requests.clear()
+    assert printed_files(fetch(REPO)) == NEEDED
     assert not hub.asked_for("GET")
+
+
+def test_cached_model_of_the_lock_needs_neither_hub_nor_memory(
+    fetch: Fetch, hub: Hub, locked: Path, tmp_path: Path
+) -> None:
+    assert printed_files(fetch("pinned", "--lock", locked)) == NEEDED
+    shutil.rmtree(tmp_path / "home" / "f2gguf")
+    hub.requests.clear()
+    assert printed_files(fetch("pinned", "--lock", locked)) == NEEDED
+    assert not hub.requests
+
+
+def test_lock_that_the_hub_contradicts_is_refused_before_any_file_is_sent(fetch: Fetch, hub: Hub, locked: Path) -> None:
+    sha256 = sha256_of(NEEDED[LFS])
+    locked.write_text(locked.read_text().replace(sha256, "f" * 64))
+    line = only_error(fetch("pinned", "--lock", locked))
+    assert [words for words in (LFS, sha256, "f" * 64, "`quantize lock --check pinned`") if words not in line] == []
+    assert not hub.asked_for("GET")
+
+
+def test_bit_that_flips_in_the_cache_costs_that_file_only(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+    fetch(PINNED)
+    for name in NEEDED:
+        path = cached(tmp_path, name)
+        before = path.stat()
+        path.write_bytes(flip_bit(path.read_bytes()))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        hub.requests.clear()
+        assert printed_files(fetch(PINNED)) == NEEDED
+        assert hub.asked_for("GET") == {name}
+
+
+def test_bits_that_flip_on_the_way_are_seen_and_files_sent_again(fetch: Fetch, hub: Hub) -> None:
+    hub.faults += [fault_of(name) for name in NEEDED]
+    assert printed_files(fetch(PINNED)) == NEEDED
+    sent = [request for request in hub.asked("GET", COMMIT) if request.status == 200 and "/api/" not in request.path]
+    assert len(sent + hub.asked("GET", "/stored/")) == 2 * len(NEEDED)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_hub_that_sends_other_bytes_is_refused(fetch: Fetch, hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.faults.append(fault_of(name, times=ALWAYS))
+    assert f"the Hub sends {name} with " in only_error(fetch(PINNED))
+    assert not cached(tmp_path, name).exists()
+
+
+def test_killed_download_goes_on_where_it_stopped(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+    started: list[subprocess.Popen[str]] = []
+    hub.repos[REPO].commit({LFS: LARGE})
+    hub.faults.append(Fault("GET", "/stored/", send_bytes=len(LARGE) - 1))
+    hub.faults.append(Fault("GET", "/stored/", before=lambda _: started[0].kill()))
+    started.append(start_command("quantize", "fetch", REPO, hub=hub, home=tmp_path / "home"))
+    assert finish(started[0]).returncode == -9
+    hub.requests.clear()
+    assert printed_files(fetch(REPO)) == {**NEEDED, LFS: LARGE}
+    sent = [(request.range, request.sent_bytes) for request in hub.asked("GET", "/stored/")]
+    assert sent == [(f"bytes={CHUNK}-", len(LARGE) - CHUNK)]
+
+
+@pytest.mark.parametrize("left", [b"other bytes", NEEDED[LFS], flip_bit(NEEDED[LFS]), NEEDED[LFS] + b"more"])
+def test_what_a_killed_download_left_is_verified(fetch: Fetch, tmp_path: Path, left: bytes) -> None:
+    name = f"{sha256_of(NEEDED[LFS])}.f2gguf.incomplete"
+    part = tmp_path / "home" / "hub" / "models--org--tiny" / "blobs" / name
+    part.parent.mkdir(parents=True)
+    part.write_bytes(left)
+    assert printed_files(fetch(PINNED)) == NEEDED
+    assert not part.exists()
+
+
+def test_connection_that_is_reset_is_taken_up_again(hub: Hub, tmp_path: Path) -> None:
+    """The client's `http_get` gives up there. The stand-in cannot reset connections."""
+    code = """
+import httpx2, huggingface_hub.file_download as client
+from f2gguf.quantize.cli import quantize
+real, resets = client.http_get, []
+def http_get(url, file, **options):
+    if "model.safetensors" in url and not resets:
+        resets.append(url)
+        file.write(bytes(range(200)))
+        raise httpx2.ReadError("Connection reset by peer")
+    real(url, file, **options)
+client.http_get = http_get
+quantize(["fetch", "org/tiny"])
+"""
+    assert printed_files(run_python(code, hub=hub, home=tmp_path / "home")) == NEEDED
+    assert [request.range for request in hub.asked("GET", "/stored/")] == ["bytes=200-"]
+
+
+def test_interrupted_download_ends_at_once(hub: Hub, tmp_path: Path) -> None:
+    def interrupt(_: Hub) -> None:
+        started[0].send_signal(signal.SIGINT)
+        time.sleep(30)
+
+    started: list[subprocess.Popen[str]] = []
+    hub.faults.append(Fault("GET", "/stored/", before=interrupt))
+    started.append(start_command("quantize", "fetch", PINNED, hub=hub, home=tmp_path / "home"))
+    process = finish(started[0], timeout_s=8)  # its connection would time out after 10
+    assert (process.returncode, process.stdout) == (130, "")
+
+
+def test_two_runs_at_once_both_end_well(hub: Hub, tmp_path: Path) -> None:
+    both = [start_command("quantize", "fetch", PINNED, hub=hub, home=tmp_path / "home") for _ in range(2)]
+    assert [printed_files(finish(process)) for process in both] == [NEEDED, NEEDED]
 
 
 @pytest.mark.parametrize("model", [PINNED, REPO])
@@ -138,9 +295,15 @@ def test_gated_repository_is_one_clear_error(fetch: Fetch, hub: Hub) -> None:
     assert "gated" in only_error(fetch(PINNED))
 
 
+@pytest.mark.parametrize(("attribute", "token"), [("is_private", READER), ("is_gated", WRITER)])
+def test_token_opens_what_it_may_open(fetch: Fetch, hub: Hub, attribute: str, token: str) -> None:
+    setattr(hub.repos[REPO], attribute, True)
+    assert printed_files(fetch(PINNED, token=token)) == NEEDED
+
+
 def test_connection_that_breaks_is_one_clear_error(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
     hub.faults += [Fault("GET", "/stored/", send_bytes=1000), Fault("GET", "/stored/", ALWAYS, send_bytes=0)]
-    assert PINNED in only_error(fetch(PINNED))
+    assert f"{REPO}@{COMMIT[:12]}: {LFS}: the Hub cannot be reached" in only_error(fetch(PINNED))
     assert not [path for path in (tmp_path / "home").rglob("model.safetensors") if path.is_file()]
 
 
@@ -153,16 +316,23 @@ def test_connection_that_breaks_once_breaks_nothing(fetch: Fetch, hub: Hub) -> N
 
 
 def test_repository_without_safetensors_is_refused(fetch: Fetch, hub: Hub) -> None:
-    hub.repos[REPO].commit({"model.safetensors": None})
-    assert "safetensors" in only_error(fetch(REPO))
+    hub.repos[REPO].commit({LFS: None, "pytorch_model.bin": None})
+    assert "has no safetensors weights" in only_error(fetch(REPO))
+    assert not hub.asked_for("GET")
+
+
+def test_pickle_is_refused_and_called_so(fetch: Fetch, hub: Hub) -> None:
+    hub.repos[REPO].commit({LFS: None})
+    assert "has its weights as pickle only (pytorch_model.bin)" in only_error(fetch(REPO))
     assert not hub.asked_for("GET")
 
 
 def test_disk_that_is_too_small_is_refused_before_any_file_is_sent(fetch: Fetch, hub: Hub) -> None:
-    stated = {"X-Linked-Size": str(10**18)}  # an exabyte: no disk here takes it
-    hub.faults.append(Fault("HEAD", "model.safetensors", headers=stated))
+    size, exabyte = (b'"size": %d' % size for size in (len(NEEDED[LFS]), 10**18))
+    hub.faults.append(Fault("GET", "/api/models", sent=lambda body: body.replace(size, exabyte)))
     line = only_error(fetch(PINNED))
     assert "needs 1000000000.00 GB and the disk has" in line
+    assert "HF_HOME" in line
     assert "--out" not in line, "`quantize fetch` has no such flag"
     assert not hub.asked_for("GET")
 

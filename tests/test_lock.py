@@ -59,6 +59,27 @@ def test_a_model_is_found_by_name_repository_or_folder(tmp_path: Path) -> None:
         ('default = "a"\nmodels = 5', "models.lock: is damaged, or not what it should be"),
         ('default = "a"\n[models.a]\nmax_tokens = -5', "a has max_tokens = -5, which is no such thing"),
         ('default = "a"\n[models.a]\nprompts = "x"', "a has prompts = 'x'"),
+        (
+            f'default = "a"\n[models.a]\nfiles = {{ f = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
+            "no commit as its",
+        ),
+        *[
+            (f'default = "a"\n[models.a]\nrevision = "{"0" * 40}"\nfiles = {files}', "a has files = ")
+            for files in (
+                "{}",
+                "5",
+                "{ f = 5 }",
+                "{ f = { size_bytes = 1 } }",
+                f'{{ "../f" = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
+                f'{{ "/f" = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
+                f'{{ f = {{ sha256 = "{"0" * 64}" }} }}',
+                f'{{ f = {{ size_bytes = -1, sha256 = "{"0" * 64}" }} }}',
+                f'{{ f = {{ size_bytes = true, sha256 = "{"0" * 64}" }} }}',
+                f'{{ f = {{ size_bytes = 1, sha256 = "{"0" * 40}" }} }}',
+                f'{{ f = {{ size_bytes = 1, blob_id = "{"0" * 64}" }} }}',
+                f'{{ f = {{ size_bytes = 1, sha256 = "{"0" * 64}", blob_id = "{"0" * 40}" }} }}',
+            )
+        ],
     ],
 )
 def test_damaged_lock_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -19,8 +19,9 @@ from f2gguf.evals.report import drift_rows, files_table, groups_table, worst_tex
 from f2gguf.evals.report_html import report_html
 from f2gguf.evals.report_plot import draw
 from f2gguf.evals.texts import EvalText
-from f2gguf.quantize.card import model_card, write_release
+from f2gguf.quantize.card import model_card
 from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.release import write_release
 
 LANGUAGES = ("de", "en", "ja")
 TEXTS = tuple(
@@ -138,6 +139,12 @@ def test_a_repaired_file_stands_above_what_the_stock_recipe_gives(report: dict[s
 def test_bits_per_weight_are_the_files_bits_over_the_parameters(report: dict[str, Any]) -> None:
     header, rows = files_table(report)
     assert [row[header.index("bits per weight")] for row in rows] == ["16.00", "4.80", "4.50", "3.20"]
+
+
+def test_ndcg_is_shown_with_its_change(report: dict[str, Any]) -> None:
+    report["variants"]["Q2"] |= {"ndcg10": 0.45, "ndcg10_reference": 0.5}
+    header, rows = files_table(report)
+    assert [rows[i][header.index("change")] for i in (0, 3)] == ["", "-10.00%"]
 
 
 def test_groups_are_marked_as_the_verdict_names_them_the_worst_first(report: dict[str, Any]) -> None:

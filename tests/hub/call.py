@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,7 +28,7 @@ class Call:
 
     hub: Hub
     target: str  # path and query
-    headers: Mapping[str, str]
+    headers: Message  # whose names have no case
     body: bytes
     fault: Fault
     user: str = ""

@@ -72,9 +72,10 @@ class Repo:
         """Add, replace and (None) delete files on a branch, with a sha made of all that unless one is given."""
         parent = self.find(branch)
         changes = {path: self._blob(path, file) if isinstance(file, bytes) else file for path, file in files.items()}
-        kept = {path: blob for path, blob in ({**(parent.files if parent else {}), **changes}).items() if blob}
+        kept = {path: blob for path, blob in {**(parent.files if parent else {}), **changes}.items() if blob}
         before = parent.sha if parent else ""
-        sha = sha or hashlib.sha1(repr((before, title, sorted(kept.items()), len(self.commits))).encode()).hexdigest()
+        names = sorted((path, blob.blob_id) for path, blob in kept.items())
+        sha = sha or hashlib.sha1(repr((before, title, names, len(self.commits))).encode()).hexdigest()
         self.commits[sha] = Commit(sha, title, kept, before)
         self.branches[branch] = sha
         return self.commits[sha]

@@ -28,20 +28,11 @@ def whoami(call: Call) -> Answer:
 def info(call: Call, repo: Repo, revision: str = "main") -> Answer:
     commit = find_commit(repo, revision)
     card = _card(commit)
-    sources = card.get("base_model") or []
-    sources = sources if isinstance(sources, list) else [sources]
-    relation = card.get("base_model_relation")
-    tags = [
-        *card.get("tags", []),
-        *(f"license:{card[key]}" for key in ("license",) if key in card),
-        *(f"base_model:{source}" for source in sources),
-        *(f"base_model:{relation}:{source}" for source in sources if relation),
-    ]
     siblings = [_sibling(path, blob, has_details="blobs" in call.query) for path, blob in sorted(commit.files.items())]
-    facts = {"id": repo.name, "modelId": repo.name, "author": repo.name.split("/")[0], "sha": commit.sha}
-    facts |= {"createdAt": DATE, "lastModified": DATE, "private": repo.is_private, "disabled": False}
-    facts |= {"gated": "manual" if repo.is_gated else False, "tags": tags, "cardData": card, "siblings": siblings}
-    return json_answer(facts)
+    facts: dict[str, Any] = {"id": repo.name, "modelId": repo.name, "author": repo.name.split("/")[0]}
+    facts |= {"sha": commit.sha, "createdAt": DATE, "lastModified": DATE, "siblings": siblings}
+    facts |= {"private": repo.is_private, "gated": "manual" if repo.is_gated else False, "disabled": False}
+    return json_answer(facts | {"cardData": card, "tags": _tags(card)})
 
 
 def tree(call: Call, repo: Repo, revision: str, folder: str = "") -> Answer:
@@ -59,9 +50,10 @@ def tree(call: Call, repo: Repo, revision: str, folder: str = "") -> Answer:
     page = [
         _entry(repo, commit, path, is_expanded=call.query.get("expand") == "true") for path in sorted(paths)[start:end]
     ]
+    if end >= len(paths):
+        return json_answer(page)
     rest, _, _ = call.target.partition("&cursor=")
-    following = f'<{call.hub.url}{rest}{"&" if "?" in rest else "?"}cursor={end}>; rel="next"'
-    return json_answer(page, **({"Link": following} if end < len(paths) else {}))
+    return json_answer(page, Link=f'<{call.hub.url}{rest}{"&" if "?" in rest else "?"}cursor={end}>; rel="next"')
 
 
 def paths_info(call: Call, repo: Repo, revision: str) -> Answer:
@@ -131,6 +123,17 @@ def _card(commit: Commit) -> dict[str, Any]:
         card = front_matter(readme.content.decode()) if readme else None
         return card if isinstance(card, dict) else {}
     return {}
+
+
+def _tags(card: dict[str, Any]) -> list[str]:
+    """Those of the card, and those that the Hub makes of its other lines."""
+    sources = card.get("base_model") or []
+    sources = sources if isinstance(sources, list) else [sources]
+    relation = card.get("base_model_relation")
+    made = [f"license:{card['license']}"] if "license" in card else []
+    made += [f"base_model:{source}" for source in sources]
+    made += [f"base_model:{relation}:{source}" for source in sources if relation]
+    return [*(card.get("tags") or []), *made]
 
 
 def _sibling(path: str, blob: Blob, *, has_details: bool) -> dict[str, Any]:
