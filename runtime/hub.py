@@ -18,6 +18,7 @@ from f2gguf.runtime.errors import (
     RateLimited,
     RepoGated,
     RepoMissing,
+    RepoMoved,
     RepoRenamed,
     parsing,
 )
@@ -54,6 +55,7 @@ class Listing:
     repo: str
     commit: str
     files: Mapping[str, RemoteFile]
+    is_private: bool = False  # where the Hub was asked now
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
@@ -99,7 +101,7 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
             else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
             for file in info.siblings or []
         }
-        listing = Listing(repo, str(info.sha), files)
+        listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
     return listing
@@ -154,6 +156,8 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
             f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
             "What was done is kept."
         )
+    if status == 412:
+        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again; what was sent is kept.")
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
     return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
