@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from f2gguf.evals.drift import MAX_DRIFT, TOP_K, Vectors, distribution, drift, rounded
-from f2gguf.evals.report import label, percent, text_table
+from f2gguf.evals.report import label, percent
 from f2gguf.evals.texts import EvalText
+from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.tables import read_texts

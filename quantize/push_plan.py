@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from f2gguf.evals.report import label, text_table
+from f2gguf.evals.report import label
 from f2gguf.quantize.push_check import CARD, Release
+from f2gguf.runtime.console import text_table
 from f2gguf.runtime.download import download
 from f2gguf.runtime.errors import HubError, RepoMissing, RepoMoved, UnfitRelease, WrongUsage
 from f2gguf.runtime.files import format_size

@@ -256,5 +256,9 @@ _MALFORMED = (
 )
 
 
+class DriftWarning(UserWarning):
+    """A file from the Hub is over its bound, or was never measured."""
+
+
 class TruncationWarning(UserWarning):
     """Texts were cut to the model's maximum length; the EOS stayed last."""

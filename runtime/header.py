@@ -84,6 +84,11 @@ class Header:
         return str(self.values.get("general.name", self.path.stem))
 
     @property
+    def variant(self) -> str:
+        """Such as 'Q4_K_M': what f2gguf made, or the type of most weights."""
+        return str(self.values.get(KEY_VARIANT, self.file_type))
+
+    @property
     def n_embd(self) -> int:
         return int(self._of_architecture("embedding_length", 0))
 
@@ -192,7 +197,9 @@ def read_header(path: str | Path) -> Header:
             return _Reader(path, data, size_bytes).read()
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         if isinstance(error, FileNotFoundError):
-            raise NotGGUF(f"{path}: no such file. Make one with `quantize all MODEL`.") from error
+            raise NotGGUF(
+                f"{path}: no such file. Make one with `quantize all MODEL`, or `f2gguf pull org/name`."
+            ) from error
         raise NotGGUF(f"{path}: cannot be read as GGUF: {error}. Download or make it again.") from error
 
 

@@ -74,12 +74,12 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 
     Raises `RepoMissing`, `RepoGated`, `RepoRenamed`, `RateLimited`, `HubUnreachable` or another `HubError`.
     """
-    if COMMIT.fullmatch(revision) and (known := _recorded(repo, revision)):
+    if COMMIT.fullmatch(revision) and (known := recorded_files(repo, revision)):
         return known
     try:
         return ask_for_files(repo, revision)
     except HubUnreachable:
-        if known := _recorded(repo, revision):
+        if known := recorded_files(repo, revision):
             return known
         raise
 
@@ -167,8 +167,8 @@ def _record(repo: str, revision: str) -> str:
     return f"hub/{repo.replace('/', '--')}/{revision.replace('/', '--')}"
 
 
-def _recorded(repo: str, revision: str) -> Listing | None:
-    """What the Hub said of `revision` when it was asked last."""
+def recorded_files(repo: str, revision: str = "main") -> Listing | None:
+    """What the Hub said of `revision` when it was asked last; None where it never was."""
     try:
         content = recall(_record(repo, revision))
         files = {name: RemoteFile(**file) for name, file in content["files"].items()}
