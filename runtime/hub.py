@@ -101,10 +101,17 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
             else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
             for file in info.siblings or []
         }
+        if any(map(leads_out, files)):
+            raise ValueError("a file's name leads out of the repository")
         listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
     return listing
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file's path is not one within its repository."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def git_blob_id(path: Path) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.cli_serve import named_files
 from serving import Served, figure, serving_process
 
 SECRET = "a text that nobody else may read"
@@ -153,10 +154,10 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
     port = served.url.rpartition(":")[2]
     (tmp_path / "empty").touch()
     for words, options in {
-        "no model: pass -m FILE": (),
+        "no model: pass -m MODEL": (),
         "another model is called nano-F16": ("-m", nano_f16, "-m", nano_f16),
         "x.gguf: no such file": ("-m", "x.gguf"),
-        "-m =: pass FILE, or NAME=FILE": ("-m", "="),
+        "-m =: pass MODEL, or NAME=MODEL": ("-m", "="),
         "cannot listen there: Address already in use": ("-m", nano_f16, "--port", port),
         "holds no key. Write one a line": ("-m", nano_f16, "--api-keys-file", tmp_path / "empty"),
         "cannot be read": ("-m", nano_f16, "--api-keys-file", tmp_path / "none"),
@@ -166,6 +167,16 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
         assert refused.returncode in (1, 2)
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_a_model_is_called_as_its_file_unless_a_name_is_given(nano_f16: Path) -> None:
+    given = (str(nano_f16), "mine=x.gguf", "org/nano:Q8_0", "org/bare@v1")
+    assert named_files(given) == {
+        "nano-F16": str(nano_f16),
+        "mine": "x.gguf",
+        "nano-Q8_0": "org/nano:Q8_0",
+        "bare": "org/bare@v1",
+    }
 
 
 def test_a_missing_extra_is_named(nano_f16: Path) -> None:
