@@ -31,6 +31,14 @@ def test_health_names_the_models_and_their_selftests(served: Served) -> None:
     assert answer.json() == {"status": "ok", "models": {"nano-F16": "file has no golden vectors"}}
 
 
+def test_every_response_of_one_model_states_its_fingerprint(served: Served) -> None:
+    of_model = httpx.get(f"{served.url}/info").headers["X-Embedding-Fingerprint"]
+    for path in ("/health", "/metrics", "/api/version", "/v1/models", "/none"):
+        assert httpx.get(f"{served.url}{path}").headers["X-Embedding-Fingerprint"] == of_model
+    vectors = httpx.post(f"{served.url}/embed", json={"inputs": "a"})
+    assert vectors.headers["X-Embedding-Fingerprint"].startswith(f"{of_model}.")
+
+
 def test_figures_count_requests_texts_tokens_and_cuts(served: Served, nano: Embedder) -> None:
     model = '{model="nano-F16"}'
     names = ("tokens_total", "texts_total", "truncated_texts_total", "tokenize_seconds_count", "compute_seconds_count")
