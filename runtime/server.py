@@ -33,8 +33,8 @@ DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference
 
 A model's name may end in ':query' or ':document' (or another of its prompts' names), in every dialect: the prompt is
 put before each text. Without a suffix, `input_type` (OpenAI) or `prompt_name` (text-embeddings-inference), texts are
-documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width). With one
-model, every response states SPACE.
+documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width). With
+one model, every response states SPACE.
 X-Embedding-Truncated holds the indices of texts that were cut."""
 DIALECTS = {
     "/v1/": server_openai.OpenAIError,
