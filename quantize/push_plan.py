@@ -68,7 +68,7 @@ class Plan:
         return [*lines, *(f"only on the Hub, and left there: {name}" for name in self._only_on_hub())]
 
     def _only_on_hub(self) -> list[str]:
-        return sorted(set(self.listing.files) - set(self.states)) if self.listing else []
+        return sorted(set(self.listing.files) - {*self.states, ".gitattributes"}) if self.listing else []
 
 
 def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bool, private: bool) -> Plan:

@@ -137,6 +137,7 @@ def writes(hub: Hub) -> list[str]:
 
 
 def test_plan_names_every_file_and_sends_nothing(site: Site) -> None:
+    site.repo.commit({"older.gguf": b"GGUF"})
     process = site.push()
     assert process.returncode == 0
     assert "Pass --yes" in process.stderr
@@ -145,7 +146,8 @@ def test_plan_names_every_file_and_sends_nothing(site: Site) -> None:
         assert sha256(site.folder / name)[:12] in row
         assert " new" in row
     assert f"{REPO}, public, on top of {site.repo.head.sha[:12]}; tag f2gguf-0.1.0-" in process.stdout
-    assert "only on the Hub, and left there: .gitattributes" in process.stdout
+    assert "only on the Hub, and left there: older.gguf" in process.stdout
+    assert ".gitattributes" not in process.stdout
     assert writes(site.hub) == []
 
 
