@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from f2gguf.runtime.cli import COLUMN, DEVICE, JSON, MODEL, POOLING, THREADS, require_path
+from f2gguf.runtime.cli import COLUMN, DEVICE, JSON, MODEL, POOLING, THREADS, require_model
 
 
 @click.command()
@@ -33,7 +33,7 @@ from f2gguf.runtime.cli import COLUMN, DEVICE, JSON, MODEL, POOLING, THREADS, re
 @THREADS
 @JSON
 def bench(
-    model_path: str | None,
+    model: str | None,
     work: str,
     n_texts: int,
     rounds: int,
@@ -58,12 +58,12 @@ def bench(
     from f2gguf.evals.bench import run_bench, settle_sides
     from f2gguf.evals.bench_report import json_text, report_lines, require_output, write_report
     from f2gguf.evals.bench_texts import make_workloads, require_work
-    from f2gguf.runtime.header import read_header
+    from f2gguf.runtime.references import open_header
 
     names = require_work(work, has_input=input_path is not None)
     if output:
         require_output(output, force=force)
-    header = read_header(require_path(model_path))
+    header = open_header(require_model(model))
     settings = settle_sides(
         header,
         pooling=pooling,

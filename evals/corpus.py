@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.drift import MAX_DRIFT, TOP_K, Vectors, bootstrap_interval, drift, rounded
-from f2gguf.evals.report import label, percent, text_table
+from f2gguf.evals.drift import MAX_DRIFT, TOP_K, Vectors, distribution, drift, rounded
+from f2gguf.evals.report import label, percent
 from f2gguf.evals.texts import EvalText
+from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.tables import read_texts
@@ -104,20 +105,12 @@ def judge_corpus(
     anchors, others = (kept[is_query], kept[~is_query]) if 0 < is_query.sum() < len(kept) else (kept, kept)
     left, right = _pairs(anchors, others)
     drifts = _drifts(candidate, reference, kept, kept)
-    lower, upper = bootstrap_interval(drifts)
     found, wanted = (1.0 - _drifts(vectors, vectors, left, right) for vectors in (candidate, reference))
     shifts = np.abs(found - wanted)
     return CorpusVerdict(
-        n=len(kept),
+        **distribution(drifts, [texts[i] for i in kept]),
         n_queries=int(is_query.sum()),
         n_duplicates=len(texts) - len(kept),
-        mean=float(drifts.mean()),
-        lower=lower,
-        upper=upper,
-        p95=float(np.percentile(drifts, 95)),
-        p99=float(np.percentile(drifts, 99)),
-        worst=float(drifts.max()),
-        worst_text=texts[kept[int(drifts.argmax())]].id,
         top10_overlap=_overlap(candidate, reference, anchors, others),
         n_pairs=len(left),
         mean_score_shift=float(shifts.mean()),

@@ -87,19 +87,11 @@ def judge(
     `max_drift`.
     """
     drifts = drift(candidate, reference)
-    lower, upper = bootstrap_interval(drifts)
     kinds, languages = (_groups(drifts, texts, by) for by in ("kind", "language"))
     means = bound_means(drifts, texts)
     over = tuple(f"{what} {mean:.2%}" for what, mean in means.items() if not mean < max_drift)
     return Verdict(
-        n=len(texts),
-        mean=float(drifts.mean()),
-        lower=lower,
-        upper=upper,
-        p95=float(np.percentile(drifts, 95)),
-        p99=float(np.percentile(drifts, 99)),
-        worst=float(drifts.max()),
-        worst_text=texts[int(drifts.argmax())].id,
+        **distribution(drifts, texts),
         kinds=kinds,
         languages=languages,
         dims={dim: float(drift(candidate[:, :dim], reference[:, :dim]).mean()) for dim in dims},
@@ -108,6 +100,21 @@ def judge(
         over=over,
         drifts=tuple(drifts.tolist()),
     )
+
+
+def distribution(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> dict[str, Any]:
+    """What a verdict states of the drifts of all texts."""
+    lower, upper = bootstrap_interval(drifts)
+    return {
+        "n": len(texts),
+        "mean": float(drifts.mean()),
+        "lower": lower,
+        "upper": upper,
+        "p95": float(np.percentile(drifts, 95)),
+        "p99": float(np.percentile(drifts, 99)),
+        "worst": float(drifts.max()),
+        "worst_text": texts[int(drifts.argmax())].id,
+    }
 
 
 def bound_means(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> dict[str, float]:
@@ -144,7 +151,7 @@ def ndcg10(similarities: NDArray[np.floating[Any]], relevant: Sequence[Sequence[
     return float(np.mean(scores))
 
 
-def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, float]:
+def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
     from scipy.stats import spearmanr
 
     index = {text.id: i for i, text in enumerate(texts)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from f2gguf.evals.conversion import NOT_CHECKED
+from f2gguf.runtime.console import text_table
 from f2gguf.runtime.files import format_bound, format_size
 
 COLUMNS = ("file", "size", "mean drift", "95% interval", "p99", "worst", "top-10 kept", "nDCG@10", "verdict")
@@ -126,13 +127,6 @@ def label(verdict: dict[str, Any]) -> str:
 def percent(fraction: float) -> str:
     """0.00312 -> '0.312%'."""
     return f"{100 * fraction:.3f}%"
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, for a terminal."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,17 +19,11 @@ from f2gguf.evals.report import (
 from f2gguf.evals.report_plot import can_draw
 from f2gguf.quantize.facts import Facts
 from f2gguf.runtime.files import format_bound
+from f2gguf.runtime.references import recommended
 
-_PREFERRED = ("Q4_K_M", "Q8_0", "Q4_0", "F16")
 _DEVICES_GB = (0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 128)
 _SHARE = 0.8  # of a device's memory, for the model
 _PICTURE = "![Drift of every text, size against drift, and mean drift by dimension and language](drift.png)"
-
-
-def recommended(report: dict[str, Any]) -> str:
-    """The smallest usual file that holds the bound; F16 where none does."""
-    holding = {name for name, verdict in report["variants"].items() if verdict["holds"]} | {"F16"}
-    return next(name for name in _PREFERRED if name in holding and name in report["files"])
 
 
 def model_card(facts: Facts, report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from f2gguf.evals.cli import bench
-from f2gguf.quantize import cli_file, cli_hub
+from f2gguf.quantize import cli_file, cli_hub, cli_push
 from f2gguf.quantize.options import (
     CALIBRATION,
     DEVICE,
@@ -164,7 +164,16 @@ def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> 
         click.echo(str(path))
 
 
-for command in (cli_hub.fetch, cli_hub.lock, convert, cli_file.imatrix, cli_file.variant, cli_file.verify, card):
+for command in (
+    cli_hub.fetch,
+    cli_hub.lock,
+    convert,
+    cli_file.imatrix,
+    cli_file.variant,
+    cli_file.verify,
+    card,
+    cli_push.push,
+):
     quantize.add_command(command)
 f2gguf.add_command(bench)
 f2gguf.add_command(serve)

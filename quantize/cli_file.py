@@ -25,7 +25,7 @@ from f2gguf.quantize.options import (
     settle,
 )
 from f2gguf.runtime.cli import COLUMN
-from f2gguf.runtime.console import progress
+from f2gguf.runtime.console import progress, text_table
 from f2gguf.runtime.errors import OverBound, WrongUsage
 
 
@@ -252,7 +252,7 @@ def _require_bound(path: Path, verdict: Any) -> None:
 
 def _show_verdict(path: Path, verdict: dict[str, Any], as_json: bool) -> None:
     from f2gguf.evals.conversion import as_json as json_text
-    from f2gguf.evals.report import COLUMNS, text_table, verdict_cells
+    from f2gguf.evals.report import COLUMNS, verdict_cells
     from f2gguf.runtime.files import format_size
 
     row = [path.name, format_size(path.stat().st_size), *verdict_cells(verdict)]

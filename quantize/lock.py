@@ -13,7 +13,7 @@ from typing import Any
 
 from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage, parsing
 from f2gguf.runtime.header import POOLING_IDS
-from f2gguf.runtime.hub import COMMIT, REPO, RemoteFile
+from f2gguf.runtime.hub import COMMIT, REPO, RemoteFile, leads_out
 
 FILE_NAME = "models.lock"
 
@@ -132,7 +132,7 @@ def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
 
 def _is_file(name: str, value: object) -> bool:
     """A path within the repository, a size, and one hash."""
-    if name.startswith("/") or ".." in name.split("/"):
+    if leads_out(name):
         return False
     if not isinstance(value, dict) or len(value) != 2 or type(value.get("size_bytes")) is not int:
         return False

@@ -8,11 +8,12 @@ from typing import Any
 
 from f2gguf.evals.report_html import report_html
 from f2gguf.evals.report_plot import can_draw, draw
-from f2gguf.quantize.card import model_card, recommended
+from f2gguf.quantize.card import model_card
 from f2gguf.quantize.checkpoint import is_legal
 from f2gguf.quantize.facts import Facts
 from f2gguf.runtime.console import say
 from f2gguf.runtime.files import sha256_file, write_text, writing
+from f2gguf.runtime.references import recommended
 
 
 def write_release(facts: Facts, folder: Path, report: dict[str, Any]) -> list[Path]:

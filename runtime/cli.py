@@ -1,4 +1,4 @@
-"""The command `f2gguf`: embed, search, inspect, selftest."""
+"""The command `f2gguf`: embed, search, pull, list, inspect, selftest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-from f2gguf.runtime.console import Commands, progress, say
+from f2gguf.runtime.console import Commands, progress, say, text_table
 from f2gguf.runtime.errors import NoVector, WrongUsage
 
 MODEL = click.option(
-    "-m", "--model", "model_path", envvar="F2GGUF_MODEL", metavar="FILE", help="A .gguf file [or $F2GGUF_MODEL]."
+    "-m",
+    "--model",
+    envvar="F2GGUF_MODEL",
+    metavar="MODEL",
+    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub [or $F2GGUF_MODEL].",
 )
+FILE = click.argument("model", envvar="F2GGUF_MODEL")
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
 GPU_LAYERS = click.option(
     "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [default: all]."
@@ -53,7 +58,7 @@ def f2gguf() -> None:
 @THREADS
 def embed(
     texts: tuple[str, ...],
-    model_path: str | None,
+    model: str | None,
     input_path: str | None,
     column: str,
     query: bool,
@@ -89,20 +94,20 @@ def embed(
     failure = None
     with (
         _open(
-            model_path,
+            model,
             device=device,
             n_gpu_layers=n_gpu_layers,
             n_threads=n_threads,
             pooling=pooling,
             max_tokens=max_tokens,
             deterministic=deterministic,
-        ) as model,
+        ) as embedder,
         progress("embed", len(rows.texts)) as advance,
     ):
         if not given:
-            prompt_name = model.default_prompt("document")
+            prompt_name = embedder.default_prompt("document")
         try:
-            embeddings = model.embed(
+            embeddings = embedder.embed(
                 rows.texts,
                 prompt=prompt,
                 prompt_name="query" if query else prompt_name,
@@ -138,7 +143,7 @@ def embed(
 @JSON
 def search(
     query: str,
-    model_path: str | None,
+    model: str | None,
     docs: str,
     column: str,
     top: int,
@@ -158,17 +163,17 @@ def search(
         raise WrongUsage(f"{docs}: holds no documents (--docs).")
     with (
         _open(
-            model_path,
+            model,
             device=device,
             n_gpu_layers=n_gpu_layers,
             n_threads=n_threads,
             pooling=pooling,
             max_tokens=max_tokens,
-        ) as model,
+        ) as embedder,
         progress("embed", len(rows.texts)) as advance,
     ):
-        documents = model.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
-        scores = model.similarity(model.encode_query([query], truncate_dim=dims), documents)[0]
+        documents = embedder.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
+        scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
     for rank, i in enumerate((-scores).argsort(kind="stable")[:top], start=1):
         if as_json:
             hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
@@ -181,31 +186,84 @@ def search(
 
 
 @f2gguf.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@JSON
-def inspect(file: Path, as_json: bool) -> None:
-    """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
-    from f2gguf.runtime.header import read_header
-    from f2gguf.runtime.inspect import as_dict, describe
+@click.argument("model")
+def pull(model: str) -> None:
+    """Download a .gguf file from the Hugging Face Hub, verified.
 
-    header = read_header(file)
+    MODEL is org/name[:VARIANT][@revision]. VARIANT is how the file's name ends (Q8_0 finds NAME-Q8_0.gguf), or all of
+    it. Without it: the first of Q4_K_M, Q8_0, Q4_0 that holds its bound by the repository's drift.json, or F16; where
+    nobody measured, Q8_0 before F16. The bytes must have the hash that the Hub and the repository's SHA256SUMS state.
+    From then on -m MODEL uses the file without asking the Hub; pull asks again, and updates it.
+    """
+    from f2gguf.runtime.files import format_size
+    from f2gguf.runtime.header import read_header
+    from f2gguf.runtime.inspect import describe_drift
+    from f2gguf.runtime.references import fetch_file, find_file, parse_reference
+
+    reference = parse_reference(model)
+    if reference is None:
+        raise WrongUsage(f"{model}: is no repository on the Hub. Write org/name[:VARIANT][@revision].")
+    listing, name = find_file(reference)
+    size = format_size(listing.files[name].size_bytes)
+    say(f"{listing}: {name}, {size}")
+    header = read_header(fetch_file(listing, name))
+    click.echo(f"{header.variant}, {size}, drift: {describe_drift(header)}")
+    click.echo(str(header.path))
+
+
+@f2gguf.command("list")
+@click.argument(
+    "folders", metavar="[FOLDER]...", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@JSON
+def list_(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Show the models on this disk, and their measured drift.
+
+    Those of the Hub's cache, and of every FOLDER [default: dist]. The first column is what to pass to -m.
+    """
+    from f2gguf.runtime.inventory import COLUMNS, as_dict, find_models, table_row
+
+    found = find_models(folders or [path for path in [Path("dist")] if path.is_dir()])
+    models = [one for one in found if one.is_embedding_model]
+    if as_json:
+        click.echo(json.dumps([as_dict(one) for one in models], indent=2, ensure_ascii=False))
+    elif models:
+        click.echo(text_table(COLUMNS, [table_row(one) for one in models]))
+    for one in models:
+        if one.error:
+            say(f"damaged: {one.error}")
+    if n_others := len(found) - len(models):
+        say(f"left out: {n_others} .gguf files that are no embedding models")
+    if not found:
+        say("no .gguf models here. Fetch one with `f2gguf pull org/name`, or make one with `quantize all f2llm-nano`.")
+
+
+@f2gguf.command()
+@FILE
+@JSON
+def inspect(model: str, as_json: bool) -> None:
+    """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
+    from f2gguf.runtime.inspect import as_dict, describe
+    from f2gguf.runtime.references import open_header
+
+    header = open_header(model)
     click.echo(json.dumps(as_dict(header), indent=2, ensure_ascii=False) if as_json else describe(header))
 
 
 @f2gguf.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@FILE
 @DEVICE
 @GPU_LAYERS
 @THREADS
 @JSON
-def selftest(file: Path, device: str, n_gpu_layers: int, n_threads: int | None, as_json: bool) -> None:
+def selftest(model: str, device: str, n_gpu_layers: int, n_threads: int | None, as_json: bool) -> None:
     """Embed a file's golden texts on this device, and compare them with what its maker measured.
 
     Names what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors that this device
     computes. Exit code 1 where anything is.
     """
-    with _open(str(file), device=device, n_gpu_layers=n_gpu_layers, n_threads=n_threads) as model:
-        outcome = model.selftest()
+    with _open(model, device=device, n_gpu_layers=n_gpu_layers, n_threads=n_threads) as embedder:
+        outcome = embedder.selftest()
     click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else "\n".join(outcome.lines()))
     outcome.require_sound()
 
@@ -227,16 +285,16 @@ def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> A
     return rows
 
 
-def _open(model_path: str | None, **options: Any) -> Any:
+def _open(model: str | None, **options: Any) -> Any:
     from f2gguf.runtime.embedder import Embedder
 
-    model = Embedder(require_path(model_path), **options)
+    embedder = Embedder(require_model(model), **options)
     if sys.stderr is not None and sys.stderr.isatty():
-        say(model.description)
+        say(embedder.description)
+    return embedder
+
+
+def require_model(model: str | None) -> str:
+    if not model:
+        raise WrongUsage("no model: pass -m MODEL, or set F2GGUF_MODEL. Make one with `quantize all f2llm-nano`.")
     return model
-
-
-def require_path(model_path: str | None) -> str:
-    if not model_path:
-        raise WrongUsage("no model: pass -m FILE, or set F2GGUF_MODEL. Make one with `quantize all f2llm-nano`.")
-    return model_path

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_path
+from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_model
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ExtraMissing, WrongUsage
 
@@ -19,7 +19,12 @@ _COUNT = click.IntRange(1)
 
 @click.command()
 @click.option(
-    "-m", "--model", "models", multiple=True, metavar="[NAME=]FILE", help="A .gguf file; repeat it. [or $F2GGUF_MODEL]"
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub; repeat it. [or $F2GGUF_MODEL]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
@@ -67,7 +72,7 @@ def serve(
     A model's NAME is its file's, unless given; clients put ':query' or ':document' behind it. Logs are JSON on stderr,
     without anybody's text. SIGTERM finishes what was accepted.
     """
-    files = named_files(models or (require_path(os.environ.get("F2GGUF_MODEL")),))
+    files = named_files(models or (require_model(os.environ.get("F2GGUF_MODEL")),))
     keys = read_keys(api_keys_file, api_key_env)
     if not keys and not allow_open and not _is_loopback(host):
         raise WrongUsage(
@@ -100,8 +105,8 @@ def serve(
     _log_as_json()
     with server.bound(host, port) as listener:
         served = [
-            open_model(path, name, settings, metrics, selftest=selftest, **embedder_options)
-            for name, path in files.items()
+            open_model(file, name, settings, metrics, selftest=selftest, **embedder_options)
+            for name, file in files.items()
         ]
         for model in served:
             say(f"{model.name}: {model.embedder.description}; selftest: {model.selftest}")
@@ -111,19 +116,29 @@ def serve(
             model.close()
 
 
-def named_files(models: tuple[str, ...]) -> dict[str, Path]:
-    """Names and files of `-m [NAME=]FILE`; a file's own name without .gguf where none is given."""
-    files: dict[str, Path] = {}
+def named_files(models: tuple[str, ...]) -> dict[str, str]:
+    """Names and files of `-m [NAME=]MODEL`; where no name is given, the file's own without .gguf."""
+    files: dict[str, str] = {}
     for given in models:
-        name, equals, path = given.partition("=")
+        name, equals, model = given.partition("=")
         if not equals or Path(given).exists():
-            name, path = Path(given).stem, given
-        if not name or not path:
-            raise WrongUsage(f"-m {given}: pass FILE, or NAME=FILE.")
+            name, model = _own_name(given), given
+        if not name or not model:
+            raise WrongUsage(f"-m {given}: pass MODEL, or NAME=MODEL.")
         if name in files:
-            raise WrongUsage(f"-m {given}: another model is called {name}. Pass NAME=FILE.")
-        files[name] = Path(path)
+            raise WrongUsage(f"-m {given}: another model is called {name}. Pass NAME=MODEL.")
+        files[name] = model
     return files
+
+
+def _own_name(model: str) -> str:
+    """'dist/nano/nano-Q8_0.gguf' and 'org/nano:Q8_0' -> 'nano-Q8_0'."""
+    from f2gguf.runtime.references import parse_reference
+
+    reference = None if Path(model).exists() else parse_reference(model)
+    if reference is None:
+        return Path(model).stem
+    return "-".join([reference.repo.split("/")[1], *([reference.variant] if reference.variant else [])])
 
 
 def read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:

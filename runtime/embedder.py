@@ -23,9 +23,10 @@ from f2gguf.runtime.errors import (
     WrongUsage,
 )
 from f2gguf.runtime.golden import golden_of
-from f2gguf.runtime.header import Header, read_header
+from f2gguf.runtime.header import Header
 from f2gguf.runtime.llama import default_threads
 from f2gguf.runtime.packing import Ids, shared_length, unique
+from f2gguf.runtime.references import open_header
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Embeddings:
 
 
 class Embedder:
-    """An embedding model from a .gguf file.
+    """An embedding model from a .gguf file, or from `org/name[:VARIANT][@revision]` on the Hugging Face Hub.
 
     >>> model = Embedder("dist/f2llm-nano/f2llm-nano-Q8_0.gguf")
     >>> queries = model.encode_query(["how do I compress a folder?"])     # (1, 256) float32, L2-normalised
@@ -58,8 +59,11 @@ class Embedder:
     Many threads may share one Embedder. With `selftest` the file's golden texts are embedded first, and must give what
     its maker measured. `watch` is shown the tensors of llama.cpp's graph that it wants.
 
+    A file of the Hub is fetched once, verified, and used from its cache without a request from then on, until
+    `f2gguf pull` updates it; a `Path`, and a string that is one, is never looked up there.
+
     Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`; with `selftest` also
-    `SelftestMissing` and `SelftestFailed`.
+    `SelftestMissing` and `SelftestFailed`; for the Hub `UnknownName` or a `HubError`.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class Embedder:
         selftest: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        self.header: Header = read_header(path)
+        self.header: Header = open_header(path)
         self.pooling = self.header.require_pooling(pooling)
         self.truncate_dim = self._require_dim(truncate_dim)
         self.max_seq_length = self._require_max_tokens(max_tokens)  # in tokens, special tokens included

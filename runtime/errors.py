@@ -24,11 +24,13 @@ F2ggufError
 ├── Closed                   an Embedder that was closed
 ├── InputError               an input file that does not parse
 ├── OutputError              an output that cannot be written
+├── UnfitRelease             a release folder that is incomplete, unmeasured or contradicts itself
 ├── DeviceMissing            this build of llama.cpp lacks the device
 ├── HubError                 the Hub did not do what was asked
 │   ├── RepoMissing              no such repository or revision, or a private one
 │   ├── RepoGated                the owner grants access
 │   ├── RepoRenamed              it has another name now
+│   ├── RepoMoved                a branch or tag of it is not where it was, or was to be
 │   ├── RateLimited              too many requests
 │   ├── HubUnreachable           no connection, or told to do without one
 │   └── HashMismatch             other bytes than stated, on either side
@@ -164,6 +166,10 @@ class OutputError(F2ggufError):
     pass
 
 
+class UnfitRelease(F2ggufError):
+    pass
+
+
 class DeviceMissing(F2ggufError):
     pass
 
@@ -181,6 +187,10 @@ class RepoGated(HubError):
 
 
 class RepoRenamed(HubError):
+    pass
+
+
+class RepoMoved(HubError):
     pass
 
 
@@ -244,6 +254,10 @@ _MALFORMED = (
     ValueError,
     struct.error,
 )
+
+
+class DriftWarning(UserWarning):
+    """A file from the Hub is over its bound, or was never measured."""
 
 
 class TruncationWarning(UserWarning):

@@ -66,20 +66,6 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class StatedDrift:
-    """What the maker measured: 1 - cosine to the reference's vectors, over `n_texts` texts; fractions.
-
-    It `holds` where the upper end of the mean's 95% interval, and every group's mean, are under `bound`.
-    """
-
-    mean: float
-    upper: float
-    bound: float
-    holds: bool
-    n_texts: int
-
-
-@dataclass(frozen=True)
 class Header:
     """What a .gguf file says of itself. Make one with `read_header`."""
 
@@ -96,6 +82,11 @@ class Header:
     @property
     def name(self) -> str:
         return str(self.values.get("general.name", self.path.stem))
+
+    @property
+    def variant(self) -> str:
+        """Such as 'Q4_K_M': what f2gguf made, or the type of most weights."""
+        return str(self.values.get(KEY_VARIANT, self.file_type))
 
     @property
     def n_embd(self) -> int:
@@ -144,12 +135,6 @@ class Header:
     def dims(self) -> tuple[int, ...]:
         """Widths that the model was trained for, the full one last."""
         return tuple(self.values.get(KEY_MATRYOSHKA_DIMS, ())) or (self.n_embd,)
-
-    @property
-    def drift(self) -> StatedDrift | None:
-        """None where the file states none."""
-        keys = (KEY_MEAN_DRIFT, KEY_UPPER_DRIFT, KEY_MAX_DRIFT, KEY_HOLDS, KEY_N_TEXTS)
-        return StatedDrift(*(self.values[key] for key in keys)) if all(key in self.values for key in keys) else None
 
     @property
     def file_type(self) -> str:
@@ -212,7 +197,9 @@ def read_header(path: str | Path) -> Header:
             return _Reader(path, data, size_bytes).read()
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         if isinstance(error, FileNotFoundError):
-            raise NotGGUF(f"{path}: no such file. Make one with `quantize all MODEL`.") from error
+            raise NotGGUF(
+                f"{path}: no such file. Make one with `quantize all MODEL`, or `f2gguf pull org/name`."
+            ) from error
         raise NotGGUF(f"{path}: cannot be read as GGUF: {error}. Download or make it again.") from error
 
 

@@ -18,6 +18,7 @@ from f2gguf.runtime.errors import (
     RateLimited,
     RepoGated,
     RepoMissing,
+    RepoMoved,
     RepoRenamed,
     parsing,
 )
@@ -54,6 +55,7 @@ class Listing:
     repo: str
     commit: str
     files: Mapping[str, RemoteFile]
+    is_private: bool = False  # where the Hub was asked now
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
@@ -72,12 +74,12 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 
     Raises `RepoMissing`, `RepoGated`, `RepoRenamed`, `RateLimited`, `HubUnreachable` or another `HubError`.
     """
-    if COMMIT.fullmatch(revision) and (known := _recorded(repo, revision)):
+    if COMMIT.fullmatch(revision) and (known := recorded_files(repo, revision)):
         return known
     try:
         return ask_for_files(repo, revision)
     except HubUnreachable:
-        if known := _recorded(repo, revision):
+        if known := recorded_files(repo, revision):
             return known
         raise
 
@@ -99,10 +101,17 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
             else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
             for file in info.siblings or []
         }
-        listing = Listing(repo, str(info.sha), files)
+        if any(map(leads_out, files)):
+            raise ValueError("a file's name leads out of the repository")
+        listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
     return listing
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file's path is not one within its repository."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def git_blob_id(path: Path) -> str:
@@ -154,6 +163,8 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
             f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
             "What was done is kept."
         )
+    if status == 412:
+        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again; what was sent is kept.")
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
     return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
@@ -163,8 +174,8 @@ def _record(repo: str, revision: str) -> str:
     return f"hub/{repo.replace('/', '--')}/{revision.replace('/', '--')}"
 
 
-def _recorded(repo: str, revision: str) -> Listing | None:
-    """What the Hub said of `revision` when it was asked last."""
+def recorded_files(repo: str, revision: str = "main") -> Listing | None:
+    """What the Hub said of `revision` when it was asked last; None where it never was."""
     try:
         content = recall(_record(repo, revision))
         files = {name: RemoteFile(**file) for name, file in content["files"].items()}

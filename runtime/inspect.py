@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from f2gguf.runtime import header as keys
@@ -12,10 +13,47 @@ from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.golden import KEY_TOKEN_IDS, KEY_VECTORS, has_golden, require_golden
 from f2gguf.runtime.header import Header, LongArray
 
+_DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
+
+_REFERENCES = ("F16", "BF16", "F32")
+
 _PATHS = {
     True: "last-token path: outputs for last tokens only, the LM head is never run",
     False: "llama.cpp's own pooling",
 }
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a file states of its measurement: mean of 1 - cosine, the upper end of its interval, and the verdict."""
+
+    mean: float
+    upper: float
+    max_drift: float
+    holds: bool
+    n_texts: int
+
+
+def drift_of(header: Header) -> Drift | None:
+    """None for a file that was not measured."""
+    values = header.values
+    return Drift(*(values[key] for key in _DRIFT_KEYS)) if all(key in values for key in _DRIFT_KEYS) else None
+
+
+def is_reference(header: Header) -> bool:
+    """Whether others are measured against such a file."""
+    return header.file_type in _REFERENCES
+
+
+def describe_drift(header: Header) -> str:
+    """The measurement in one line."""
+    drift = drift_of(header)
+    if drift is None:
+        return "this is a reference" if is_reference(header) else "not measured"
+    return (
+        f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over {drift.n_texts} texts: "
+        f"{'under' if drift.holds else 'OVER'} the bound of {format_bound(drift.max_drift)}"
+    )
 
 
 def describe(header: Header) -> str:
@@ -56,7 +94,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("source", f"{base} at {revision}" if base else values.get("general.source.url", "not stated")),
         ("licence", values.get("general.license", "not stated")),
         ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
-        ("drift", _drift(header)),
+        ("drift", describe_drift(header)),
         ("recipe", _recipe(header)),
         ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
@@ -71,17 +109,6 @@ def _facts(header: Header) -> list[tuple[str, str]]:
     facts += [(f"prompt {name}", repr(text)) for name, text in header.prompts.items()]
     facts.append(("made by", f"f2gguf {values[keys.KEY_VERSION]}" if keys.KEY_VERSION in values else "not f2gguf"))
     return facts
-
-
-def _drift(header: Header) -> str:
-    drift = header.drift
-    if drift is None:
-        return "this is a reference" if header.file_type in ("F16", "BF16", "F32") else "not measured"
-    verdict = "under" if drift.holds else "OVER"
-    return (
-        f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over "
-        f"{drift.n_texts} texts: {verdict} the bound of {format_bound(drift.bound)}"
-    )
 
 
 def _golden(header: Header) -> str:

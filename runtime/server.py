@@ -32,7 +32,8 @@ DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference
 
 A model's name may end in ':query' or ':document' (or another of its prompts' names), in every dialect: the prompt is
 put before each text. Without a suffix, `input_type` (OpenAI) or `prompt_name` (text-embeddings-inference), texts are
-documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width).
+documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width). With
+one model, every response states SPACE.
 X-Embedding-Truncated holds the indices of texts that were cut."""
 DIALECTS = {
     "/v1/": server_openai.OpenAIError,
@@ -63,7 +64,8 @@ def create_app(served: Sequence[ServedModel], settings: Settings, metrics: Metri
     _add_operations(app, models, metrics, drain)
     _add_error_handlers(app)
     paths = frozenset({"/", "/openapi.json", *app.openapi()["paths"]})
-    app.add_middleware(Guard, settings=settings, metrics=metrics, drain=drain, paths=paths)
+    headers = {"X-Embedding-Fingerprint": served[0].fingerprint()} if len(served) == 1 else {}
+    app.add_middleware(Guard, settings=settings, metrics=metrics, drain=drain, paths=paths, headers=headers)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

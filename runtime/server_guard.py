@@ -65,13 +65,21 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, settings: Settings, metrics: Metrics, drain: Drain, paths: frozenset[str]
+        self,
+        app: ASGIApp,
+        *,
+        settings: Settings,
+        metrics: Metrics,
+        drain: Drain,
+        paths: frozenset[str],
+        headers: Mapping[str, str],
     ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._drain = drain
         self._paths = paths
+        self._headers = headers  # of every response that does not state its own
         self._keys = [_digest(key) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +89,7 @@ class Guard:
         begin = time.perf_counter()
         facts: dict[str, Any] = {"request_id": uuid.uuid4().hex, "method": scope["method"]}
         scope.setdefault("state", {})["facts"] = facts
-        answer = _Answer(send, facts, self._drain)
+        answer = _Answer(send, facts, self._drain, self._headers)
         try:
             await self._answer(scope, receive, answer)
         finally:
@@ -168,8 +176,9 @@ class _Left(Exception):
 class _Answer:
     """Sends what the app does, with the request's id, and remembers the status."""
 
-    def __init__(self, send: Send, facts: MutableMapping[str, Any], drain: Drain) -> None:
+    def __init__(self, send: Send, facts: MutableMapping[str, Any], drain: Drain, headers: Mapping[str, str]) -> None:
         self._send = send
+        self._headers = headers
         self.facts = facts
         self._drain = drain
         self.status = 500
@@ -179,6 +188,8 @@ class _Answer:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.facts["request_id"]
+            for name, value in self._headers.items():
+                headers.setdefault(name, value)
             if self._drain.has_begun or self.status in (408, 413):  # what is left of the body is not worth reading
                 headers["Connection"] = "close"
         await self._send(message)

@@ -16,8 +16,8 @@ from f2gguf.runtime.engine import Rows, is_usable, normalized
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.golden import has_golden
-from f2gguf.runtime.header import read_header
 from f2gguf.runtime.packing import Ids
+from f2gguf.runtime.references import open_header
 from f2gguf.runtime.server_batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server_errors import Refused
 from f2gguf.runtime.server_metrics import Metrics
@@ -199,14 +199,15 @@ class ServedModel:
 
 
 def open_model(
-    path: Path, name: str, settings: Settings, metrics: Metrics, *, selftest: bool = False, **options: Any
+    model: str | Path, name: str, settings: Settings, metrics: Metrics, *, selftest: bool = False, **options: Any
 ) -> ServedModel:
     """Load a file, and compare it with what its maker measured where the file says that; `selftest` insists on it.
 
     Raises what `Embedder` does, `options` are its own.
     """
-    tested = selftest or has_golden(read_header(path))
-    embedder = Embedder(path, selftest=tested, **options)
+    header = open_header(model)
+    tested = selftest or has_golden(header)
+    embedder = Embedder(header.path, selftest=tested, **options)
     return ServedModel(name, embedder, settings, metrics, selftest="passed" if tested else "file has no golden vectors")
 
 

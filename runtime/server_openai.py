@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from f2gguf.runtime.header import KEY_VARIANT
+from f2gguf.runtime.inspect import drift_of, is_reference
 from f2gguf.runtime.server_errors import json_response
 from f2gguf.runtime.server_models import Models
 from f2gguf.runtime.server_request import Asked
@@ -63,8 +63,8 @@ class Drift(BaseModel):
 
     mean: float
     upper: float = Field(description="Where the mean's 95% interval ends.")
-    bound: float
-    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep `bound`.")
+    max_drift: float = Field(description="The bound.")
+    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep it.")
     n_texts: int
 
 
@@ -81,6 +81,7 @@ class Model(BaseModel):
     prompt_texts: dict[str, str] = Field(description="What is put before texts, by the prompt's name.")
     name: str = Field(description="The model's own name, whatever it is called here.")
     variant: str = Field(description="The type of most weights, such as 'Q8_0'.")
+    is_reference: bool = Field(description="Whether the drift of others is measured against such a file.")
     drift: Drift | None = Field(description="Null where the file states none.")
     max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
     device: str
@@ -159,8 +160,9 @@ def _model(name: str, models: Models) -> dict[str, Any]:
         "prompts": list(model.header.prompts),
         "prompt_texts": model.header.prompts,
         "name": model.header.name,
-        "variant": model.header.values.get(KEY_VARIANT, model.header.file_type),
-        "drift": model.header.drift,
+        "variant": model.header.variant,
+        "is_reference": is_reference(model.header),
+        "drift": drift_of(model.header),
         "max_tokens": model.embedder.max_seq_length,
         "device": model.embedder.description,
         "selftest": model.selftest,

@@ -125,3 +125,12 @@ def minilm_release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     out = tmp_path_factory.mktemp("release")
     process = run_command("quantize", "all", "all-MiniLM-L6-v2", "--out", out)
     return Release(out / "all-MiniLM-L6-v2", process)
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """The quickest release there is: a tiny model's F16 file and its plain Q8_0."""
+    folder = tmp_path_factory.mktemp("release")
+    arguments = ("--stock", "--variants", "Q8_0", "--out", folder / "dist")
+    process = run_command("quantize", "all", write_tiny(folder / "tiny"), *arguments)
+    return Release(folder / "dist" / "tiny", process)

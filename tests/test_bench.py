@@ -274,7 +274,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, nano_f16: P
 
 
 BAD_CALLS = [
-    ([], 2, "no model: pass -m FILE"),
+    ([], 2, "no model: pass -m MODEL"),
     (["-m", "absent.gguf"], 1, "absent.gguf: no such file"),
     (["-m", "{nano}", "--work", "docs"], 2, "Did you mean 'documents'?"),
     (["-m", "{nano}", "--work", "input"], 2, "--work input: name its texts with --input FILE"),

@@ -148,7 +148,7 @@ def test_cut_texts_are_announced_once(run: Run, nano_f16: Path) -> None:
 
 
 BAD_CALLS = [
-    (["embed", "a"], 2, "no model: pass -m FILE"),
+    (["embed", "a"], 2, "no model: pass -m MODEL"),
     (["embed", "-m", "absent.gguf", "a"], 1, "absent.gguf: no such file"),
     (["embed", "-m", "{nano}"], 2, "stdin: holds no text"),
     (["embed", "-m", "{nano}", "--query", "--prompt", "x", "a"], 2, "--query and --prompt: choose one"),

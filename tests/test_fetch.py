@@ -17,7 +17,20 @@ import pytest
 from f2gguf.quantize.checkpoint import NEEDED as READ
 from f2gguf.quantize.fetch import find_model, is_needed
 from f2gguf.quantize.lock import read_lock
-from hub import ALWAYS, READER, WRITER, Fault, Hub, finish, flip_bit, run_command, run_python, serving, start_command
+from hub import (
+    ALWAYS,
+    READER,
+    WRITER,
+    Fault,
+    Hub,
+    finish,
+    flip_bit,
+    only_error,
+    run_command,
+    run_python,
+    serving,
+    start_command,
+)
 
 Fetch = Callable[..., CompletedProcess[str]]
 REPO = "org/tiny"
@@ -90,16 +103,6 @@ def printed_files(process: CompletedProcess[str]) -> dict[str, bytes]:
     assert (process.returncode, process.stderr) == (0, "")
     folder = Path(process.stdout.removesuffix("\n"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def only_error(process: CompletedProcess[str], exit_code: int = 1) -> str:
-    """The one line of a refusal; retries that the client logs may come before it."""
-    assert (process.returncode, process.stdout) == (exit_code, "")
-    assert "Traceback" not in process.stderr
-    *before, last = process.stderr.splitlines()
-    assert last.startswith("error: ")
-    assert not [line for line in before if line.startswith("error: ")]
-    return last
 
 
 def test_needed_files_arrive_byte_for_byte(fetch: Fetch, lock: Path) -> None:

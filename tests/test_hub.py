@@ -175,6 +175,11 @@ def test_commit_is_asked_about_once_and_a_branch_each_time(hub: Hub, tmp_path: P
     assert [request.path.rsplit("/")[-1] for request in hub.requests] == ["main", "main"]
 
 
+def test_file_name_that_leads_out_of_the_repository_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.repos[REPO].commit({"../outside.gguf": b"x"})
+    assert listed(hub, tmp_path, REPO).startswith(f"HubError {REPO}@main: is damaged, or not what it should be")
+
+
 def test_what_the_hub_said_last_stands_in_for_it(hub: Hub, tmp_path: Path) -> None:
     listed(hub, tmp_path, REPO)
     hub.stop()

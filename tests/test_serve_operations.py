@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.cli_serve import named_files
 from serving import Served, figure, serving_process
 
 SECRET = "a text that nobody else may read"
@@ -28,6 +29,14 @@ def served(nano_f16: Path) -> Iterator[Served]:
 def test_health_names_the_models_and_their_selftests(served: Served) -> None:
     answer = httpx.get(f"{served.url}/health")
     assert answer.json() == {"status": "ok", "models": {"nano-F16": "file has no golden vectors"}}
+
+
+def test_every_response_of_one_model_states_its_fingerprint(served: Served) -> None:
+    of_model = httpx.get(f"{served.url}/info").headers["X-Embedding-Fingerprint"]
+    for path in ("/health", "/metrics", "/api/version", "/v1/models", "/none"):
+        assert httpx.get(f"{served.url}{path}").headers["X-Embedding-Fingerprint"] == of_model
+    vectors = httpx.post(f"{served.url}/embed", json={"inputs": "a"})
+    assert vectors.headers["X-Embedding-Fingerprint"].startswith(f"{of_model}.")
 
 
 def test_figures_count_requests_texts_tokens_and_cuts(served: Served, nano: Embedder) -> None:
@@ -153,10 +162,10 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
     port = served.url.rpartition(":")[2]
     (tmp_path / "empty").touch()
     for words, options in {
-        "no model: pass -m FILE": (),
+        "no model: pass -m MODEL": (),
         "another model is called nano-F16": ("-m", nano_f16, "-m", nano_f16),
         "x.gguf: no such file": ("-m", "x.gguf"),
-        "-m =: pass FILE, or NAME=FILE": ("-m", "="),
+        "-m =: pass MODEL, or NAME=MODEL": ("-m", "="),
         "cannot listen there: Address already in use": ("-m", nano_f16, "--port", port),
         "holds no key. Write one a line": ("-m", nano_f16, "--api-keys-file", tmp_path / "empty"),
         "cannot be read": ("-m", nano_f16, "--api-keys-file", tmp_path / "none"),
@@ -166,6 +175,16 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
         assert refused.returncode in (1, 2)
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_a_model_is_called_as_its_file_unless_a_name_is_given(nano_f16: Path) -> None:
+    given = (str(nano_f16), "mine=x.gguf", "org/nano:Q8_0", "org/bare@v1")
+    assert named_files(given) == {
+        "nano-F16": str(nano_f16),
+        "mine": "x.gguf",
+        "nano-Q8_0": "org/nano:Q8_0",
+        "bare": "org/bare@v1",
+    }
 
 
 def test_a_missing_extra_is_named(nano_f16: Path) -> None:

@@ -17,7 +17,9 @@ import httpx
 import numpy as np
 import pytest
 from conftest import Release
-from f2gguf.runtime import Embedder, header
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.header import read_header
+from f2gguf.runtime.inspect import drift_of
 from f2gguf.runtime.server_models import Settings
 from serving import Served, serving_process, serving_thread
 
@@ -198,7 +200,7 @@ def test_policy_lets_only_the_pages_own_script_run(page: Page, served: Served) -
 
 
 def test_drift_is_what_the_files_header_states(page: Page, served: Served, nano_release: Release) -> None:
-    stated = header.read_header(nano_release.file("Q4_0")).drift
+    stated = drift_of(read_header(nano_release.file("Q4_0")))
     assert stated
     page.open(served.url)
     shown = page.text("drift")

@@ -16,7 +16,7 @@ https://huggingface.co/docs/hub/api; https://github.com/git-lfs/git-lfs/blob/mai
 are the Hub's where a public report quotes them. Not spoken: Xet, pull requests, datasets and spaces, git itself.
 """
 
-from hub.client import finish, run_command, run_python, start_command, start_python
+from hub.client import finish, only_error, run_command, run_python, start_command, start_python
 from hub.data import ALWAYS, READER, WRITER, Commit, Fault, Hub, Repo, Request, flip_bit
 from hub.server import serving
 
@@ -31,6 +31,7 @@ __all__ = [
     "Request",
     "finish",
     "flip_bit",
+    "only_error",
     "run_command",
     "run_python",
     "serving",

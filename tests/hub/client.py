@@ -54,3 +54,13 @@ def run_python(code: str, *arguments: str | Path, **options: Any) -> subprocess.
 def run_command(name: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """`start_command` and `finish` in one."""
     return finish(start_command(name, *arguments, **options))
+
+
+def only_error(process: subprocess.CompletedProcess[str], exit_code: int = 1) -> str:
+    """The one line of a refusal; retries that the client logs may come before it."""
+    assert (process.returncode, process.stdout) == (exit_code, "")
+    assert "Traceback" not in process.stderr
+    *before, last = process.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert not [line for line in before if line.startswith("error: ")]
+    return last
