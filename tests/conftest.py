@@ -14,6 +14,7 @@ from f2gguf.quantize.convert import convert
 from f2gguf.quantize.facts import Facts, settle_facts
 from f2gguf.quantize.lock import Entry, read_lock
 from f2gguf.runtime import Embedder
+from pushing import Site, open_site
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {"quantize": "quantize", "f2gguf": "f2gguf"}
@@ -134,3 +135,10 @@ def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     arguments = ("--stock", "--variants", "Q8_0", "--out", folder / "dist")
     process = run_command("quantize", "all", write_tiny(folder / "tiny"), *arguments)
     return Release(folder / "dist" / "tiny", process)
+
+
+@pytest.fixture
+def site(tiny_release: Release, tmp_path: Path) -> Iterator[Site]:
+    """The quickest release there is, and a Hub to push it to."""
+    with open_site(tiny_release.folder, tmp_path) as site:
+        yield site

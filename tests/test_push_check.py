@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,37 +13,12 @@ from f2gguf.quantize.push_check import find_release, read_release
 from f2gguf.quantize.stamp import stamp
 from f2gguf.runtime.errors import GGUFError, HashMismatch, OverBound, UnfitRelease, UnknownName
 from hub import flip_bit
-
-FILES = ["Modelfile", "README.md", "drift.json", "drift.png", "report.html", "tiny-F16.gguf", "tiny-Q8_0.gguf"]
-Q8 = "tiny-Q8_0.gguf"
+from pushing import FILES, Q8, put_over_bound, seal, sha256
 
 
 @pytest.fixture
 def folder(tiny_release: Release, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_release.folder, tmp_path / "dist" / "tiny"))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def seal(folder: Path, edit: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Write drift.json and SHA256SUMS again, with the hashes of the files as they are, so that only facts differ."""
-    report = json.loads((folder / "drift.json").read_text())
-    for file in report["files"].values():
-        file["sha256"] = sha256(folder / file["file"])
-    edit(report)
-    (folder / "drift.json").write_text(json.dumps(report))
-    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if (folder / name).exists()]
-    (folder / "SHA256SUMS").write_text("".join(lines))
-
-
-def put_over_bound(folder: Path) -> None:
-    """As a variant is written that was measured and drifts too much."""
-    stamp(folder / Q8, {"f2gguf.drift.mean": 0.03, "f2gguf.drift.upper": 0.04, "f2gguf.drift.holds": False})
-    verdict = {"mean": 0.03, "upper": 0.04, "holds": False, "over": ["mean 3.000%"]}
-    seal(folder, lambda report: report["variants"]["Q8_0"].update(verdict))
 
 
 def test_release_as_it_was_made_is_read(folder: Path) -> None:
