@@ -69,11 +69,6 @@ def test_logs_are_json_with_the_requests_id_and_without_its_text(served: Served)
     assert not [line for line in served.lines if SECRET in line or SECRET.replace(" ", "%20") in line]
 
 
-def test_the_page_or_the_way_to_the_schema_is_at_the_root(served: Served) -> None:
-    answer = httpx.get(served.url)
-    assert answer.headers["content-type"].startswith("text/html") or "/openapi.json" in answer.text
-
-
 def test_selftest_runs_where_a_file_has_golden_vectors_and_can_be_insisted_on(
     nano_release, nano_f16: Path, run: Run
 ) -> None:
