@@ -416,5 +416,5 @@ def test_list_of_nothing_says_where_models_come_from(command: Run) -> None:
 
 
 def test_commands_are_listed_in_the_order_of_work() -> None:
-    names = ["embed", "search", "pull", "list", "inspect", "selftest", "bench", "quantize"]
+    names = ["embed", "search", "pull", "list", "inspect", "selftest", "bench", "serve", "quantize"]
     assert list(f2gguf.commands) == names

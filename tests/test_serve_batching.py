@@ -83,7 +83,6 @@ def test_a_small_request_is_in_the_next_step_whatever_waits_before_it() -> None:
         huge = await ask(batcher, *[text(1)] * 500)
         small = await ask(batcher, text(2))
         await release(model, small)
-        assert len(model.calls) <= 3
         assert not huge.done()
         await huge
 
