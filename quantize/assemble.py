@@ -13,8 +13,9 @@ import numpy as np
 from f2gguf.quantize.tensors import Rows, Weights, dequantized, quantize_rows, shape_of, size_as
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
-from f2gguf.runtime.header import Header, TensorInfo
+from f2gguf.runtime.header import Header
 from f2gguf.runtime.llama import default_threads
+from f2gguf.runtime.reader import TensorInfo
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import QuantizationFailed
-from f2gguf.runtime.header import TensorInfo, read_header
+from f2gguf.runtime.header import read_header
+from f2gguf.runtime.reader import TensorInfo
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray

@@ -11,7 +11,8 @@ from f2gguf.runtime import header as keys
 from f2gguf.runtime.errors import NotGGUF, parsing
 from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.golden import KEY_TOKEN_IDS, KEY_VECTORS, has_golden, require_golden
-from f2gguf.runtime.header import Header, LongArray
+from f2gguf.runtime.header import Header
+from f2gguf.runtime.reader import LongArray
 
 _DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
 

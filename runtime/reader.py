@@ -1,0 +1,152 @@
+"""The bytes of a .gguf header, front to back. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from f2gguf.runtime.errors import NotGGUF
+
+Values = dict[str, Any]
+
+# GGUF specification, "enum gguf_metadata_value_type": number -> struct format
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LONG_ARRAY = 1024  # longer arrays (the vocabulary) are counted, not read
+_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class LongArray:
+    """An array that was passed over because nobody needs it in Python: its length."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's name, shape (as PyTorch orders it: rows first), GGML type name, bytes, and where they begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    size_bytes: int
+    begin: int  # in the file
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class Reader:
+    """Walks the header from front to back."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size_bytes: int) -> None:
+        self.path, self.data, self.size_bytes, self.at = path, data, size_bytes, 0
+
+    def read(
+        self, require_sane: Callable[[Values], None]
+    ) -> tuple[Values, tuple[TensorInfo, ...], dict[str, int], int]:
+        """The values, checked by `require_sane`; the tensors; where each value begins in the file, and the last ends."""
+        if self.data[:4] != _MAGIC:
+            raise NotGGUF(
+                f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF'). "
+                "Make one with `quantize all MODEL`."
+            )
+        self.at = 4
+        version = self._scalar(4)
+        if version not in (2, 3):
+            raise NotGGUF(f"{self.path}: GGUF version {version} is not supported (2 and 3 are).")
+        n_tensors, n_values = self._scalar(10), self._scalar(10)
+        values: Values = {}
+        offsets: dict[str, int] = {}
+        for _ in range(n_values):
+            key = self._string()
+            kind = self._scalar(4)
+            offsets[key] = self.at
+            values[key] = self._value(kind, whole=key.startswith("f2gguf."))
+        require_sane(values)
+        values_end = self.at
+        placed = [self._tensor() for _ in range(n_tensors)]
+        alignment = values.get("general.alignment", 32)
+        data_begin = -(-self.at // alignment) * alignment
+        tensors = tuple(replace(tensor, begin=data_begin + tensor.begin) for tensor in placed)
+        self._require_complete(tensors)
+        return values, tensors, offsets, values_end
+
+    def _require_complete(self, tensors: tuple[TensorInfo, ...]) -> None:
+        for tensor in tensors:
+            end = tensor.begin + tensor.size_bytes
+            if end > self.size_bytes:
+                raise NotGGUF(
+                    f"{self.path}: truncated: {tensor.name} ends at byte {end:,} and the file at {self.size_bytes:,}. "
+                    "Download or make it again."
+                )
+
+    def _take(self, n_bytes: int) -> int:
+        start = self.at
+        self.at += n_bytes
+        if self.at > self.size_bytes:
+            raise NotGGUF(f"{self.path}: truncated inside its header. Download or make it again.")
+        return start
+
+    def _scalar(self, kind: int) -> Any:
+        layout = "<" + _SCALARS[kind]
+        return struct.unpack_from(layout, self.data, self._take(struct.calcsize(layout)))[0]
+
+    def _string(self) -> str:
+        length = self._scalar(10)
+        start = self._take(length)
+        return self.data[start : start + length].decode("utf-8", errors="replace")
+
+    def _value(self, kind: int, *, whole: bool = False) -> Any:
+        if kind in _SCALARS:
+            return self._scalar(kind)
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array(whole=whole)
+        raise NotGGUF(f"{self.path}: the header has a value of unknown type {kind}; the file is damaged.")
+
+    def _array(self, *, whole: bool) -> Any:
+        kind, length = self._scalar(4), self._scalar(10)
+        if kind != _STRING and kind not in _SCALARS:
+            raise NotGGUF(f"{self.path}: the header has an array of unknown type {kind}; the file is damaged.")
+        is_read = length <= _LONG_ARRAY or whole
+        if kind in _SCALARS:
+            start = self._take(length * struct.calcsize("<" + _SCALARS[kind]))
+            return struct.unpack_from(f"<{length}{_SCALARS[kind]}", self.data, start) if is_read else LongArray(length)
+        if is_read:
+            return tuple(self._string() for _ in range(length))
+        self._skip_strings(length)
+        return LongArray(length)
+
+    def _skip_strings(self, n: int) -> None:
+        """Walk past `n` strings without reading them: a vocabulary and its merges have 300,000."""
+        length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+        try:
+            for _ in range(n):
+                at += 8 + length_at(data, at)[0]
+        except (struct.error, OverflowError):
+            at = self.size_bytes + 1
+        self.at = at
+        self._take(0)
+
+    def _tensor(self) -> TensorInfo:
+        """A tensor whose `begin` still counts from the first tensor's."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self._string()
+        shape = tuple(self._scalar(10) for _ in range(self._scalar(4)))[::-1]
+        number, offset = self._scalar(4), self._scalar(10)
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise NotGGUF(f"{self.path}: {name} has the unknown tensor type {number}; update f2gguf.") from error
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        return TensorInfo(name, shape, kind.name, math.prod(shape) // block * block_bytes, offset)
