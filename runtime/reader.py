@@ -52,7 +52,7 @@ class Reader:
     def read(
         self, require_sane: Callable[[Values], None]
     ) -> tuple[Values, tuple[TensorInfo, ...], dict[str, int], int]:
-        """The values, checked by `require_sane`; the tensors; where each value begins in the file, and the last ends."""
+        """The values, checked by `require_sane`; the tensors; where each value begins in the file and the last ends."""
         if self.data[:4] != _MAGIC:
             raise NotGGUF(
                 f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF'). "
