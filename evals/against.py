@@ -13,9 +13,9 @@ from f2gguf.evals.endpoint import Endpoint, endpoint_vectors, open_endpoint
 from f2gguf.evals.texts import EvalText, embed_texts, prompted
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
-from f2gguf.runtime.engine import is_usable
 from f2gguf.runtime.errors import InputError, WrongUsage, parsing
-from f2gguf.runtime.header import Header, read_header
+from f2gguf.runtime.gguf.header import Header, read_header
+from f2gguf.runtime.llama.engine import is_usable
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]

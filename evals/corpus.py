@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.drift import MAX_DRIFT, TOP_K, Vectors, distribution, drift, rounded
-from f2gguf.evals.report import label, percent
+from f2gguf.evals.drift import MAX_DRIFT, TOP_K, Vectors, distribution, drift, label, percent, rounded
 from f2gguf.evals.texts import EvalText
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import WrongUsage

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.evals.texts import EvalText
+from f2gguf.runtime.files import format_bound
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
@@ -187,6 +188,15 @@ def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText], by: str) -> 
         str(label): Group(int((labels == label).sum()), float(drifts[labels == label].mean()))
         for label in np.unique(labels)
     }
+
+
+def label(verdict: dict[str, Any]) -> str:
+    return f"{'under' if verdict['holds'] else 'OVER'} {format_bound(verdict['max_drift'])}"
+
+
+def percent(fraction: float) -> str:
+    """0.00312 -> '0.312%'."""
+    return f"{100 * fraction:.3f}%"
 
 
 def rounded(value: Any) -> Any:

@@ -19,19 +19,19 @@ import numpy as np
 from f2gguf.evals.conversion import ConversionCheck, as_json, check_conversion
 from f2gguf.evals.drift import Verdict
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, texts_sha256
-from f2gguf.quantize.assemble import Imatrix
-from f2gguf.quantize.calibration import load_calibration
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.facts import Facts
-from f2gguf.quantize.golden import stamp_golden
-from f2gguf.quantize.plan import plan_variant
-from f2gguf.quantize.readback import read_back, reference_ids
-from f2gguf.quantize.recipe import Recipe, made_with
-from f2gguf.quantize.release import write_release
-from f2gguf.quantize.repair import recipes
-from f2gguf.quantize.study import Study, study_source
-from f2gguf.quantize.tensors import Weights
-from f2gguf.quantize.variants import Measurement, Recipes, only, settle
+from f2gguf.quantize.convert.probes import stamp_golden
+from f2gguf.quantize.convert.readback import read_back, reference_ids
+from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.release.write import write_release
+from f2gguf.quantize.repair.assemble import Imatrix
+from f2gguf.quantize.repair.calibration import load_calibration
+from f2gguf.quantize.repair.make import Measurement, Recipes, only, settle
+from f2gguf.quantize.repair.plan import plan_variant
+from f2gguf.quantize.repair.recipe import Recipe, made_with
+from f2gguf.quantize.repair.search import recipes
+from f2gguf.quantize.repair.study import Study, study_source
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import Progress, say
 from f2gguf.runtime.errors import ConversionMismatch

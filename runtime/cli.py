@@ -196,9 +196,9 @@ def pull(model: str) -> None:
     From then on -m MODEL uses the file without asking the Hub; pull asks again, and updates it.
     """
     from f2gguf.runtime.files import format_size
-    from f2gguf.runtime.header import read_header
-    from f2gguf.runtime.inspect import describe_drift
-    from f2gguf.runtime.references import fetch_file, find_file, parse_reference
+    from f2gguf.runtime.gguf.describe import describe_drift
+    from f2gguf.runtime.gguf.header import read_header
+    from f2gguf.runtime.hub.models import fetch_file, find_file, parse_reference
 
     reference = parse_reference(model)
     if reference is None:
@@ -221,7 +221,7 @@ def list_(folders: tuple[Path, ...], as_json: bool) -> None:
 
     Those of the Hub's cache, and of every FOLDER [default: dist]. The first column is what to pass to -m.
     """
-    from f2gguf.runtime.inventory import COLUMNS, as_dict, find_models, table_row
+    from f2gguf.runtime.hub.inventory import COLUMNS, as_dict, find_models, table_row
 
     found = find_models(folders or [path for path in [Path("dist")] if path.is_dir()])
     models = [one for one in found if one.is_embedding_model]
@@ -243,8 +243,8 @@ def list_(folders: tuple[Path, ...], as_json: bool) -> None:
 @JSON
 def inspect(model: str, as_json: bool) -> None:
     """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
-    from f2gguf.runtime.inspect import as_dict, describe
-    from f2gguf.runtime.references import open_header
+    from f2gguf.runtime.gguf.describe import as_dict, describe
+    from f2gguf.runtime.hub.models import open_header
 
     header = open_header(model)
     click.echo(json.dumps(as_dict(header), indent=2, ensure_ascii=False) if as_json else describe(header))

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.context import Watch
-from f2gguf.runtime.engine import Engine, Settings, is_usable, normalized
 from f2gguf.runtime.errors import (
     Closed,
     F2ggufError,
@@ -22,13 +20,15 @@ from f2gguf.runtime.errors import (
     UnknownName,
     WrongUsage,
 )
-from f2gguf.runtime.golden import golden_of
-from f2gguf.runtime.header import Header
-from f2gguf.runtime.llama import default_threads
-from f2gguf.runtime.packing import Ids, shared_length, unique
-from f2gguf.runtime.references import open_header
+from f2gguf.runtime.gguf.golden import golden_of
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.hub.models import open_header
+from f2gguf.runtime.llama.context import Watch
+from f2gguf.runtime.llama.engine import Engine, Settings, is_usable, normalized
+from f2gguf.runtime.llama.model import default_threads
+from f2gguf.runtime.llama.packing import Ids, shared_length, unique
+from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
-from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]

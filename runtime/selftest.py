@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.engine import Engine, Rows, normalized
 from f2gguf.runtime.errors import SelftestFailed
-from f2gguf.runtime.golden import Golden, require_golden
-from f2gguf.runtime.header import POOLING_IDS
-from f2gguf.runtime.packing import Ids, leading_length, shared_length
-from f2gguf.runtime.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.gguf.golden import Golden, require_golden
+from f2gguf.runtime.gguf.header import POOLING_IDS
+from f2gguf.runtime.llama.engine import Engine, Rows, normalized
+from f2gguf.runtime.llama.packing import Ids, leading_length, shared_length
+from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
 from numpy.typing import NDArray
 
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")

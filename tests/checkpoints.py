@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.quantize.fetch import fetch
-from f2gguf.quantize.lock import read_lock
+from f2gguf.quantize.source.fetch import fetch
+from f2gguf.quantize.source.lock import read_lock
 from safetensors.numpy import load_file, save_file
 
 NANO = fetch(read_lock().entry("f2llm-nano"))

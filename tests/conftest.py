@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from checkpoints import MINILM, NANO, write_tiny
 from endpoint import Api, serving
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.facts import Facts, settle_facts
-from f2gguf.quantize.lock import Entry, read_lock
+from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.source.facts import Facts, settle_facts
+from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime import Embedder
 from pushing import Site, open_site
 

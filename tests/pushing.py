@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.convert.reserved import stamp
 from hub import (
     WRITER,
     Commit,

@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import uvicorn
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.server import create_app
-from f2gguf.runtime.server_batching import Compute
-from f2gguf.runtime.server_metrics import Metrics
-from f2gguf.runtime.server_models import ServedModel, Settings
+from f2gguf.runtime.server.app import create_app
+from f2gguf.runtime.server.batching import Compute
+from f2gguf.runtime.server.metrics import Metrics
+from f2gguf.runtime.server.models import ServedModel, Settings
 
 COMMAND = "from f2gguf.quantize.cli import f2gguf; f2gguf(prog_name='f2gguf')"
 

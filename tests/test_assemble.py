@@ -9,11 +9,11 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from f2gguf.quantize.assemble import Scale, assemble
-from f2gguf.quantize.plan import VARIANTS, plan_variant
-from f2gguf.quantize.tensors import Weights, as_multiplied, as_stored, quantize_rows
+from f2gguf.quantize.repair.assemble import Scale, assemble
+from f2gguf.quantize.repair.plan import VARIANTS, plan_variant
+from f2gguf.quantize.repair.tensors import Weights, as_multiplied, as_stored, quantize_rows
 from f2gguf.runtime.errors import QuantizationFailed
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf.header import read_header
 
 RNG = np.random.default_rng(0)
 
@@ -58,7 +58,9 @@ def test_importance_matrix_that_changes_nothing_is_refused(
 ) -> None:
     """As a build of llama.cpp would, whose quantiser leaves it out."""
     name = "blk.0.ffn_up.weight"
-    monkeypatch.setattr("f2gguf.quantize.assemble.quantize_rows", lambda rows, kind, _=None: quantize_rows(rows, kind))
+    monkeypatch.setattr(
+        "f2gguf.quantize.repair.assemble.quantize_rows", lambda rows, kind, _=None: quantize_rows(rows, kind)
+    )
     types = {tensor.name: tensor.new_type for tensor in plan_variant(nano_f16, "Q4_0").tensors}
     with pytest.raises(QuantizationFailed, match=r"blk\.0\.ffn_up\.weight: the importance matrix changes no byte"):
         assemble(Weights(nano_f16), tmp_path / "x.gguf", types, header={}, imatrix={name: np.ones(256, np.float32)})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
 from conftest import facts_of
-from f2gguf.quantize.convert import convert
+from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, Disagreement, UnsupportedCheckpoint
 from safetensors.numpy import load_file
 

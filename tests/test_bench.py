@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from checkpoints import NANO
 from conftest import Run, run_command
-from f2gguf.evals import bench, bench_report
-from f2gguf.evals.bench_process import started
-from f2gguf.evals.bench_sides import LLAMA_EMBED, LLAMA_SERVER, OURS, SideSettings, peak_rss_bytes
-from f2gguf.evals.bench_texts import make_workloads
+from f2gguf.evals.bench import report as bench_report
+from f2gguf.evals.bench import run as bench
+from f2gguf.evals.bench.process import started
+from f2gguf.evals.bench.sides import LLAMA_EMBED, LLAMA_SERVER, OURS, SideSettings, peak_rss_bytes
+from f2gguf.evals.bench.texts import make_workloads
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf.header import read_header
 
 OWN_TEXTS = ["an archiver for zip files", "a chess engine", "", "a chess engine"]
 # the part of llama-server that the bench uses: a text's vector is its length and one
@@ -251,7 +252,7 @@ def test_ctrl_c_leaves_no_process(nano_f16: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_peak_memory_of_a_child_does_not_begin_at_its_parents(nano_f16: Path) -> None:
-    code = "from f2gguf.evals.bench_sides import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from f2gguf.evals.bench.sides import peak_rss_bytes; print(peak_rss_bytes())"
     ballast = np.ones(25_000_000)  # 200 MB
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < ballast.nbytes < (peak_rss_bytes() or 0)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from checkpoints import NANO
 from conftest import Release, facts_of
-from f2gguf.quantize.card import model_card
-from f2gguf.quantize.facts import Facts, settle_facts
-from f2gguf.quantize.lock import read_lock
-from f2gguf.quantize.release import write_release
+from f2gguf.quantize.release.card import model_card
+from f2gguf.quantize.release.write import write_release
+from f2gguf.quantize.source.facts import Facts, settle_facts
+from f2gguf.quantize.source.lock import read_lock
 from hub.card import check_card, front_matter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,13 +11,13 @@ import pytest
 from checkpoints import MINILM, NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
 from conftest import Run, facts_of
 from f2gguf.evals.texts import HOSTILE, load_texts
-from f2gguf.quantize.convert import bf16_to_f16, convert
-from f2gguf.quantize.facts import Facts
-from f2gguf.quantize.readback import checkpoint_ids, read_back
-from f2gguf.quantize.vocabulary import load_tokenizer
-from f2gguf.runtime import header as keys
+from f2gguf.quantize.checkpoint.vocabulary import load_tokenizer
+from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
+from f2gguf.quantize.convert.write import bf16_to_f16, convert
+from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import ConversionMismatch
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.header import read_header
 from llama_cpp._ggml import libggml
 from safetensors import safe_open
 

@@ -11,10 +11,10 @@ from checkpoints import MINILM, NANO, copy_of, edit_json
 from conftest import facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import HOSTILE, load_texts
-from f2gguf.quantize.convert import convert
+from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import PoolingMissing, TextError, TruncationWarning, UnknownDims, UnknownName
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf.header import read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as CheckpointTokenizer

@@ -12,11 +12,12 @@ from checkpoints import NANO, copy_of, edit_json
 from conftest import Release, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts
-from f2gguf.quantize.convert import convert
-from f2gguf.runtime import Embedder, context
-from f2gguf.runtime.context import MIN_FLASH, N_UBATCH, LastTokenContext
+from f2gguf.quantize.convert.write import convert
+from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import Closed
-from f2gguf.runtime.packing import pack, shared_length, unique
+from f2gguf.runtime.llama import context
+from f2gguf.runtime.llama.context import MIN_FLASH, N_UBATCH, LastTokenContext
+from f2gguf.runtime.llama.packing import pack, shared_length, unique
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

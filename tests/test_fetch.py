@@ -14,9 +14,9 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from f2gguf.quantize.checkpoint import NEEDED as READ
-from f2gguf.quantize.fetch import find_model, is_needed
-from f2gguf.quantize.lock import read_lock
+from f2gguf.quantize.checkpoint.folder import NEEDED as READ
+from f2gguf.quantize.source.fetch import find_model, is_needed
+from f2gguf.quantize.source.lock import read_lock
 from hub import (
     ALWAYS,
     READER,

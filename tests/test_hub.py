@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pytest
 from f2gguf.runtime import files
 from f2gguf.runtime.files import recall, remember, sha256_file
-from f2gguf.runtime.hub import RemoteFile, git_blob_id
+from f2gguf.runtime.hub.listing import RemoteFile, git_blob_id
 from hub import ALWAYS, READER, Fault, Hub, flip_bit, run_python, serving
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: worth remembering
@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LIST = """
 import sys
 from f2gguf.runtime.errors import F2ggufError
-from f2gguf.runtime.hub import list_files
+from f2gguf.runtime.hub.listing import list_files
 try:
     print(sorted(list_files(*sys.argv[1:]).files))
 except F2ggufError as error:
@@ -253,9 +253,9 @@ def test_each_refusal_has_words_of_its_own(
     assert words in listed(hub, tmp_path, REPO, **options)
 
 
-DOWNLOAD = LIST.replace("import list_files", "import list_files\nfrom f2gguf.runtime.download import download").replace(
-    "print(sorted(list_files(*sys.argv[1:]).files))", "download(list_files(sys.argv[1]), ['config.json'])"
-)
+DOWNLOAD = LIST.replace(
+    "import list_files", "import list_files\nfrom f2gguf.runtime.hub.download import download"
+).replace("print(sorted(list_files(*sys.argv[1:]).files))", "download(list_files(sys.argv[1]), ['config.json'])")
 
 
 @pytest.mark.parametrize(

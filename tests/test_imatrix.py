@@ -11,10 +11,10 @@ import pytest
 from conftest import Run
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import EvalText, load_texts
-from f2gguf.quantize import imatrix as module
-from f2gguf.quantize.calibration import MAX_TOKENS, MIN_TEXTS, PATH, load_calibration
-from f2gguf.quantize.imatrix import Activations, collect, read_imatrix, write_imatrix
-from f2gguf.quantize.tensors import Weights
+from f2gguf.quantize.repair import imatrix as module
+from f2gguf.quantize.repair.calibration import MAX_TOKENS, MIN_TEXTS, PATH, load_calibration
+from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
+from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import InputError, NonFiniteActivations, WrongImatrix, WrongUsage
 from gguf import GGUFReader

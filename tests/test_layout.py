@@ -8,37 +8,93 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import f2gguf
 import pytest
 from conftest import Release, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("quantize", "evals", "runtime")
+PUBLIC = ROOT / "runtime" / "public"
 ALLOWED = {"runtime": {"runtime"}, "evals": {"evals", "runtime"}, "quantize": {"quantize", "evals", "runtime"}}
 HEAVY = ("numpy", "llama_cpp", "gguf", "scipy", "tokenizers", "huggingface_hub", "torch", "transformers", "safetensors")
 HEAVY += ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
 
-def test_mapping_lists_every_folder_with_python_code() -> None:
+def test_mapping_lists_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {
-        f"f2gguf.{path.parent.relative_to(ROOT).as_posix().replace('/', '.')}" for path in ROOT.glob("*/__init__.py")
-    }
-    nested = [path for folder in FOLDERS for path in (ROOT / folder).glob("*/**/*.py")]
-    assert set(settings["packages"]) == found == {f"f2gguf.{folder}" for folder in FOLDERS}
-    assert settings["package-dir"] == {f"f2gguf.{folder}": folder for folder in FOLDERS}
-    assert not nested, "a sub-package would be missing from the wheel"
+    found = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")} - {PUBLIC}
+    assert set(settings["packages"]) == {"f2gguf"} | {f"f2gguf.{_dotted(path)}" for path in found}
+    assert settings["package-dir"] == {"f2gguf": "runtime/public"} | {f"f2gguf.{folder}": folder for folder in FOLDERS}
+    assert not [path for path in found if not (path / "__init__.py").exists()]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_point_one_way(folder: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            ours = {name.split(".")[1] for name in names if name.startswith("f2gguf.")}
-            assert ours <= ALLOWED[folder], f"{path.name} imports {ours - ALLOWED[folder]}"
+    for path in _sources(folder):
+        ours = {name.split(".")[1] for name in _imports(path)}
+        assert ours <= ALLOWED[folder], f"{path} imports {ours - ALLOWED[folder]}"
+
+
+def test_rooms_and_files_import_in_no_circle() -> None:
+    """A room (a sub-package) counts as one; a file that stands in no room as itself."""
+    graph: dict[str, set[str]] = {}
+    for folder in FOLDERS:
+        for path in _sources(folder):
+            here = _room(f"f2gguf.{_dotted(path.with_suffix(''))}")
+            graph.setdefault(here, set()).update(_room(name) for name in _imports(path))
+            graph[here] -= {here, *FOLDERS}  # the name of a folder is its __init__, which loads lazily
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_show_at_most_a_dozen_files(folder: str) -> None:
+    for path in {path.parent for path in _sources(folder)}:
+        names = [file.name for file in path.glob("*.py") if file.name != "__init__.py"]
+        assert len(names) <= 12, f"{path.relative_to(ROOT)} shows {len(names)} files: is there a room in it?"
+
+
+def test_public_names_are_one_list() -> None:
+    """What type checkers are shown is what is there, and nothing public is left out of it."""
+    block = next(node for node in ast.parse((PUBLIC / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    shown = {alias.asname or alias.name for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert shown == {*f2gguf.PUBLIC, "*"}
+    for name in dir(f2gguf):
+        assert getattr(f2gguf, name).__name__ == name
+    assert {"Embedder", "quantize_model", "judge", "NoVector", "DriftWarning"} <= set(dir(f2gguf))
+    with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
+        _ = f2gguf.Embeder
+
+
+def test_importing_f2gguf_loads_nothing_heavy() -> None:
+    code = f"import f2gguf, sys; print([m for m in {(*HEAVY, 'click')!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def _sources(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if PUBLIC not in path.parents]
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module of ours that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names if alias.name.islower()}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("f2gguf.")}
+
+
+def _room(module: str) -> str:
+    """'f2gguf.quantize.convert.write' -> 'quantize.convert', 'f2gguf.quantize.pipeline' -> 'quantize.pipeline'."""
+    return ".".join(module.split(".")[1:3])
+
+
+def _dotted(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix().replace("/", ".")
 
 
 def test_commands_load_nothing_heavy_for_their_help() -> None:
@@ -62,7 +118,7 @@ def test_wheel_works_in_a_clean_environment(tmp_path: Path, nano_release: Releas
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.split("/")[0] in FOLDERS], "bare names must not reach site-packages"
-    assert "f2gguf/runtime/server_page.html" in names
+    assert {"f2gguf/runtime/server/page.html", "f2gguf/py.typed"} <= set(names)
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     scripts = environment / "bin"

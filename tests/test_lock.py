@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from f2gguf.quantize.fetch import find_model
-from f2gguf.quantize.lock import read_lock
+from f2gguf.quantize.source.fetch import find_model
+from f2gguf.quantize.source.lock import read_lock
 from f2gguf.runtime.errors import UnknownName, WrongUsage
 
 INSTRUCT = {f"F2LLM-v2-{size}" for size in ("80M", "160M", "330M", "0.6B", "1.7B", "4B", "8B", "14B")}

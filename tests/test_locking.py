@@ -11,9 +11,9 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from f2gguf.quantize.lock import default_path, read_lock
-from f2gguf.quantize.locking import write_entry
-from f2gguf.runtime.hub import RemoteFile
+from f2gguf.quantize.source.lock import default_path, read_lock
+from f2gguf.quantize.source.pin import write_entry
+from f2gguf.runtime.hub.listing import RemoteFile
 from hub import ALWAYS, Fault, Hub, run_command, serving
 from hypothesis import given
 from hypothesis import strategies as st

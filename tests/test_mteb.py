@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from checkpoints import edit_json, write_tiny
 from conftest import Release, facts_of
-from f2gguf.evals import mteb_encoder
 from f2gguf.evals.drift import ndcg10
-from f2gguf.evals.mteb_encoder import F2ggufEncoder
-from f2gguf.evals.mteb_tasks import local_tasks
+from f2gguf.evals.mteb import encoder as mteb_encoder
+from f2gguf.evals.mteb.encoder import F2ggufEncoder
+from f2gguf.evals.mteb.tasks import local_tasks
 from f2gguf.evals.texts import EvalText, claimed_texts, load_texts
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.lock import read_lock
+from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.source.lock import read_lock
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import ExtraMissing
 from f2gguf.runtime.files import sha256_file

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from checkpoints import edit_tensors, tiny_tensors, write_tiny
 from conftest import Release, Run, facts_of
-from f2gguf.evals.report import drift_rows
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.plan import plan_variant
-from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.repair.plan import plan_variant
+from f2gguf.quantize.report.tables import drift_rows
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import UnknownName
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf.header import read_header
 from huggingface_hub import ModelCard
 
 FILES = {"F16", "Q8_0", "Q4_K_M", "Q4_0"}

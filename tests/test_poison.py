@@ -13,7 +13,7 @@ from checkpoints import NANO
 from conftest import Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts
-from f2gguf.quantize.convert import convert
+from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NoVector
 from gguf import GGUFReader

@@ -14,8 +14,8 @@ from conftest import Release
 from conftest import run_command as run
 from f2gguf.quantize.cli import f2gguf
 from f2gguf.runtime.errors import NotGGUF
-from f2gguf.runtime.hub import Listing, RemoteFile
-from f2gguf.runtime.references import Reference, matching, open_header, parse_reference, variant_of
+from f2gguf.runtime.hub.listing import Listing, RemoteFile
+from f2gguf.runtime.hub.models import Reference, matching, open_header, parse_reference, variant_of
 from hub import ALWAYS, Fault, Hub, flip_bit, only_error, run_command, run_python, serving
 
 Run = Callable[..., CompletedProcess[str]]

@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_the_file(site: Site) -> None:
     code = (
         "import sys; from f2gguf.quantize.cli import quantize\n"
         "quantize(standalone_mode=False)\n"
-        "from f2gguf.evals.bench_sides import peak_rss_bytes; print(peak_rss_bytes(), file=sys.stderr)"
+        "from f2gguf.evals.bench.sides import peak_rss_bytes; print(peak_rss_bytes(), file=sys.stderr)"
     )
     arguments = ("push", site.folder, "--repo", REPO, "--yes")
 

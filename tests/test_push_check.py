@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import Release
-from f2gguf.quantize.push_check import find_release, read_release
-from f2gguf.quantize.stamp import stamp
+from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.release.check import find_release, read_release
 from f2gguf.runtime.errors import GGUFError, HashMismatch, OverBound, UnfitRelease, UnknownName
 from hub import flip_bit
 from pushing import FILES, Q8, put_over_bound, seal, sha256

@@ -15,19 +15,19 @@ from checkpoints import write_outliers
 from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.plan import plan_variant
-from f2gguf.quantize.promote import Choice, fill, noise, promote, total_noise, total_size
-from f2gguf.quantize.recipe import Recipe, read_recipe
-from f2gguf.quantize.repair import recipes
-from f2gguf.quantize.rescale import GRID, places, scales
-from f2gguf.quantize.study import Study, study_source
-from f2gguf.quantize.tensors import Weights
-from f2gguf.quantize.variants import make
+from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.repair.make import make
+from f2gguf.quantize.repair.plan import plan_variant
+from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
+from f2gguf.quantize.repair.recipe import Recipe, read_recipe
+from f2gguf.quantize.repair.rescale import GRID, places, scales
+from f2gguf.quantize.repair.search import recipes
+from f2gguf.quantize.repair.study import Study, study_source
+from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf.header import read_header
 
 TEXTS = [text for text in load_texts() if text.kind != "long"][::3]
 Studied = Callable[[Path], Study]
@@ -244,7 +244,7 @@ def test_recipe_says_what_was_done(minilm_release: Release) -> None:
     ],
 )
 def test_wrong_recipes_are_refused(content: str, message: str, nano_f16: Path, tmp_path: Path) -> None:
-    from f2gguf.quantize.recipe import require_inputs
+    from f2gguf.quantize.repair.recipe import require_inputs
 
     path = tmp_path / "recipe.json"
     path.write_text(content)

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Run
-from f2gguf.evals import report_plot
 from f2gguf.evals.conversion import NOT_CHECKED
 from f2gguf.evals.drift import drift, judge
-from f2gguf.evals.report import drift_rows, files_table, groups_table, worst_texts
-from f2gguf.evals.report_html import report_html
-from f2gguf.evals.report_plot import draw
 from f2gguf.evals.texts import EvalText
-from f2gguf.quantize.card import model_card
-from f2gguf.quantize.facts import Facts
-from f2gguf.quantize.release import write_release
+from f2gguf.quantize.release.card import model_card
+from f2gguf.quantize.release.write import write_release
+from f2gguf.quantize.report import picture as report_plot
+from f2gguf.quantize.report.page import report_html
+from f2gguf.quantize.report.picture import draw
+from f2gguf.quantize.report.tables import drift_rows, files_table, groups_table, worst_texts
+from f2gguf.quantize.source.facts import Facts
 
 LANGUAGES = ("de", "en", "ja")
 TEXTS = tuple(

@@ -12,14 +12,15 @@ import pytest
 from checkpoints import NANO, copy_of
 from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
-from f2gguf.quantize.convert import convert
-from f2gguf.quantize.golden import PROBES, stamp_golden
-from f2gguf.quantize.readback import checkpoint_ids
-from f2gguf.quantize.stamp import stamp
-from f2gguf.runtime import Embedder, golden
+from f2gguf.quantize.convert.probes import PROBES, stamp_golden
+from f2gguf.quantize.convert.readback import checkpoint_ids
+from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.write import convert
+from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NotGGUF, SelftestFailed, SelftestMissing
-from f2gguf.runtime.golden import require_golden
-from f2gguf.runtime.header import read_header
+from f2gguf.runtime.gguf import golden
+from f2gguf.runtime.gguf.golden import require_golden
+from f2gguf.runtime.gguf.header import read_header
 from gguf import GGUFReader
 
 VARIANTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")

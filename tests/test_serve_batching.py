@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from f2gguf.runtime.errors import GGUFError
-from f2gguf.runtime.packing import Ids
-from f2gguf.runtime.server_batching import Batcher, QueueFull
-from f2gguf.runtime.server_metrics import Metrics
+from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.server.batching import Batcher, QueueFull
+from f2gguf.runtime.server.metrics import Metrics
 
 POISON = 666
 

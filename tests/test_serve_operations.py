@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.cli_serve import named_files
+from f2gguf.runtime.server.cli import named_files
 from serving import Served, figure, serving_process
 
 SECRET = "a text that nobody else may read"

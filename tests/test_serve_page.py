@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from conftest import Release
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.header import read_header
-from f2gguf.runtime.inspect import drift_of
-from f2gguf.runtime.server_models import Settings
+from f2gguf.runtime.gguf.describe import drift_of
+from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.server.models import Settings
 from serving import Served, serving_process, serving_thread
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 import pytest
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.packing import Ids
-from f2gguf.runtime.server_models import Settings
+from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.server.models import Settings
 from serving import figure, serving_thread
 
 BODIES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.server_models import Settings
+from f2gguf.runtime.server.models import Settings
 from hypothesis import HealthCheck, given, settings
 from serving import serving_thread
 

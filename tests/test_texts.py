@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
-import f2gguf.quantize
 import pytest
 from f2gguf.evals.conversion import REFERENCES, find_stored
 from f2gguf.evals.texts import KINDS, claimed_texts, load_texts
-from f2gguf.quantize.facts import Facts
+from f2gguf.quantize.repair import calibration
+from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 
 TEXTS = load_texts()
-CALIBRATION = [
-    json.loads(line)
-    for line in (Path(f2gguf.quantize.__path__[0]) / "calibration.jsonl").read_text().split("\n")
-    if line
-]
+CALIBRATION = [json.loads(line) for line in calibration.PATH.read_text().split("\n") if line]
 
 
 def test_ids_and_texts_are_unique() -> None:

@@ -18,7 +18,7 @@ from conftest import facts_of
 from endpoint import KEY, Api
 from f2gguf.evals.texts import load_texts, prompted
 from f2gguf.quantize.cli import f2gguf, quantize
-from f2gguf.quantize.convert import convert
+from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from gguf import GGUFReader
 from safetensors.numpy import save_file

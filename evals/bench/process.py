@@ -1,0 +1,102 @@
+"""The process of one side of `f2gguf bench`, as the parent holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from f2gguf.evals.bench.sides import SideSettings
+from f2gguf.runtime.errors import BenchFailed
+
+_MAIN = "from f2gguf.evals.bench.sides import main; main()"
+_N_LINES = 5  # of what a side said last, in its error
+
+
+class SideProcess:
+    """One side, alone in its process and its process group: Ctrl-C reaches the parent only, which ends the group."""
+
+    def __init__(self, name: str, settings: SideSettings) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        command = [sys.executable, "-c", _MAIN, name, json.dumps(asdict(settings))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, text=True, encoding="utf-8", start_new_session=True, **pipes)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or its last lines."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise BenchFailed(self._how_it_ended())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchFailed(answer["error"] + self._last_lines())
+        return answer
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise BenchFailed(self._how_it_ended()) from error
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where all have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):  # a request that nobody reads any more
+                stream.close()  # type: ignore[union-attr]
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
+        return f"{self.name}: its process ended early ({how}).{memory}{self._last_lines()}"
+
+    def _last_lines(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", errors="replace").splitlines()
+        last = [line.rstrip() for line in lines if line.strip()][-_N_LINES:]
+        return "".join(f"\n  {line}" for line in (["It said last:", *last] if last else []))
+
+
+@contextlib.contextmanager
+def started(names: Sequence[str], settings: SideSettings) -> Iterator[dict[str, SideProcess]]:
+    """Start all sides, and end them all with the block."""
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        with _interrupts_held_back():
+            for name in names:
+                processes[name] = SideProcess(name, settings)
+                stack.callback(processes[name].close)
+        yield processes
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Answer Ctrl-C behind the block: within `subprocess.Popen` it would leave a process that nobody ends."""
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""Files as models of mteb, and the shipped texts as its tasks."""

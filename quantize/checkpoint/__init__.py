@@ -1,0 +1,1 @@
+"""A checkpoint folder, read without torch: its files, its tensors, its tokenizer."""

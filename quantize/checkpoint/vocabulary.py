@@ -1,0 +1,242 @@
+"""A checkpoint's tokenizer.json as the vocabulary of a GGUF header."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
+from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint, parsing
+
+# The split pattern of a byte-level BPE, word for word -> llama.cpp's name for its own implementation of it
+PRE_TOKENIZERS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
+        "qwen2"
+    ),
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+": "qwen35",
+}
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+_WORD_START = "\u2581"  # llama.cpp writes "##ing" as "ing" and "play" as "▁play"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the header says of the tokenizer: llama.cpp's own keys, and what f2gguf adds to them."""
+
+    model: str  # tokenizer.ggml.model
+    pre: str
+    tokens: list[str]
+    token_types: list[int]
+    merges: list[str]
+    special_ids: dict[str, int]  # 'eos' -> id, ...
+    flags: dict[str, bool]  # 'add_eos_token' -> ...
+    normalizer: str | None  # JSON
+    special_tokens: list[str]
+    eos_token: str  # the token that closes every text
+    is_eos_forced: bool  # the lock asks for an EOS that the checkpoint's own post-processor does not add
+
+
+def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> Vocabulary:
+    """Read tokenizer.json. `eos_token` is what models.lock states; the checkpoint's own word goes first.
+
+    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for one that does
+    not hold together, `Disagreement` where the lock and the checkpoint close texts with different tokens.
+    """
+    path = checkpoint.tokenizer_path
+    with parsing(path, BrokenCheckpoint, "Fetch the model again."):
+        return _read(checkpoint, read_json(path), eos_token)
+
+
+def _read(checkpoint: Checkpoint, spec: dict[str, Any], eos_token: str | None) -> Vocabulary:
+    path = checkpoint.tokenizer_path
+    kind = spec["model"]["type"]
+    if kind not in _FAMILIES:
+        raise UnsupportedCheckpoint(
+            f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
+        )
+    load_tokenizer(checkpoint)  # says what is broken in the words of the library that defines the format
+    opening, closing = _template(spec)
+    stated = closing[-1] if closing else None
+    if stated and eos_token and stated != eos_token:
+        raise Disagreement(
+            f"models.lock says that texts end with {eos_token}, but {path} ends them with {stated}. "
+            "Correct the lock, or fetch the revision that it means."
+        )
+    eos_token = stated or eos_token
+    if eos_token is None:
+        raise BrokenCheckpoint(
+            f'{path}: does not say which token ends a text. State it in models.lock as `eos_token = "..."`.'
+        )
+    tokens, token_types = _tokens(checkpoint, spec)
+    ids = {text: i for i, text in enumerate(tokens)}
+    family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
+    for text in family.special.values():
+        if text not in ids:
+            raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
+    if kind == "WordPiece":
+        tokens = [_phantom(text, of) for text, of in zip(tokens, token_types, strict=True)]
+    _require_distinct(path, tokens)
+    return Vocabulary(
+        model=family.model,
+        pre=family.pre,
+        tokens=tokens,
+        token_types=token_types,
+        merges=family.merges,
+        special_ids={name: ids[text] for name, text in family.special.items()},
+        flags=family.flags,
+        normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
+        special_tokens=[
+            token["content"] for token in spec.get("added_tokens", []) if not token.get("normalized", False)
+        ],
+        eos_token=eos_token,
+        is_eos_forced=stated is None,
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own tokenizer (`tokenizers.Tokenizer`), without truncation or padding."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    except Exception as error:  # the library raises bare Exceptions for whatever it cannot parse
+        raise BrokenCheckpoint(
+            f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What depends on the kind of tokenizer: llama.cpp's names for it, and its special tokens by role."""
+
+    model: str
+    pre: str
+    merges: list[str]
+    special: dict[str, str]
+    flags: dict[str, bool]
+
+
+def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+    path = checkpoint.tokenizer_path
+    if opening:
+        raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
+    pad = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    return _Family(
+        model="gpt2",
+        pre=_pre_tokenizer(spec, checkpoint),
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
+        special={"eos": eos_token, **({"padding": pad} if pad else {})},
+        flags={"add_bos_token": False, "add_eos_token": True},
+    )
+
+
+def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+    path = checkpoint.tokenizer_path
+    model, normalizer = spec["model"], spec.get("normalizer") or {}
+    expected = {
+        "normalizer": (normalizer.get("type"), "BertNormalizer"),
+        "pre_tokenizer": ((spec.get("pre_tokenizer") or {}).get("type"), "BertPreTokenizer"),
+        "continuing_subword_prefix": (model.get("continuing_subword_prefix", "##"), "##"),
+        "max_input_chars_per_word": (model.get("max_input_chars_per_word", 100), 100),
+        "unk_token": (model.get("unk_token", "[UNK]"), "[UNK]"),
+    }
+    for key, (found, wanted) in expected.items():
+        if found != wanted:
+            raise UnsupportedCheckpoint(f"{path}: {key} is {found!r}; WordPiece is supported with {wanted!r}.")
+    if len(opening) != 1:
+        raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
+    strip_accents = normalizer.get("strip_accents")
+    return _Family(
+        model="bert",
+        pre="default",
+        merges=[],
+        # llama.cpp's key is spelt "seperator"
+        special={"bos": opening[0], "eos": eos_token, "seperator": eos_token, "unknown": "[UNK]", "padding": "[PAD]"},
+        flags={
+            "add_bos_token": True,
+            "add_eos_token": True,
+            "add_sep_token": False,
+            "normalizer.lowercase": bool(normalizer["lowercase"]),
+            "normalizer.strip_accents": bool(normalizer["lowercase"] if strip_accents is None else strip_accents),
+        },
+    )
+
+
+_FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
+
+
+def _require_distinct(path: Path, tokens: list[str]) -> None:
+    """llama.cpp stops the process where two ids have one text, or a text holds NUL."""
+    seen: set[str] = set()
+    for i, text in enumerate(tokens):
+        if text in seen or "\0" in text:
+            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
+        seen.add(text)
+
+
+def _phantom(token: str, kind: int) -> str:
+    if kind == _CONTROL:
+        return token
+    return token[2:] if token.startswith("##") else _WORD_START + token
+
+
+def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Texts and types of ids 0 to vocab_size - 1; ids that the tokenizer leaves out become '[PAD<id>]', unused."""
+    path = checkpoint.tokenizer_path
+    n_vocab = checkpoint.count("vocab_size")
+    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
+    types = [_UNUSED] * n_vocab
+    added_tokens = spec.get("added_tokens", [])
+    ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
+    if not 0 <= min(ids) <= max(ids) < n_vocab:
+        raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")
+    for text, i in spec["model"]["vocab"].items():
+        tokens[i], types[i] = text, _NORMAL
+    for added in added_tokens:
+        text, i = added["content"], added["id"]
+        if added.get("lstrip") or added.get("rstrip"):
+            raise UnsupportedCheckpoint(f"{path}: the token {text} takes blanks along, which llama.cpp does not.")
+        is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
+        tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
+    return tokens, types
+
+
+def _template(spec: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The special tokens that the post-processor puts before and after a single text."""
+    post = spec.get("post_processor") or {}
+    processors = post["processors"] if post.get("type") == "Sequence" else [post]
+    for processor in processors:
+        if processor.get("type") == "TemplateProcessing":
+            pieces = processor["single"]
+            at = next(i for i, piece in enumerate(pieces) if "Sequence" in piece)
+            names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else "" for piece in pieces]
+            return names[:at], names[at + 1 :]
+        if processor.get("type") == "BertProcessing":
+            return [processor["cls"][0]], [processor["sep"][0]]
+    return [], []
+
+
+def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
+    pre = spec.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        return "gpt-2"
+    pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
+    if pattern not in PRE_TOKENIZERS or steps[0].get("behavior") != "Isolated" or steps[1].get("use_regex", True):
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for its split {pattern or kinds!r}."
+        )
+    return PRE_TOKENIZERS[pattern]

@@ -1,0 +1,55 @@
+"""Commands that ask the Hub: `quantize fetch` and `lock`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from f2gguf.quantize.cli.options import LOCK
+from f2gguf.runtime.console import say
+from f2gguf.runtime.errors import CheckpointError, HubError, HubUnreachable, RateLimited
+
+
+@click.command()
+@click.argument("model")
+@LOCK
+def fetch(model: str, lock_path: Path | None) -> None:
+    """Download a checkpoint at its pinned revision, and print its folder."""
+    from f2gguf.quantize.source.fetch import fetch as fetch_model
+    from f2gguf.quantize.source.fetch import find_model
+    from f2gguf.quantize.source.lock import read_lock
+
+    click.echo(str(fetch_model(*find_model(model, read_lock(lock_path)))))
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--check", is_flag=True, help="Change nothing, and say what has moved.")
+@LOCK
+def lock(models: tuple[str, ...], check: bool, lock_path: Path | None) -> None:
+    """Pin models in models.lock: their commits, and their files' sizes and hashes.
+
+    Without MODEL, all that come from the Hub. An entry keeps its revision, and gets the head of main where it has none;
+    org/name@revision gives it that one, or adds an entry. --check compares the lock with the Hub: exit code 1 where the
+    Hub no longer has what is locked; that main has moved on is only said.
+    """
+    from f2gguf.quantize.source.lock import read_lock
+    from f2gguf.quantize.source.pin import check_model, find_targets, lock_model
+
+    known = read_lock(lock_path)
+    targets = find_targets(models, known)
+    failed = []
+    for target in targets:
+        try:
+            click.echo(check_model(target) if check else lock_model(target, known.path))
+        except (HubUnreachable, RateLimited):  # the next one would fail as well
+            raise
+        except (HubError, CheckpointError) as error:
+            if len(targets) == 1:
+                raise
+            say(str(error))
+            failed.append(target.name)
+    if not check and len(failed) < len(targets):
+        click.echo(str(known.path))
+    if failed:
+        raise HubError(f"{known.path}: {', '.join(failed)} {'differ' if check else 'not written'}, as said above.")

@@ -1,0 +1,1 @@
+"""A 16-bit .gguf file becomes a quantised one that holds the bound: calibration, search, and the bytes."""

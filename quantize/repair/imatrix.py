@@ -1,0 +1,283 @@
+"""What every weight matrix is multiplied with: sums of squares (the importance matrix), and rows to try things on."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from f2gguf.evals.texts import EvalText, texts_sha256
+from f2gguf.quantize.repair.calibration import MAX_TOKENS
+from f2gguf.quantize.repair.tensors import Rows, Weights
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, NoVector, TruncationWarning, WrongImatrix, parsing
+from f2gguf.runtime.files import sha256_file, writing
+from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.header import Header, read_header
+from gguf import GGUFWriter
+from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
+
+KEY_CALIBRATION_SHA256 = "f2gguf.calibration.sha256"
+_SUMS, _COUNTS = ".in_sum2", ".counts"  # llama.cpp, tools/imatrix
+_SAMPLE_BYTES = 256_000_000  # for all sampled rows of a model
+_SAVE_EVERY_S = 30.0
+_BATCH_TEXTS = 32
+
+libggml.ggml_op_name.argtypes = [ctypes.c_int]
+libggml.ggml_op_name.restype = ctypes.c_char_p
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of struct ggml_tensor (ggml.h)."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+    )
+
+
+@dataclass
+class Activations:
+    """Inputs of a model's matrix products over the calibration texts.
+
+    Matrices that read the same input (q, k and v; gate and up) share one entry, under the name of the first.
+    """
+
+    sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # (n_cols,) sums of squares
+    counts: dict[str, int] = field(default_factory=dict)  # rows that were summed up
+    samples: dict[str, Rows] = field(default_factory=dict)  # (n_rows, n_cols), evenly spread over all rows
+    strides: dict[str, int] = field(default_factory=dict)  # one row in so many was sampled
+    readers: dict[str, str] = field(default_factory=dict)  # matrix -> the entry that holds its input
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)  # of the texts that are done, each (n_embd,)
+
+    def mean_squares(self, name: str) -> NDArray[np.float64]:
+        """Mean square of every input channel of a matrix, (n_cols,): what llama.cpp's quantiser takes."""
+        entry = self.readers[name]
+        return self.sums[entry] / self.counts[entry]
+
+    def inputs(self, name: str) -> Rows:
+        """Sampled inputs of a matrix, (n_rows, n_cols)."""
+        return self.samples[self.readers[name]]
+
+
+class _Collector:
+    """Is shown every product of a weight matrix, and adds up what it is multiplied with (see `context.Watch`)."""
+
+    def __init__(self, header: Header, activations: Activations) -> None:
+        self.activations = activations
+        self.faults: list[str] = []
+        self._widths = {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
+        n_cols = sum(self._widths.values())
+        self._n_samples = max(64, min(512, _SAMPLE_BYTES // (4 * n_cols)))
+        self._seen: dict[int, str] = {}  # input of this pass, by address -> the entry that takes it
+        self._names: set[str] = set()
+
+    def wants(self, address: int) -> bool:
+        tensor = _Tensor.from_address(address)
+        if libggml.ggml_op_name(tensor.op) != b"MUL_MAT":
+            return False
+        name = libggml.ggml_get_name(tensor.src[0]).decode()
+        if name not in self._widths:
+            return False
+        if name in self._names:  # the next pass begins
+            self._names.clear()
+            self._seen.clear()
+        self._names.add(name)
+        entry = self._seen.setdefault(tensor.src[1], name)
+        self.activations.readers[name] = entry
+        return bool(entry == name)
+
+    def take(self, address: int) -> None:
+        tensor = _Tensor.from_address(address)
+        name = libggml.ggml_get_name(tensor.src[0]).decode()
+        n_cols = self._widths[name]
+        rows = np.empty(libggml.ggml_nbytes(tensor.src[1]) // 4, dtype=np.float32)
+        libggml.ggml_backend_tensor_get(tensor.src[1], rows.ctypes.data, 0, rows.nbytes)
+        if rows.size % n_cols or _Tensor.from_address(tensor.src[1]).ne[0] != n_cols:
+            self.faults.append(f"{name} (its input is not {n_cols} wide)")
+            return
+        self._add(name, rows.reshape(-1, n_cols))
+
+    def _add(self, name: str, rows: Rows) -> None:
+        squares = np.square(rows, dtype=np.float64).sum(axis=0)
+        if not np.isfinite(squares).all():
+            self.faults.append(name)
+            return
+        it = self.activations
+        n_before = it.counts.get(name, 0)
+        it.sums[name] = it.sums.get(name, np.zeros(rows.shape[1])) + squares
+        it.counts[name] = n_before + len(rows)
+        stride = it.strides.setdefault(name, 1)
+        kept = np.concatenate([it.samples.get(name, rows[:0]), rows[-n_before % stride :: stride]])
+        while len(kept) > self._n_samples:
+            kept, it.strides[name] = kept[::2], 2 * it.strides[name]
+        it.samples[name] = kept
+
+
+def collect(
+    source: Path,
+    texts: Sequence[EvalText],
+    *,
+    device: str,
+    state_path: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[Activations, Rows]:
+    """Run `texts` through the model of `source` and keep what its matrices read; also the vectors, (n_texts, n_embd).
+
+    Prompts and pooling are the model's own; texts are cut to MAX_TOKENS. What is done is kept at `state_path`, from
+    where another call goes on. Raises `NonFiniteActivations`, which names tensor and text.
+    """
+    stamp = f"{sha256_file(source)} {texts_sha256(texts)}"
+    activations = _restore(state_path, stamp) or Activations()
+    collector = _Collector(read_header(source), activations)
+    saved = time.monotonic()
+    n_before = len(activations.vectors)
+    if on_progress:
+        on_progress(n_before)
+    with Embedder(source, device=device, watch=collector, max_tokens=_max_tokens(source)) as model:
+        for batch in _batches(texts[n_before:]):
+            activations.vectors.extend(_embed(model, batch, collector))
+            if state_path and time.monotonic() - saved > _SAVE_EVERY_S:
+                _save(state_path, stamp, activations)
+                saved = time.monotonic()
+            if on_progress:
+                on_progress(len(batch))
+    if state_path and len(texts) > n_before:
+        _save(state_path, stamp, activations)
+    return activations, np.stack(activations.vectors)
+
+
+def _max_tokens(source: Path) -> int:
+    return min(MAX_TOKENS, read_header(source).max_tokens)
+
+
+def _batches(texts: Sequence[EvalText]) -> Iterator[list[EvalText]]:
+    """Neighbours that take the same prompt."""
+    for _, group in itertools.groupby(texts, key=lambda text: text.kind == "query"):
+        alike = list(group)
+        for start in range(0, len(alike), _BATCH_TEXTS):
+            yield alike[start : start + _BATCH_TEXTS]
+
+
+def _embed(model: Embedder, texts: Sequence[EvalText], collector: _Collector) -> Rows:
+    prompt_name = model.default_prompt("query" if texts[0].kind == "query" else "document")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)
+            vectors = model.embed([text.text for text in texts], prompt_name=prompt_name).vectors
+    except NoVector as error:
+        collector.faults.append("the vector")
+        texts = [texts[i] for i in error.indices]
+    if not collector.faults:
+        return vectors
+    name = collector.faults[0]
+    if len(texts) > 1:
+        for text in texts:  # which of them was it?
+            collector.faults.clear()
+            _embed(model, [text], collector)
+    raise NonFiniteActivations(
+        f"{model.header.path}: {name} meets values that are not finite, on the calibration text {texts[0].id} "
+        f"({texts[0].text[:60]!r}). Take the text out (--calibration), or convert with --dtype bf16."
+    )
+
+
+def write_imatrix(path: Path, activations: Activations, source: Header, texts: Sequence[EvalText]) -> None:
+    """Write the importance matrix as llama.cpp's llama-imatrix does, and llama-quantize reads it."""
+    with writing(path) as part:
+        writer = GGUFWriter(part, arch="")
+        writer.kv_data[0].clear()  # an imatrix has no architecture
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [f"f2gguf calibration, {len(texts)} texts"])
+        writer.add_uint32("imatrix.chunk_count", len(texts))
+        writer.add_uint32("imatrix.chunk_size", MAX_TOKENS)
+        writer.add_string(keys.KEY_SOURCE_SHA256, str(source.values.get(keys.KEY_SOURCE_SHA256, "")))
+        writer.add_string(KEY_CALIBRATION_SHA256, texts_sha256(texts))
+        for name in sorted(activations.readers):
+            entry = activations.readers[name]
+            writer.add_tensor(name + _SUMS, activations.sums[entry].astype(np.float32)[None])
+            writer.add_tensor(name + _COUNTS, np.array([[activations.counts[entry]]], dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: Path, source: Weights) -> dict[str, Rows]:
+    """Mean squares of every matrix's input channels from f2gguf's or llama.cpp's imatrix, (n_cols,) each.
+
+    Raises `WrongImatrix` for one of another model, or a file of another kind.
+    """
+    weights = Weights(path)
+    if weights.header.values.get("general.type") != "imatrix":
+        old = " One in the old .dat format: llama-imatrix --in-file OLD -o NEW.gguf." if path.suffix == ".dat" else ""
+        raise WrongImatrix(f"{path}: is no importance matrix (--imatrix).{old} Make one: quantize imatrix SOURCE.")
+    made_for, ours = (h.values.get(keys.KEY_SOURCE_SHA256) for h in (weights.header, source.header))
+    if made_for and ours and made_for != ours:
+        raise WrongImatrix(f"{path}: was made for another model than {source.header.path} (--imatrix).")
+    imatrix: dict[str, Rows] = {}
+    with parsing(path, WrongImatrix, "Make it again: quantize imatrix SOURCE."):
+        for info in weights.header.tensors:
+            if info.name.endswith(_SUMS):
+                name = info.name.removesuffix(_SUMS)
+                imatrix[name] = (weights.rows(info.name) / weights.rows(name + _COUNTS))[0]
+    _require_match(path, imatrix, source)
+    return imatrix
+
+
+def _require_match(path: Path, imatrix: dict[str, Rows], source: Weights) -> None:
+    matrices = {t.name: t.shape for t in source.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
+    missing = [name for name in matrices if name not in imatrix]
+    foreign = [name for name, row in imatrix.items() if name in matrices and matrices[name][-1] != len(row)]
+    if missing or foreign:
+        what = f"has no {missing[0]}" if missing else f"has {len(imatrix[foreign[0]])} columns of {foreign[0]}"
+        raise WrongImatrix(f"{path}: {what}, so it is of another model than {source.header.path} (--imatrix).")
+    for name, row in imatrix.items():
+        if not (np.isfinite(row).all() and (row >= 0).all()):
+            raise WrongImatrix(f"{path}: {name} holds values that are no mean squares. Make it again.")
+
+
+def _save(path: Path, stamp: str, activations: Activations) -> None:
+    arrays: dict[str, NDArray[Any]] = {f"sums/{name}": values for name, values in activations.sums.items()}
+    arrays |= {f"samples/{name}": values for name, values in activations.samples.items()}
+    names = list(activations.sums)
+    arrays |= {
+        "stamp": np.array(stamp),
+        "names": np.array(names),
+        "counts": np.array([activations.counts[name] for name in names]),
+        "strides": np.array([activations.strides[name] for name in names]),
+        "readers": np.array(list(activations.readers.items())),
+        "vectors": np.stack(activations.vectors),
+    }
+    with writing(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _restore(path: Path | None, stamp: str) -> Activations | None:
+    """What an earlier, interrupted call has done on the same file and texts; None where there is nothing."""
+    if path is None or not path.exists():
+        return None
+    with parsing(path, GGUFError, "Remove it, and run the command again."), np.load(path) as file:
+        if str(file["stamp"]) != stamp:
+            return None
+        names = file["names"].tolist()
+        return Activations(
+            sums={name: np.asarray(file[f"sums/{name}"], dtype=np.float64) for name in names},
+            counts=dict(zip(names, file["counts"].tolist(), strict=True)),
+            samples={name: file[f"samples/{name}"] for name in names},
+            strides=dict(zip(names, file["strides"].tolist(), strict=True)),
+            readers=dict(file["readers"].tolist()),
+            vectors=list(file["vectors"]),
+        )

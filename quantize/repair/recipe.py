@@ -1,0 +1,114 @@
+"""How a variant is made: everything that its bytes follow from, besides the F16 file and the importance matrix."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from f2gguf.quantize.repair.plan import Plan, require_variant
+from f2gguf.quantize.repair.rescale import Exponents, places
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.runtime.errors import WrongRecipe, parsing
+from f2gguf.runtime.files import sha256_file
+from f2gguf.runtime.gguf.header import KEY_RECIPE, read_header
+from f2gguf.runtime.llama.model import ggml_build
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """llama.cpp's types of `variant` but for `types`, channels scaled by `exponents`, errors weighed by an imatrix."""
+
+    variant: str
+    types: Mapping[str, str] = field(default_factory=dict)  # tensor -> type, where it is not llama.cpp's own choice
+    exponents: Mapping[str, Exponents] = field(default_factory=dict)  # place -> exponents of its scales
+    imatrix_sha256: str = ""  # of the importance matrix; empty where none is used
+    calibration_sha256: str = ""  # of the texts that all of it was chosen with
+    n_calibration_texts: int = 0
+    versions: Mapping[str, str] = field(default_factory=lambda: made_with())
+
+    @property
+    def kind(self) -> str:
+        """The most that was done: 'stock', 'imatrix', 'rescaled' or 'promoted'."""
+        if self.types:
+            return "promoted"
+        return "rescaled" if self.exponents else "imatrix" if self.imatrix_sha256 else "stock"
+
+    def all_types(self, plan: Plan) -> dict[str, str]:
+        """The type of every tensor."""
+        return {tensor.name: self.types.get(tensor.name, tensor.new_type) for tensor in plan.tensors}
+
+    def lines(self, plan: Plan | None = None) -> list[str]:
+        """The recipe for people."""
+        lines = [f"llama.cpp's {self.variant} types" + (f", but for {len(self.types)} tensors" if self.types else "")]
+        stock = {tensor.name: tensor.new_type for tensor in plan.tensors} if plan else {}
+        changes = Counter((kind_of(name), stock.get(name, ""), kind) for name, kind in self.types.items())
+        lines += [f"{n} {name}: {f'{old} to {new}' if old else new}" for (name, old, new), n in sorted(changes.items())]
+        if self.imatrix_sha256:
+            lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
+        found = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
+        lines += [
+            f"channels of {n} {place} scaled by activation^{a:g} / weight^{w:g}"
+            for (place, (a, w)), n in sorted(found.items())
+        ]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For drift.json."""
+        return {"kind": self.kind, **asdict(self)}
+
+    def to_header(self) -> str:
+        """For the header: the same recipe gives the same text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+def made_with() -> dict[str, str]:
+    """The versions that bytes depend on."""
+    return {**{name: version(name) for name in ("f2gguf", "llama-cpp-python")}, "ggml": ggml_build()}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a .gguf file's header, or of a .json file with the same keys; `WrongRecipe` where there is none."""
+    if path.suffix == ".gguf":
+        text = read_header(path).values.get(KEY_RECIPE)
+        if text is None:
+            raise WrongRecipe(f"{path}: its header has no recipe (--recipe). f2gguf writes one since 0.1.")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WrongRecipe(f"{path}: cannot be read: {error} (--recipe).") from error
+    with parsing(path, WrongRecipe, "Pass a .gguf file that f2gguf made, or its recipe as JSON (--recipe)."):
+        values = json.loads(text)
+        values.pop("kind", None)
+        values["exponents"] = {place: _pair(pair) for place, pair in values.get("exponents", {}).items()}
+        return Recipe(**{**values, "variant": require_variant(values["variant"])})
+
+
+def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path | None, path: Path) -> None:
+    """Refuse a recipe that was not made for these inputs, and would give other bytes than it states."""
+    if recipe.variant != variant:
+        raise WrongRecipe(f"{path}: is a recipe for {recipe.variant}, not for {variant} (--recipe).")
+    unknown = [name for name in recipe.types if name not in weights.infos]
+    unknown += [name for name in recipe.exponents if name not in {place.name for place in places(weights.header)}]
+    if unknown:
+        raise WrongRecipe(f"{path}: names {unknown[0]}, which {weights.header.path} does not have (--recipe).")
+    if recipe.imatrix_sha256 and (imatrix is None or sha256_file(imatrix) != recipe.imatrix_sha256):
+        found = "none was given" if imatrix is None else f"{imatrix} is another"
+        raise WrongRecipe(
+            f"{path}: needs the importance matrix with the SHA-256 {recipe.imatrix_sha256}, and {found} (--imatrix)."
+        )
+
+
+def _pair(values: Sequence[float]) -> Exponents:
+    activation, weight = values
+    return float(activation), float(weight)
+
+
+def kind_of(name: str) -> str:
+    """'blk.3.ffn_down.weight' -> 'ffn_down'."""
+    return name.removesuffix(".weight").split(".")[-1]

@@ -1,0 +1,120 @@
+"""Weights of a .gguf file as numbers, and numbers as ggml's quantised blocks, through ggml's own quantiser."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from f2gguf.runtime.errors import QuantizationFailed
+from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.gguf.reader import TensorInfo
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+
+_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+libggml.ggml_quantize_chunk.argtypes = (
+    [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [ctypes.c_void_p]
+)
+libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+libggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+libggml.ggml_validate_row_data.restype = ctypes.c_bool
+
+
+class Weights:
+    """The tensors of a 16- or 32-bit .gguf file, mapped, not loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.header = read_header(path)
+        self.infos = {tensor.name: tensor for tensor in self.header.tensors}
+
+    def rows(self, name: str, chosen: slice = slice(None)) -> Rows:
+        """Rows of a matrix, (n_rows, n_cols) float32, or the whole of a vector as one row."""
+        stored = self._stored(name)[chosen]
+        if self.infos[name].type == "BF16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(stored, dtype=np.float32)
+
+    def sample(self, name: str, n_rows: int) -> Rows:
+        """About `n_rows` rows, evenly spread over the matrix."""
+        return self.rows(name, slice(None, None, max(1, shape_of(self.infos[name])[0] // n_rows)))
+
+    def column_rms(self, name: str) -> NDArray[np.float64]:
+        """Root mean square of each column, (n_cols,)."""
+        return np.asarray(np.sqrt(np.square(self.rows(name)).mean(axis=0, dtype=np.float64)))
+
+    def _stored(self, name: str) -> NDArray[Any]:
+        info = self.infos[name]
+        if info.type not in _STORED:
+            raise QuantizationFailed(
+                f"{self.header.path}: {name} is {info.type} already. Start from the F16 file: `quantize convert MODEL`."
+            )
+        return np.memmap(self.header.path, dtype=_STORED[info.type], mode="r", offset=info.begin, shape=shape_of(info))
+
+
+def shape_of(info: TensorInfo) -> tuple[int, int]:
+    """(n_rows, n_cols) of a matrix; a vector is one row."""
+    *rows, n_cols = info.shape
+    return int(np.prod(rows, dtype=np.int64)), n_cols
+
+
+def row_bytes(kind: str, n_cols: int) -> int:
+    """Bytes of one row of `n_cols` values in the GGML type `kind`."""
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return n_cols // block * block_bytes
+
+
+def size_as(info: TensorInfo, kind: str) -> int:
+    """Bytes of a tensor in the GGML type `kind`."""
+    n_rows, n_cols = shape_of(info)
+    return n_rows * row_bytes(kind, n_cols)
+
+
+def fits(kind: str, n_cols: int) -> bool:
+    """Whether rows of `n_cols` values fill the blocks of the GGML type `kind`."""
+    return n_cols % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0
+
+
+def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray[np.uint8]:
+    """`rows` (n_rows, n_cols) in the GGML type `kind`, (n_rows, n_bytes), by ggml's own quantiser.
+
+    `imatrix` (n_cols,) weighs the columns' errors. Raises `QuantizationFailed` where the blocks are not finite.
+    """
+    n_rows, n_cols = rows.shape
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    data = np.empty((n_rows, row_bytes(kind, n_cols)), dtype=np.uint8)
+    number = GGMLQuantizationType[kind].value
+    weights = None if imatrix is None else np.ascontiguousarray(imatrix, dtype=np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    libggml.ggml_quantize_chunk(number, rows.ctypes.data, data.ctypes.data, 0, n_rows, n_cols, pointer)
+    if not libggml.ggml_validate_row_data(number, data.ctypes.data, data.nbytes):
+        raise QuantizationFailed(f"values of magnitude {np.abs(rows).max():.3g} do not fit {kind}.")
+    return data
+
+
+def as_stored(rows: Rows, kind: str, imatrix: Rows | None = None) -> Rows:
+    """What a file that holds `rows` in the type `kind` gives back, (n_rows, n_cols)."""
+    return dequantized(quantize_rows(rows, kind, imatrix), kind)
+
+
+def dequantized(data: NDArray[np.uint8], kind: str) -> Rows:
+    """The values of quantised rows (n_rows, n_bytes), (n_rows, n_cols)."""
+    return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32).reshape(len(data), -1)
+
+
+def as_multiplied(rows: Rows, kind: str) -> Rows:
+    """Activations as llama.cpp's kernels round them before a product with weights of the type `kind`, same shape.
+
+    Eight bits a value and one scale a block: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
+    """
+    if kind in _STORED:
+        return rows
+    blocks = rows.reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
+    scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    rounded = np.round(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)) * scales
+    return np.asarray(rounded, dtype=np.float32).reshape(rows.shape)

@@ -1,0 +1,103 @@
+"""What is known of one model: the checkpoint's own word first, models.lock for what it leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.folder import Checkpoint, StoredTensor, read_checkpoint
+from f2gguf.quantize.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from f2gguf.quantize.source.lock import Entry
+from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnknownName
+from f2gguf.runtime.gguf.header import POOLING_IDS
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model that can be converted: every fact settled."""
+
+    entry: Entry
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tensors: Mapping[str, StoredTensor]  # by GGUF name, in GGUF order
+    vocabulary: Vocabulary
+    pooling: str  # 'last', 'mean' or 'cls'
+    prompts: Mapping[str, str]
+    max_tokens: int
+    dims: tuple[int, ...]  # Matryoshka widths, the full one last
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def n_embd(self) -> int:
+        return self.checkpoint.count("hidden_size")
+
+
+def settle_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
+    """Bring lock and checkpoint together; `pooling` is the user's word for a checkpoint that does not state it.
+
+    Raises `Disagreement` where two sources contradict each other (it names both), `BrokenCheckpoint` for a checkpoint
+    that does not hold together, `UnsupportedCheckpoint` for one that f2gguf does not convert.
+    """
+    checkpoint = read_checkpoint(folder)
+    architecture = architecture_of(checkpoint)
+    return Facts(
+        entry=entry,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        tensors=match_tensors(checkpoint, architecture),
+        vocabulary=read_vocabulary(checkpoint, eos_token=entry.eos_token),
+        pooling=_settle_pooling(entry, checkpoint, pooling),
+        prompts=_settle_prompts(entry, checkpoint),
+        max_tokens=_settle_max_tokens(entry, checkpoint),
+        dims=_settle_dims(entry, checkpoint),
+    )
+
+
+def _settle_pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:
+    stated = {"models.lock": entry.pooling, "--pooling": pooling}
+    for source, value in stated.items():
+        if value is not None and value not in POOLING_IDS:
+            raise UnknownName(f"pooling in {source}", value, POOLING_IDS)
+        if value is not None and checkpoint.pooling is not None and value != checkpoint.pooling:
+            raise Disagreement(
+                f"{source} says {value} pooling for {entry.name}, but {checkpoint.folder / 'modules.json'} leads to "
+                f"{checkpoint.pooling}. The checkpoint decides: correct {source}, or fetch the revision that it means."
+            )
+    settled = checkpoint.pooling or pooling or entry.pooling
+    if settled is None:
+        raise BrokenCheckpoint(
+            f"{checkpoint.folder}: has no modules.json with a Pooling module, so nothing says how to pool. "
+            "State it with --pooling last (or mean, or cls), or as `pooling` in models.lock."
+        )
+    return settled
+
+
+def _settle_prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
+    for name, text in entry.prompts.items():
+        if checkpoint.prompts.get(name, text) != text:
+            raise Disagreement(
+                f"models.lock gives {entry.name} the {name} prompt {text!r}, but "
+                f"{checkpoint.folder / 'config_sentence_transformers.json'} has {checkpoint.prompts[name]!r}. "
+                "The checkpoint decides: correct the lock, or fetch the revision that it means."
+            )
+    return {**entry.prompts, **checkpoint.prompts}
+
+
+def _settle_max_tokens(entry: Entry, checkpoint: Checkpoint) -> int:
+    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
+    return min(int(limit) for limit in limits if limit)
+
+
+def _settle_dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:
+    n_embd = checkpoint.count("hidden_size")
+    if entry.matryoshka_dims and max(entry.matryoshka_dims) > n_embd:
+        raise Disagreement(
+            f"models.lock gives {entry.name} up to {max(entry.matryoshka_dims)} dimensions, but "
+            f"{checkpoint.folder / 'config.json'} has a hidden_size of {n_embd}. Correct the lock."
+        )
+    return tuple(sorted({*entry.matryoshka_dims, n_embd}))

@@ -1,0 +1,112 @@
+"""Where a model's checkpoint is: a folder, an installed package, or the Hub at its pinned revision."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from f2gguf.quantize.checkpoint.folder import NEEDED, PICKLES, is_legal
+from f2gguf.quantize.source.lock import Entry, Lock, package_folder
+from f2gguf.runtime.errors import HashMismatch, UnsupportedCheckpoint, WrongUsage
+from f2gguf.runtime.hub.download import cached_folder, download
+from f2gguf.runtime.hub.listing import REPO, Listing, RemoteFile, list_files
+
+_MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?")
+
+
+def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
+    """What `MODEL` on the command line means: its entry, and its folder where that is already on this disk.
+
+    A name in the lock goes first, then an existing folder, then org/name[@revision] on the Hub. Raises `UnknownName`.
+    """
+    if model.lower() in {name.lower() for name in lock.entries}:
+        entry = lock.entry(model)
+        return entry, package_folder(entry) if entry.package else None
+    folder = Path(model)
+    try:
+        is_folder, exists = bool(model) and folder.is_dir(), bool(model) and folder.exists()
+    except OSError:  # a name too long for any file system
+        is_folder = exists = False
+    if is_folder:
+        return Entry(name=folder.resolve().name), folder
+    if exists or folder.is_absolute() or model.startswith("."):
+        raise WrongUsage(f"{model}: is no folder. Pass the folder that holds the checkpoint's config.json.")
+    match = _MODEL.fullmatch(model)
+    if not match:
+        return lock.entry(model), None  # raises, and suggests the nearest name
+    repo, revision = match["repo"], match["revision"]
+    known = next((entry for entry in lock.entries.values() if entry.repo == repo), None)
+    if known and revision in (None, known.revision):
+        return known, None
+    if known and not known.revision:
+        return replace(known, revision=revision), None
+    return Entry(name=repo.split("/")[1], repo=repo, revision=revision or "main"), None
+
+
+def fetch(entry: Entry, folder: Path | None = None) -> Path:
+    """The checkpoint folder of a model, downloaded into the Hub's cache where it is not on this disk yet, and verified.
+
+    Raises a `HubError` with the Hub's reason, `OutputError` where the disk is too small, `WrongUsage` for an entry
+    without a revision, `UnsupportedCheckpoint` for a repository without safetensors. The Hub is not asked for a locked
+    model that the cache holds.
+    """
+    if folder is not None:
+        return folder
+    if entry.package or not entry.repo:
+        return package_folder(entry)
+    if not entry.revision:
+        raise WrongUsage(
+            f"{entry.name} has no revision in models.lock. Name one, {entry.repo}@<commit>, or lock the head of main: "
+            f"quantize lock {entry.name}"
+        )
+    locked = Listing(entry.repo, entry.revision, entry.files)
+    if entry.files and (cached := cached_folder(locked, entry.files)):
+        return cached
+    listing = list_files(entry.repo, entry.revision)
+    if entry.files:
+        require_as_locked(entry, listing)
+    return download(listing, needed_files(listing))
+
+
+def needed_files(listing: Listing) -> dict[str, RemoteFile]:
+    """What a model's job takes from its repository; `UnsupportedCheckpoint` where that holds no safetensors."""
+    files = {name: file for name, file in listing.files.items() if is_needed(name)}
+    if any(name.endswith(".safetensors") for name in files):
+        return files
+    pickles = [name for name in listing.files if name.endswith(PICKLES)]
+    if pickles:
+        raise UnsupportedCheckpoint(
+            f"{listing}: has its weights as pickle only ({pickles[0]}), which runs code when it is read; f2gguf reads "
+            f"safetensors. Look for a revision that has them, such as {listing.repo}@refs/pr/1."
+        )
+    raise UnsupportedCheckpoint(f"{listing}: has no safetensors weights; f2gguf converts no others.")
+
+
+def is_needed(name: str) -> bool:
+    """Whether a conversion reads this file of a repository, or a release must come with it."""
+    return is_legal(name) or any(is_match(name, pattern) for pattern in NEEDED)
+
+
+def is_match(name: str, pattern: str) -> bool:
+    """Whether a path is what `read_checkpoint` would find by `pattern`: * stays within a folder."""
+    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
+
+
+def require_as_locked(entry: Entry, listing: Listing) -> None:
+    """Raise `HashMismatch` where the Hub states another size or hash of a needed file than the lock."""
+    names = differing(entry, listing)
+    if names:
+        name = names[0]
+        locked, found = entry.files.get(name, "absent"), listing.files.get(name, "absent")
+        raise HashMismatch(
+            f"{entry.name}: {name} is {locked} in models.lock, and {found} at {listing} on the Hub"
+            f"{f' (and {len(names) - 1} more files differ)' if names[1:] else ''}. Compare with `quantize "
+            f"lock --check {entry.name}`; to take the Hub's word, remove its files from the lock and lock it again."
+        )
+
+
+def differing(entry: Entry, listing: Listing) -> list[str]:
+    """The needed files of which lock and Hub do not state the same."""
+    found = {name: file for name, file in listing.files.items() if is_needed(name)}
+    return sorted(name for name in {*entry.files, *found} if entry.files.get(name) != found.get(name))

@@ -1,0 +1,1 @@
+"""What a .gguf file says of itself: its header, its golden vectors."""

@@ -1,0 +1,233 @@
+"""The header of a .gguf file: what the runtime must know, and nothing that it has to guess."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownName
+from f2gguf.runtime.gguf.golden import golden_flaw
+from f2gguf.runtime.gguf.reader import Reader, TensorInfo
+
+# Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them. Those of the
+# golden vectors stand in runtime/golden.py.
+KEY_VERSION = "f2gguf.version"
+KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
+KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
+KEY_MAX_TOKENS = "f2gguf.max_tokens"
+KEY_NORMALIZE = "f2gguf.normalize"
+KEY_NORMALIZER = "f2gguf.tokenizer.normalizer"  # the checkpoint's own, as in its tokenizer.json
+KEY_SPECIAL_TOKENS = "f2gguf.tokenizer.special_tokens"  # texts that the tokenizer never splits nor normalises
+KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
+KEY_REVISION = "f2gguf.source.revision"
+KEY_VARIANT = "f2gguf.variant"
+KEY_RECIPE = "f2gguf.recipe"  # how the variant was made, as JSON
+KEY_MEAN_DRIFT = "f2gguf.drift.mean"
+KEY_UPPER_DRIFT = "f2gguf.drift.upper"
+KEY_MAX_DRIFT = "f2gguf.drift.bound"
+KEY_HOLDS = "f2gguf.drift.holds"
+KEY_N_TEXTS = "f2gguf.drift.n_texts"
+
+POOLING_TYPES = {1: "mean", 2: "cls", 3: "last"}
+POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .gguf file says of itself. Make one with `read_header`."""
+
+    path: Path
+    values: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    offsets: dict[str, int] = field(repr=False)  # key -> where its value's bytes stand in the file
+    values_end: int = 0  # where the last value ends
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", ""))
+
+    @property
+    def name(self) -> str:
+        return str(self.values.get("general.name", self.path.stem))
+
+    @property
+    def variant(self) -> str:
+        """Such as 'Q4_K_M': what f2gguf made, or the type of most weights."""
+        return str(self.values.get(KEY_VARIANT, self.file_type))
+
+    @property
+    def n_embd(self) -> int:
+        return int(self._of_architecture("embedding_length", 0))
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(self._of_architecture("context_length", 0))
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input in tokens, special tokens included."""
+        return min(int(self.values.get(KEY_MAX_TOKENS, self.n_ctx_train)), self.n_ctx_train)
+
+    @property
+    def pooling(self) -> str | None:
+        """'last', 'mean' or 'cls'; None where the file does not say."""
+        return POOLING_TYPES.get(self._of_architecture("pooling_type", -1))
+
+    @property
+    def is_causal(self) -> bool:
+        return bool(self._of_architecture("attention.causal", True))
+
+    @property
+    def is_normalized(self) -> bool:
+        return bool(self.values.get(KEY_NORMALIZE, True))
+
+    @property
+    def normalizer(self) -> str | None:
+        return self.values.get(KEY_NORMALIZER)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return tuple(self.values.get(KEY_SPECIAL_TOKENS, ()))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages that the model claims, as BCP-47 codes; empty where the file does not say."""
+        return tuple(self.values.get("general.languages", ()))
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {key[len(KEY_PROMPT) :]: text for key, text in self.values.items() if key.startswith(KEY_PROMPT)}
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths that the model was trained for, the full one last."""
+        return tuple(self.values.get(KEY_MATRYOSHKA_DIMS, ())) or (self.n_embd,)
+
+    @property
+    def file_type(self) -> str:
+        """Name of the type that most of the weights have, such as 'Q4_K_M'."""
+        from gguf import LlamaFileType
+
+        number = self.values.get("general.file_type", 0)
+        try:
+            return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except ValueError:
+            return f"file type {number}"
+
+    def require_pooling(self, pooling: str | None = None) -> str:
+        """The pooling to use: `pooling` where the caller states it, else the header's.
+
+        Raises `NotAnEmbeddingModel` for what cannot give text vectors, `PoolingMissing` where nobody says.
+        """
+        self._require_model()
+        if pooling is not None:
+            if pooling not in POOLING_IDS:
+                raise UnknownName("pooling", pooling, POOLING_IDS)
+            return pooling
+        if self.pooling is None:
+            raise PoolingMissing(
+                f"{self.path}: the header has no pooling type, so it is no embedding model, or was converted without "
+                "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls)."
+            )
+        return self.pooling
+
+    def takes_last_tokens(self, pooling: str | None) -> bool:
+        """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""
+        return pooling == "last" and self.is_causal
+
+    def _require_model(self) -> None:
+        kind = self.values.get("general.type", "model")
+        if kind != "model" or not self.tensors or not self.n_embd or not self.n_ctx_train:
+            raise NotAnEmbeddingModel(
+                f"{self.path}: holds no model (general.type is {kind!r}, {len(self.tensors)} tensors, architecture "
+                f"{self.architecture!r} of width {self.n_embd}). Pass the .gguf of an embedding model."
+            )
+        if self._of_architecture("pooling_type", None) == 4:
+            raise NotAnEmbeddingModel(f"{self.path}: is a reranker, which gives scores and no vectors.")
+
+    def _of_architecture(self, key: str, default: Any) -> Any:
+        return self.values.get(f"{self.architecture}.{key}", default)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header of a .gguf file (format version 2 or 3, little endian).
+
+    Raises `NotGGUF` for a missing file, another format, or one that ends before its last tensor does.
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    path = Path(path)
+    try:
+        size_bytes = path.stat().st_size
+        if not path.is_file():
+            raise NotGGUF(f"{path}: is no file. Pass the .gguf file itself.")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return Header(path, *Reader(path, data, size_bytes).read(lambda values: _require_sane(path, values)))
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        if isinstance(error, FileNotFoundError):
+            raise NotGGUF(
+                f"{path}: no such file. Make one with `quantize all MODEL`, or `f2gguf pull org/name`."
+            ) from error
+        raise NotGGUF(f"{path}: cannot be read as GGUF: {error}. Download or make it again.") from error
+
+
+def _require_sane(path: Path, values: dict[str, Any]) -> None:
+    """Refuse values on which llama.cpp would stop the process, or f2gguf would go wrong."""
+    architecture = values.get("general.architecture", "")
+    checks = {key.replace("{arch}", str(architecture)): check for key, check in _CHECKS.items()}
+    for key, value in values.items():
+        check = _is_text if key.startswith(KEY_PROMPT) else checks.get(key)
+        if check and not check(value):
+            raise NotGGUF(f"{path}: its header has {key} = {value!r}; the file is damaged. Download or make it again.")
+    if flaw := golden_flaw(values, values.get(f"{architecture}.embedding_length", 0)):
+        raise NotGGUF(f"{path}: {flaw}; the file is damaged. Download or make it again.")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is float and 0 < value < float("inf")
+
+
+def _is_fraction(value: object) -> bool:
+    return type(value) is float and -1 < value <= 2
+
+
+def _is_normalizer(value: object) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value)["type"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+# header key -> what its value must be, where it is there
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "general.architecture": _is_text,
+    "general.alignment": lambda value: _is_count(value) and value >= 32 and value & (value - 1) == 0,
+    "general.languages": _is_texts,
+    "{arch}.block_count": _is_count,
+    "{arch}.embedding_length": _is_count,
+    "{arch}.context_length": _is_count,
+    "{arch}.attention.layer_norm_rms_epsilon": _is_positive,
+    "{arch}.attention.layer_norm_epsilon": _is_positive,
+    KEY_MAX_TOKENS: lambda value: _is_count(value) and value > 1,
+    KEY_MATRYOSHKA_DIMS: lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
+    KEY_NORMALIZER: _is_normalizer,
+    KEY_SPECIAL_TOKENS: _is_texts,
+    KEY_MEAN_DRIFT: _is_fraction,
+    KEY_UPPER_DRIFT: _is_fraction,
+    KEY_MAX_DRIFT: _is_fraction,
+}

@@ -1,0 +1,174 @@
+"""Files of a repository in the Hub's own cache: verified, and fetched only where one is missing or differs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from f2gguf.runtime.console import progress
+from f2gguf.runtime.errors import HashMismatch
+from f2gguf.runtime.files import require_free_space
+from f2gguf.runtime.hub.listing import Listing, hub_errors
+
+_N_AT_ONCE = 4  # downloads
+_N_RESETS = 5  # connections of one file that may break
+
+
+def cached_folder(listing: Listing, names: Iterable[str]) -> Path | None:
+    """The folder of the Hub's cache that holds `names`, each with the size and hash that `listing` states.
+
+    None where one is missing; one that differs is removed.
+    """
+    return None if _missing(listing, names) else _snapshot(listing)
+
+
+def download(listing: Listing, names: Iterable[str]) -> Path:
+    """`cached_folder`, after what is missing or differs was fetched. LFS files go on where a killed run stopped.
+
+    Raises `HashMismatch` where the Hub sends other bytes twice, `OutputError` before a disk that is too small, and the
+    errors of `list_files`.
+    """
+    missing = _missing(listing, names)
+    if missing:
+        _download_all(listing, missing)
+    return _snapshot(listing)
+
+
+def _missing(listing: Listing, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not _is_sound(listing, name)]
+
+
+def _is_sound(listing: Listing, name: str) -> bool:
+    """Whether the cache holds the file with the right bytes; one with others is removed."""
+    path = listing.path(name)
+    if path is None:
+        return False
+    if listing.files[name].fault(path) is None:
+        return True
+    _remove(path)
+    return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of the Hub's cache, and the blob that it links to."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _download_all(listing: Listing, names: list[str]) -> None:
+    size_bytes = sum(listing.files[name].size_bytes for name in names)
+    here = sum(part.stat().st_size for name in names if (part := _part(listing, name)).exists())
+    require_free_space(_repo_folder(listing), size_bytes - here, f"downloading {listing.repo}", choose_with="HF_HOME")
+    with progress(f"download {listing.repo}", size_bytes) as advance:
+        bar = _bar_class(advance)
+        pool = ThreadPoolExecutor(_N_AT_ONCE)
+        try:
+            list(pool.map(lambda name: _download(listing, name, bar), names))
+        except BaseException as error:  # who interrupts the downloads under way does not wait for them
+            pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            raise
+
+
+def _download(listing: Listing, name: str, bar: type) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for _ in range(2):
+        with hub_errors(f"{listing}: {name}"):
+            if listing.files[name].sha256:
+                _resume(listing, name, bar)
+            path = Path(hf_hub_download(listing.repo, name, revision=listing.commit, tqdm_class=bar))
+        fault = listing.files[name].fault(path)
+        if fault is None:
+            return
+        _remove(path)
+    raise HashMismatch(f"{listing}: the Hub sends {name} with {fault}, twice. Nothing of it was kept.")
+
+
+def _resume(listing: Listing, name: str, bar: type) -> None:
+    """Bring an LFS file to where the client looks for it, going on from what an earlier run left of it.
+
+    The client itself begins anew in every process (huggingface_hub 2.4, `_download_to_tmp_and_move`), but where the
+    file comes by Xet, which is left to it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import WeakFileLock, is_xet_available  # type: ignore[attr-defined]
+
+    url = hf_hub_url(listing.repo, name, revision=listing.commit)
+    if is_xet_available() and get_hf_file_metadata(url).xet_file_data:
+        return
+    part, size_bytes = _part(listing, name), listing.files[name].size_bytes
+    blob = part.with_name(str(listing.files[name].sha256))
+    lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        if part.exists() and part.stat().st_size > size_bytes:
+            part.unlink()
+        with part.open("ab") as file:
+            _get(url, file, size_bytes, bar)
+        part.replace(blob)
+
+
+def _get(url: str, file: BinaryIO, size_bytes: int, bar: type) -> None:
+    """Append the rest of a file to what is there of it."""
+    import httpx2
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range of what was compressed is of no use
+    for n_left in reversed(range(_N_RESETS)):
+        try:
+            return http_get(
+                url, file, resume_size=file.tell(), headers=headers, expected_size=size_bytes, tqdm_class=bar
+            )
+        except httpx2.ReadError:  # the connection was reset, which `http_get` does not try again
+            if not n_left:
+                raise
+    return None
+
+
+def _part(listing: Listing, name: str) -> Path:
+    """What there is of an LFS file that has not come whole, beside the cache's other blobs."""
+    return _repo_folder(listing) / "blobs" / f"{listing.files[name].sha256}.f2gguf.incomplete"
+
+
+def _snapshot(listing: Listing) -> Path:
+    return _repo_folder(listing) / "snapshots" / listing.commit
+
+
+def _repo_folder(listing: Listing) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=listing.repo, repo_type="model")
+
+
+def _bar_class(advance: Callable[[int], None]) -> type:
+    """What the client takes for its progress bar, one a file and thread: all of them advance the same line."""
+    lock = threading.Lock()
+
+    class Bar:
+        def __init__(self, *, initial: int = 0, **_: Any) -> None:
+            self.update(initial)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n_bytes: int) -> None:
+            with lock:
+                advance(n_bytes)
+
+        def update_transfer(self, *_: object, **__: object) -> None:
+            """Of Xet, which counts what it received apart from what it wrote."""
+
+        set_postfix_str = set_transfer_postfix_str = update_transfer
+
+    return Bar

@@ -1,0 +1,121 @@
+"""Which embedding models are on this disk: in the Hub's cache, and in folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from f2gguf.runtime.errors import NotGGUF
+from f2gguf.runtime.files import format_bound, format_size
+from f2gguf.runtime.gguf.describe import drift_of, is_reference
+from f2gguf.runtime.gguf.header import Header, read_header
+from f2gguf.runtime.hub.listing import recorded_files
+from f2gguf.runtime.hub.models import is_model_file, is_part, matching, variant_of
+
+COLUMNS = ("model", "variant", "size", "mean drift", "bound", "dims")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A .gguf file: what to pass to -m, its size, and its header, or the reason why that cannot be read."""
+
+    model: str
+    path: Path
+    size_bytes: int
+    header: Header | None
+    error: str | None = None
+
+    @property
+    def is_embedding_model(self) -> bool:
+        return self.header is None or self.header.pooling is not None
+
+
+def find_models(folders: Sequence[Path]) -> list[Found]:
+    """Every .gguf model of the Hub's cache, then those below `folders`: by repository or folder, the smallest first.
+
+    Only headers are read. Of several names that a file has, the shortest stands.
+    """
+    named = [*_in_cache(), *((str(path), path) for folder in folders for path in _model_files(folder))]
+    by_file: dict[Path, tuple[str, Path]] = {}
+    for model, path in sorted(named, key=lambda pair: len(pair[0])):
+        by_file.setdefault(path.resolve(), (model, path))
+    found = (_read(model, path) for model, path in by_file.values())
+    return sorted(found, key=_place)
+
+
+def table_row(found: Found) -> list[str]:
+    """Cells of `COLUMNS`."""
+    header, size = found.header, format_size(found.size_bytes)
+    if header is None:
+        return [found.model, "damaged", size, "", "", ""]
+    drift = drift_of(header)
+    unmeasured = "reference" if is_reference(header) else "not measured"
+    return [
+        found.model,
+        header.variant,
+        size,
+        f"{drift.mean:.3%}" if drift else unmeasured,
+        f"{'under' if drift.holds else 'OVER'} {format_bound(drift.max_drift)}" if drift else "",
+        " to ".join(map(str, sorted({min(header.dims), header.n_embd}))),
+    ]
+
+
+def as_dict(found: Found) -> dict[str, Any]:
+    """The file for machines; what a damaged or unmeasured one does not state is null."""
+    header = found.header
+    drift = drift_of(header) if header else None
+    return {
+        "model": found.model,
+        "path": str(found.path),
+        "variant": header.variant if header else None,
+        "size_bytes": found.size_bytes,
+        "mean_drift": drift.mean if drift else None,
+        "upper_drift": drift.upper if drift else None,
+        "max_drift": drift.max_drift if drift else None,
+        "holds": drift.holds if drift else None,
+        "dims": list(header.dims) if header else None,
+        "error": found.error,
+    }
+
+
+def _in_cache() -> Iterator[tuple[str, Path]]:
+    """Models of the Hub's cache: what to pass to -m, and path."""
+    from huggingface_hub import constants
+
+    for snapshot in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"):
+        for path in _model_files(snapshot):
+            yield _reference_to(snapshot, path) or str(path), path
+
+
+def _reference_to(snapshot: Path, path: Path) -> str | None:
+    """`org/name:VARIANT`, with a revision where main is another commit; None for what f2gguf did not download."""
+    repo, commit = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/", 1), snapshot.name
+    name, main, listing = path.relative_to(snapshot).as_posix(), recorded_files(repo), recorded_files(repo, commit)
+    if listing is None or name not in listing.files:
+        return None
+    variant = variant_of(name)
+    is_only = variant is not None and matching(listing, variant) == [name]
+    revision = "" if main and main.commit == commit else f"@{commit}"
+    return f"{repo}:{variant if is_only else name}{revision}"
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*.gguf"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)  # such as a run's .work
+        if is_model_file(path.name) and not is_part(path.name) and not is_hidden and not path.is_dir():
+            yield path
+
+
+def _read(model: str, path: Path) -> Found:
+    size_bytes = path.stat().st_size if path.exists() else 0  # a link of the cache whose file was removed
+    try:
+        return Found(model, path, size_bytes, read_header(path))
+    except NotGGUF as error:
+        return Found(model, path, size_bytes, None, str(error))
+
+
+def _place(found: Found) -> tuple[bool, str, int]:
+    is_path = found.model == str(found.path)
+    return is_path, str(found.path.parent) if is_path else found.model.partition(":")[0], found.size_bytes

@@ -1,0 +1,187 @@
+"""What `-m` and `Embedder` are given: a .gguf file, or one of a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from f2gguf.runtime.errors import (
+    DriftWarning,
+    HashMismatch,
+    HubError,
+    HubUnreachable,
+    NotGGUF,
+    RepoMissing,
+    UnknownName,
+    WrongUsage,
+    parsing,
+)
+from f2gguf.runtime.files import sha256_file
+from f2gguf.runtime.gguf.header import Header, read_header
+from f2gguf.runtime.hub.download import cached_folder, download
+from f2gguf.runtime.hub.listing import Listing, list_files, recorded_files
+
+USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first that holds its bound is recommended
+# Where nobody measured, bytes are no argument: plain 4-bit embedders have been seen to drift by 0.3
+_UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
+_NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
+_REFERENCE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # llama-gguf-split's names
+_VARIANT = re.compile(r"(?:^|[-./])((?:I?Q|TQ)\d\w*|BF16|F16|F32)\.gguf$", re.IGNORECASE)
+_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file of a repository: `variant` is how its name ends, or its whole name; None asks for the recommended one."""
+
+    repo: str
+    variant: str | None = None
+    revision: str = "main"
+
+
+def parse_reference(text: str) -> Reference | None:
+    """`org/name[:VARIANT][@revision]`; None for anything else, such as what ends in .gguf before the colon."""
+    match = _REFERENCE.fullmatch(text)
+    if not match or match["repo"].lower().endswith(".gguf"):
+        return None
+    return Reference(match["repo"], match["variant"], match["revision"] or "main")
+
+
+def open_header(model: str | Path) -> Header:
+    """The header of `model`: a path, or where nothing has that path, a reference to a file on the Hub.
+
+    A `Path` is always a path. Warns of a file from the Hub that is over its bound, or was never measured. Raises
+    `NotGGUF`, `UnknownName`, `WrongUsage`, and what downloads raise.
+    """
+    reference = None if isinstance(model, Path) or os.path.lexists(model) else parse_reference(model)
+    if reference is None:
+        return read_header(model)
+    try:
+        header = read_header(_locate(reference))
+    except (RepoMissing, HubUnreachable) as error:
+        raise type(error)(f"{model}: no such file here, and on the Hub: {error}") from error
+    _warn_unless_good(header, str(model))
+    return header
+
+
+def find_file(reference: Reference) -> tuple[Listing, str]:
+    """The repository as the Hub has it now, or had it when it was last in reach, and the name of the file."""
+    listing = list_files(reference.repo, reference.revision)
+    return listing, _choose(listing, reference.variant)
+
+
+def fetch_file(listing: Listing, name: str) -> Path:
+    """The file in the Hub's cache, with the hash that the Hub states and SHA256SUMS, where there is one, repeats.
+
+    Raises `HashMismatch` where the two differ, before the download where the Hub states a SHA-256.
+    """
+    if stated := _sums(listing).get(name):
+        found = listing.files[name].sha256 or sha256_file(download(listing, [name]) / name)
+        if found != stated:
+            raise HashMismatch(
+                f"{listing}: {name} has the SHA-256 {found}, and the repository's SHA256SUMS states {stated}: one of "
+                "them was not uploaded as it was made. Tell its owner, or name an earlier revision: org/name@revision."
+            )
+    return download(listing, [name]) / name
+
+
+def recommended(report: dict[str, Any]) -> str:
+    """The first usual variant of a drift.json that holds its bound; F16 where none does."""
+    holding = {name for name, verdict in report["variants"].items() if verdict["holds"]} | {"F16"}
+    return next((name for name in USUAL if name in holding and name in report["files"]), "F16")
+
+
+def matching(listing: Listing, variant: str | None) -> list[str]:
+    """The model files that a variant names: one, or none, or several that end alike."""
+    names = [name for name in listing.files if is_model_file(name)]
+    if variant is None:
+        return _recommended(listing, names)
+    return [name for name in names if name == variant or _is_called(name, variant)]
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a .gguf file may hold a model, by its name."""
+    return name.lower().endswith(".gguf") and not name.lower().endswith(".imatrix.gguf")
+
+
+def is_part(name: str) -> bool:
+    """Whether a model was split over several files, and this is one of them."""
+    return _PART.search(name) is not None
+
+
+def variant_of(name: str) -> str | None:
+    """'x/nano-q8_0.gguf' -> 'Q8_0'; None where the name ends in no type of llama.cpp."""
+    match = _VARIANT.search(_PART.sub("", name))
+    return match[1].upper() if match else None
+
+
+def _locate(reference: Reference) -> Path:
+    """The file: where the cache holds what the Hub named when it was asked last, without asking."""
+    known = recorded_files(reference.repo, reference.revision)
+    if known:
+        names = matching(known, reference.variant)
+        if len(names) == 1 and (folder := cached_folder(known, names)):
+            return folder / names[0]
+    return fetch_file(*find_file(reference))
+
+
+def _choose(listing: Listing, variant: str | None) -> str:
+    """The one whole file that `variant` names, or an error that says which there are."""
+    known = list(dict.fromkeys(variant_of(name) or name for name in listing.files if is_model_file(name)))
+    if not known:
+        raise NotGGUF(f"{listing}: holds no .gguf model. Make one: quantize all {listing.repo}")
+    names = matching(listing, variant)
+    if variant and not names:
+        raise UnknownName(f"variant of {listing}", variant, known)
+    if names and all(map(is_part, names)):
+        raise NotGGUF(
+            f"{listing}: {names[0]} is one part of a split model, which f2gguf does not read. Join the parts with "
+            f"`llama-gguf-split --merge`, or name another variant of: {', '.join(known)}."
+        )
+    if len(names) != 1:
+        raise WrongUsage(
+            f"{listing}: which of {', '.join(names or known)}? Name one: {listing.repo}:VARIANT, or {listing.repo}:FILE"
+        )
+    return names[0]
+
+
+def _recommended(listing: Listing, names: Sequence[str]) -> list[str]:
+    """By the repository's drift.json, as `quantize all` writes it; without one, the nearest to full precision."""
+    if "drift.json" in listing.files:
+        with parsing(f"{listing}: drift.json", HubError, f"Name a variant: {listing.repo}:Q8_0."):
+            report = json.loads((download(listing, ["drift.json"]) / "drift.json").read_text(encoding="utf-8"))
+            here = {variant: file for variant, file in report["files"].items() if file["file"] in listing.files}
+            best = here.get(recommended({**report, "files": here}))
+            return [best["file"]] if best else list(names)
+    whole = [name for name in names if not is_part(name)]
+    found = ([name for name in whole if variant_of(name) == variant] for variant in _UNMEASURED)
+    return next(filter(None, found), whole or list(names))
+
+
+def _is_called(name: str, variant: str) -> bool:
+    """Whether a file is NAME-VARIANT.gguf, as `quantize all` names them, or name.VARIANT.gguf as others do."""
+    stem = _PART.sub("", name).lower().removesuffix(".gguf")
+    return re.search(rf"(?:^|[-./]){re.escape(variant.lower())}$", stem) is not None
+
+
+def _sums(listing: Listing) -> dict[str, str]:
+    """file -> SHA-256 as the repository's SHA256SUMS states it."""
+    if "SHA256SUMS" not in listing.files:
+        return {}
+    with (download(listing, ["SHA256SUMS"]) / "SHA256SUMS").open(encoding="utf-8", errors="replace") as lines:
+        return {match[2]: match[1].lower() for match in map(_SUM.fullmatch, lines) if match}
+
+
+def _warn_unless_good(header: Header, model: str) -> None:
+    from f2gguf.runtime.gguf.describe import describe_drift, drift_of, is_reference
+
+    drift = drift_of(header)
+    if not (drift.holds if drift else is_reference(header)):
+        warnings.warn(f"{model}: drift: {describe_drift(header)}", DriftWarning, stacklevel=3)

@@ -1,0 +1,1 @@
+"""llama.cpp: text becomes token ids, token ids become raw vectors."""

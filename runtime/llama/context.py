@@ -1,0 +1,237 @@
+"""A llama.cpp context: token ids of a batch become raw vectors, by the last-token path or by llama.cpp's pooling."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import llama_cpp
+import numpy as np
+from f2gguf.runtime.errors import GGUFError
+from f2gguf.runtime.gguf.header import POOLING_IDS
+from f2gguf.runtime.llama.model import Model, captured_errors
+from f2gguf.runtime.llama.packing import Ids, leading_length
+from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
+
+N_SEQ_MAX = 64  # sequences in a context; llama.cpp's mean pooling wants a divisor of its tokens
+MAX_TEXTS = N_SEQ_MAX - 1  # texts in one batch: a sequence is left to hold the shared prefix
+N_UBATCH = 512  # tokens in one pass; with last-token pooling a longer text takes several, through the KV cache
+# On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
+# file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
+MIN_FLASH = 64
+KV_TYPES = {"F16": llama_cpp.GGML_TYPE_F16, "F32": llama_cpp.GGML_TYPE_F32}
+TAPPED = b"result_norm"  # llama.cpp's name for the final norm's output
+_HELD = 0  # the sequence that holds the shared prefix
+
+libggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+libggml.ggml_get_name.restype = ctypes.c_char_p
+libggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
+libggml.ggml_nbytes.restype = ctypes.c_size_t
+libggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+
+
+class Watch(Protocol):
+    """Somebody who is shown tensors while the graph runs. Errors must be kept: a C callback has nobody to raise to."""
+
+    def wants(self, tensor: int) -> bool:
+        """Asked before a ggml_tensor, given by address, is computed: should it be shown?"""
+
+    def take(self, tensor: int) -> None:
+        """Shown a wanted tensor once it and its operands are there."""
+
+
+class Context:
+    """Room for one batch of texts on a model: KV cache and compute buffers for `n_ctx` tokens."""
+
+    batch_tokens = 512  # short texts are packed up to this; 256 took 1.09 of the time for all-MiniLM-L6-v2
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        pooling: str,
+        n_threads: int,
+        flash: bool,
+        kv_type: str,
+        watch: Watch | None = None,
+    ) -> None:
+        params = llama_cpp.llama_context_default_params()
+        # llama.cpp pools each pass by itself, so that a text must fit one
+        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+        params.n_seq_max = N_SEQ_MAX
+        # One stream a sequence was no faster (0.93 to 1.00 of this: 80M in Q8_0, BF16, F16, Q4_0; texts of 8 to 256
+        # tokens), since ggml skips tiles of attention that are masked throughout, and takes 256 cells for each.
+        params.kv_unified = True
+        params.embeddings = True
+        params.pooling_type = POOLING_IDS[pooling]
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.n_threads = params.n_threads_batch = n_threads
+        self._prepare(params, watch)
+        with captured_errors() as errors:
+            pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            reason = errors[0] if errors else "out of memory?"
+            raise GGUFError(f"{model.path}: no context for {n_ctx:,} tokens: {reason}. Try a smaller --max-tokens.")
+        self.n_ctx = n_ctx
+        self.n_embd = model.n_embd
+        self.compute_seconds = 0.0  # spent in llama_decode
+        self._pointer = pointer
+        self._model = model  # must outlive the context
+        self._memory = llama_cpp.llama_get_memory(pointer)
+        self._free = weakref.finalize(self, llama_cpp.llama_free, pointer)
+        self._free.atexit = False  # after Ctrl-C a batch may still be running
+
+    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
+        """Pooled vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32, raw.
+
+        The `n_shared` leading ids are the same in all texts; only the last-token path makes use of it.
+        """
+        if self._memory:
+            llama_cpp.llama_memory_clear(self._memory, False)
+        self._decode(texts, outputs="all")
+        vectors = np.empty((len(texts), self.n_embd), dtype=np.float32)
+        for i in range(len(texts)):
+            pointer = llama_cpp.llama_get_embeddings_seq(self._pointer, i)
+            vectors[i] = np.ctypeslib.as_array(pointer, (self.n_embd,))
+        return vectors
+
+    def close(self) -> None:
+        self._free()
+
+    def _prepare(self, params: Any, watch: Watch | None) -> None:
+        """What the way to take vectors changes in the context's parameters."""
+        if watch:
+            self._tap = _Tap(None, watch)
+            params.cb_eval = self._tap.callback
+
+    def _decode(self, texts: Sequence[Ids], *, outputs: str, first_position: int = 0, first_sequence: int = 0) -> None:
+        batch = _batch(texts, outputs, first_position, first_sequence)
+        begin = time.perf_counter()
+        with captured_errors() as errors:
+            status = llama_cpp.llama_decode(self._pointer, batch)
+        self.compute_seconds += time.perf_counter() - begin
+        if status != 0:
+            raise GGUFError(f"llama.cpp failed on a batch (status {status}): {errors[0] if errors else 'no reason'}")
+
+
+class LastTokenContext(Context):
+    """Last-token pooling without waste: the final norm's rows of the last tokens, and no LM head.
+
+    llama.cpp's own pooling makes every token an output and runs the LM head on each: half of the work of an 80M model.
+    Here only last tokens are outputs, and the graph is stopped once the rows of its `result_norm` were taken. Leading
+    ids that all texts of a batch share are computed once and stay for the next batch.
+    """
+
+    batch_tokens = 256  # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
+
+    def _prepare(self, params: Any, watch: Watch | None) -> None:
+        self._tap = _Tap(TAPPED, watch)
+        self._held = np.empty(0, dtype=np.int32)  # ids whose keys and values the sequence _HELD keeps
+        self._flash = params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.n_batch = params.n_ubatch = min(params.n_ctx, N_UBATCH)
+        params.embeddings = False
+        params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
+        params.n_outputs_max = N_SEQ_MAX
+        params.cb_eval = self._tap.callback
+
+    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
+        """See `Context.embed`. Raises `TensorMissing` where the model's graph has no such tensor to take."""
+        own = [ids[n_shared:] for ids in texts]
+        llama_cpp.llama_memory_seq_keep(self._memory, _HELD)
+        if len(self._held) + sum(map(len, own)) > self.n_ctx:
+            llama_cpp.llama_memory_clear(self._memory, False)
+            self._held = self._held[:0]
+        self._hold(texts[0][:n_shared])
+        for sequence in range(1, len(own) + 1 if n_shared else 0):
+            llama_cpp.llama_memory_seq_cp(self._memory, _HELD, sequence, 0, n_shared)
+        self._tap.rows.clear()
+        self._decode_passes(own, outputs="last", first_position=n_shared, first_sequence=1)
+        rows = self._tap.rows
+        vectors = np.concatenate(rows).reshape(-1, self.n_embd) if rows else np.empty((0, self.n_embd), np.float32)
+        if len(vectors) != len(texts):
+            raise TensorMissing(f"{len(vectors)} rows of {TAPPED.decode()} for {len(texts)} texts")
+        return vectors
+
+    def _decode_passes(self, texts: Sequence[Ids], *, outputs: str, first_position: int, first_sequence: int) -> None:
+        """One pass for what fits it; equal ones for a single longer text, so that none of them is under MIN_FLASH."""
+        n_passes = -(-sum(map(len, texts)) // N_UBATCH)
+        if n_passes > 1:
+            *earlier, last = np.array_split(texts[0], n_passes)
+            for piece in earlier:
+                self._decode([piece], outputs="none", first_position=first_position, first_sequence=first_sequence)
+                first_position += len(piece)
+            texts = [last]
+        self._decode(texts, outputs=outputs, first_position=first_position, first_sequence=first_sequence)
+
+    def _hold(self, prefix: Ids) -> None:
+        """Have the keys and values of `prefix` in the sequence _HELD, computing only what is not there yet."""
+        n_there = leading_length(prefix, self._held)
+        if n_there == len(prefix):
+            return
+        llama_cpp.llama_memory_seq_rm(self._memory, _HELD, n_there, -1)
+        new = prefix[n_there:]
+        if self._flash and len(new) < MIN_FLASH:
+            new = np.pad(new, (0, MIN_FLASH - len(new)), mode="edge")
+        self._decode_passes([new], outputs="none", first_position=n_there, first_sequence=_HELD)
+        llama_cpp.llama_memory_seq_rm(self._memory, _HELD, len(prefix), -1)
+        self._held = prefix
+
+
+class TensorMissing(Exception):
+    """The graph of this model has no `result_norm` to take: llama.cpp's own pooling must do."""
+
+
+class _Tap:
+    """Takes the rows of one named tensor while the graph runs, and stops the graph there; shows others to `watch`."""
+
+    def __init__(self, name: bytes | None, watch: Watch | None) -> None:
+        self.rows: list[NDArray[np.float32]] = []
+        rows = self.rows  # the callback must not keep its own owner alive
+
+        @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
+        def callback(tensor: int, ask: bool, _user_data: int) -> bool:
+            is_named = libggml.ggml_get_name(tensor) == name
+            if ask:
+                return bool(is_named or (watch and watch.wants(tensor)))
+            if watch and not is_named:
+                watch.take(tensor)
+                return True
+            taken = np.empty(libggml.ggml_nbytes(tensor) // 4, dtype=np.float32)
+            libggml.ggml_backend_tensor_get(tensor, taken.ctypes.data, 0, taken.nbytes)
+            rows.append(taken)
+            return False
+
+        self.callback = callback
+
+
+def _batch(texts: Sequence[Ids], outputs: str, first_position: int, first_sequence: int) -> Any:
+    """A llama_batch over numpy memory, which it keeps alive: text i is sequence first_sequence + i."""
+    lengths = np.array([len(ids) for ids in texts])
+    ends = lengths.cumsum()
+    n_tokens = int(ends[-1])
+    tokens = np.concatenate(texts).astype(np.int32)
+    starts = np.repeat(ends - lengths, lengths)
+    positions = (np.arange(n_tokens) - starts + first_position).astype(np.int32)
+    sequences = np.repeat(np.arange(len(texts), dtype=np.int32) + first_sequence, lengths)
+    counts = np.ones(n_tokens, dtype=np.int32)
+    is_output = np.full(n_tokens, outputs == "all", dtype=np.int8)
+    if outputs == "last":
+        is_output[ends - 1] = 1
+    pointers = (sequences.ctypes.data + sequences.itemsize * np.arange(n_tokens)).astype(np.uintp)
+    batch: Any = llama_cpp.llama_batch()  # its annotations are of arrays, its fields pointers
+    batch.n_tokens = n_tokens
+    batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+    batch.pos = positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+    batch.n_seq_id = counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id)))
+    batch.logits = is_output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+    batch.arrays = (tokens, positions, sequences, counts, is_output, pointers)
+    return batch

@@ -1,0 +1,179 @@
+"""Token ids become raw vectors: batches, contexts that grow, and no text that spoils another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama import model as llama
+from f2gguf.runtime.llama.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing, Watch
+from f2gguf.runtime.llama.packing import Ids, pack
+from f2gguf.runtime.llama.worker import Worker
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+
+_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text does not rebuild one
+
+log = logging.getLogger("f2gguf")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compute: what a user chooses when opening a file."""
+
+    device: str
+    n_gpu_layers: int
+    n_threads: int
+    pooling: str
+    deterministic: bool
+
+
+def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Which rows are vectors that may be returned: finite and not zero, (n_rows,)."""
+    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+
+
+def normalized(rows: Rows) -> Rows:
+    """Rows of length 1. The sum of squares is float64: large finite rows have a length too."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return np.asarray(rows / norms[:, None], dtype=np.float32)
+
+
+class Engine:
+    """A model in memory and the context that runs it; every call into llama.cpp is made by one worker thread."""
+
+    def __init__(
+        self, header: Header, settings: Settings, *, overrides: dict[str, bool], watch: Watch | None = None
+    ) -> None:
+        self.header = header
+        self.settings = settings
+        self._watch = watch
+        self._context_type = LastTokenContext if header.takes_last_tokens(settings.pooling) else Context
+        self.model = self._load(settings.device, overrides)
+        self._overrides = overrides
+        self._needs_f32 = False  # an F16 KV cache, and flash attention, were too small for a text
+        self._contexts: dict[bool, Context] = {}  # with flash attention or without -> the context
+        self._past_seconds = 0.0
+        self._worker = Worker()
+
+    @property
+    def description(self) -> str:
+        """Device, threads and way of computing."""
+        path = "last-token path" if self._takes_last_tokens else f"llama.cpp's {self.settings.pooling} pooling"
+        n_threads = self.settings.n_threads
+        return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}"
+
+    @property
+    def _takes_last_tokens(self) -> bool:
+        return self._context_type is LastTokenContext
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time spent inside llama.cpp's llama_decode so far."""
+        return self._past_seconds + sum(context.compute_seconds for context in list(self._contexts.values()))
+
+    def embed(self, texts: Sequence[Ids], *, n_shared: int, on_batch: Callable[[list[int]], None]) -> Rows:
+        """Raw vectors, (n_texts, n_embd) float32; NaN rows for texts that have no finite vector, whatever was tried.
+
+        `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished.
+        """
+        if self.settings.deterministic or self._watch or not self._takes_last_tokens:
+            n_shared = 0  # a watch sees every text whole
+        vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
+        lengths = [len(ids) - n_shared for ids in texts]
+        n_texts = 1 if self.settings.deterministic else MAX_TEXTS
+        for batch in pack(lengths, n_tokens=self._context_type.batch_tokens, n_texts=n_texts):
+            chosen = [texts[i] for i in batch]
+            vectors[batch] = self._worker(partial(self._embed, chosen, n_shared))
+            on_batch(batch)
+        return vectors
+
+    def close(self, *, wait: bool = True) -> None:
+        """Free the context behind every call that came before; the model goes with its last user."""
+        self._worker.close(self._drop_contexts, wait=wait)
+
+    def _load(self, device: str, overrides: dict[str, bool]) -> llama.Model:
+        layers = self.settings.n_gpu_layers
+        return llama.Model(self.header.path, device=device, n_gpu_layers=layers, overrides=overrides)
+
+    def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
+        """Vectors of one batch. Texts without a finite vector are halved down to single ones and tried again."""
+        rows = self._run(texts, n_shared)
+        bad = np.flatnonzero(~is_usable(rows))
+        if not len(bad):
+            return rows
+        self._drop_contexts()  # what it computed stays in its memory, and 0 * NaN is NaN for whoever comes next
+        if len(texts) == 1:
+            return self._retry(texts[0])
+        halves = np.array_split(bad, 2) if len(bad) > 1 else [bad]
+        for half in halves:
+            rows[half] = self._embed([texts[i] for i in half], 0)
+        return rows
+
+    def _run(self, texts: Sequence[Ids], n_shared: int) -> Rows:
+        try:
+            return self._context_for(texts, n_shared).embed(texts, n_shared=n_shared)
+        except TensorMissing as missing:
+            log.warning("%s: %s; llama.cpp's own pooling is used, which is slower", self.header.path, missing)
+            self._context_type = Context
+            self._drop_contexts()
+            return self._run(texts, 0)
+        except BaseException:
+            self._drop_contexts()
+            raise
+
+    def _context_for(self, texts: Sequence[Ids], n_shared: int) -> Context:
+        n_tokens = sum(len(ids) - n_shared for ids in texts)
+        flash = (n_tokens >= MIN_FLASH or bool(self.model.offloaded)) and not self._needs_f32
+        context = self._contexts.get(flash)
+        if context is None or context.n_ctx < n_shared + n_tokens:
+            self._drop(flash)
+            kv_type = "F32" if self._needs_f32 else "F16"
+            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, kv_type=kv_type)
+            self._contexts[flash] = context
+        return context
+
+    def _retry(self, ids: Ids) -> Rows:
+        """The vector of one text in higher precision, then on the CPU; a NaN row where nothing helps, (1, n_embd)."""
+        for where, model in self._retries():
+            context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
+            row = context.embed([ids])
+            context.close()
+            if is_usable(row).all():
+                log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
+                self._needs_f32 = model is self.model  # then the next text may need it as well
+                return row
+        return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
+
+    def _retries(self) -> Iterator[tuple[str, llama.Model]]:
+        yield "with an F32 KV cache", self.model
+        if self.model.offloaded:
+            cpu = self._load("cpu", self._overrides)
+            yield "with an F32 KV cache on the CPU", cpu
+            cpu.close()
+
+    def _new_context(self, model: llama.Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
+        return self._context_type(
+            model,
+            n_ctx=-(-n_tokens // _CTX_STEP) * _CTX_STEP,
+            pooling=self.settings.pooling,
+            n_threads=self.settings.n_threads,
+            flash=flash,
+            kv_type=kv_type,
+            watch=self._watch,
+        )
+
+    def _drop_contexts(self) -> None:
+        for flash in list(self._contexts):
+            self._drop(flash)
+
+    def _drop(self, flash: bool) -> None:
+        if context := self._contexts.pop(flash, None):
+            self._past_seconds += context.compute_seconds
+            context.close()

@@ -1,0 +1,228 @@
+"""The thin layer over llama-cpp-python's C functions: logs, devices, threads, a model."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from f2gguf.runtime.errors import DeviceMissing, GGUFError, TextError, UnknownName
+from f2gguf.runtime.llama.worker import interruptible
+from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
+
+for _name in ("ggml_version", "ggml_commit"):
+    getattr(libggml, _name).restype = ctypes.c_char_p
+# device -> names of the ggml backend that drives it, and the build flag that brings it
+DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "auto": ((), ""),
+    "cpu": ((), ""),
+    "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
+    "cuda": (("CUDA",), "-DGGML_CUDA=on"),
+}
+ERROR = 4  # ggml_log_level
+
+_OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
+
+_sinks: list[Callable[[int, str], None]] = []
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+    line = text.decode("utf-8", errors="replace")
+    for sink in list(_sinks):
+        sink(level, line)
+
+
+llama_cpp.llama_log_set(_on_log, ctypes.c_void_p())
+llama_cpp.llama_backend_init()
+
+
+def ggml_build() -> str:
+    """Version and commit of the ggml that llama.cpp was compiled with."""
+    return f"{libggml.ggml_version().decode()} ({libggml.ggml_commit().decode()})"
+
+
+@contextlib.contextmanager
+def log_to(sink: Callable[[int, str], None]) -> Iterator[None]:
+    """Send llama.cpp's log fragments (level, text) to `sink` while the block runs."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors while the block runs."""
+    lines: list[str] = []
+    with log_to(lambda level, text: lines.append(text.strip()) if level == ERROR else None):
+        yield lines
+
+
+def require_device(device: str) -> None:
+    """Raise `UnknownName` for no device, `DeviceMissing` where this build of llama.cpp lacks it."""
+    if device not in DEVICES:
+        raise UnknownName("device", device, DEVICES)
+    names, flag = DEVICES[device]
+    if names and not set(names) & set(_backends()):
+        raise DeviceMissing(
+            f"--device {device}: this build of llama.cpp has only: {', '.join(_backends())}. Reinstall with\n"
+            f'  CMAKE_ARGS="{flag}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
+        )
+
+
+def default_threads() -> int:
+    """Number of physical cores that this process may run on: two threads of one core only get in each other's way.
+
+    macOS: the performance cores. A container's CPU quota counts where it is less.
+    """
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
+        return int(asked.stdout) if asked.stdout.strip().isdigit() else os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    processors = os.sched_getaffinity(0)
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in processors)
+    n_cores = len({path.read_text() for path in siblings if path.exists()}) or len(processors)
+    return max(1, min(n_cores, _cpu_quota() or n_cores))
+
+
+def _cpu_quota() -> int | None:
+    """Processors' worth of time that a container may use (cgroup 2), rounded up; None without a limit."""
+    path = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
+    return None if quota == "max" else -(-int(quota) // int(period))
+
+
+class Model:
+    """A loaded .gguf file. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        n_gpu_layers: int = -1,
+        vocab_only: bool = False,
+        overrides: Mapping[str, bool] | None = None,
+    ) -> None:
+        require_device(device)
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
+        params.use_extra_bufts = not _has_amx()
+        no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
+        if device == "cpu":
+            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+        kept = kv_overrides(overrides or {})
+        params.kv_overrides = kept
+        lines: list[str] = []
+        with captured_errors() as errors, log_to(lambda _, text: lines.append(text)):
+            self.pointer = interruptible(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
+        if not self.pointer:
+            reason = errors[0] if errors else "no reason given"  # later lines only say that it failed
+            raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
+        self.path = path
+        self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
+        offloaded = _OFFLOADED.search("".join(lines))
+        self.offloaded = offloaded[0] if offloaded else ""  # "offloaded 29/29 layers to GPU"
+        self._free = weakref.finalize(self, llama_cpp.llama_model_free, self.pointer)
+        self._free.atexit = False  # after Ctrl-C it may still be in use
+
+    @property
+    def n_embd(self) -> int:
+        return int(llama_cpp.llama_model_n_embd(self.pointer))
+
+    @property
+    def n_vocab(self) -> int:
+        return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Token ids of `text` with the special tokens that the header asks for, (n_tokens,) int32."""
+        data = text.encode("utf-8")
+        n_max = len(data) + 8  # a token has at least one byte, and a handful of special tokens come on top
+        ids = np.empty(n_max, dtype=np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), pointer, n_max, True, True)
+        if n < 0:
+            raise TextError(f"a text of {len(data):,} bytes gave more than {n_max:,} tokens")
+        return ids[:n].copy()
+
+    def token_texts(self) -> list[str]:
+        """The vocabulary as the header spells it, by id."""
+        ids = range(self.n_vocab)
+        texts = (llama_cpp.llama_vocab_get_text(self.vocab, i) for i in ids)
+        return [text.decode("utf-8", errors="replace") for text in texts]
+
+    def piece(self, token: int) -> bytes:
+        """What one token stands for, special tokens by their names."""
+        buffer = ctypes.create_string_buffer(512)  # the longest token of any vocabulary has 256 bytes
+        n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(n, 0)]
+
+    def is_special(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
+
+    @property
+    def closes_texts(self) -> bool:
+        """Whether the tokenizer puts a special token (EOS or [SEP]) after every text."""
+        is_wordpiece = llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
+        return bool(is_wordpiece or llama_cpp.llama_vocab_get_add_eos(self.vocab))
+
+    def close(self) -> None:
+        self._free()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def kv_overrides(values: Mapping[str, Any]) -> Any:
+    """A C array of llama_model_kv_override, ended by an empty key: header values to add or replace.
+
+    bool, float and str (up to 127 bytes) keep their type; llama.cpp stores an int as uint32.
+    """
+    array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
+    for slot, (key, value) in zip(array, values.items(), strict=False):
+        slot.key = key.encode()
+        if isinstance(value, bool):
+            slot.tag, slot.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
+            slot.tag, slot.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        elif isinstance(value, float):
+            slot.tag, slot.value.val_f64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        else:
+            slot.tag, slot.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, str(value).encode()
+    return array
+
+
+def _has_amx() -> bool:
+    """Whether llama.cpp would repack weights for AMX, where it crashes.
+
+    Built by GCC 12, its tile configuration is optimised away, and the first quantised product faults:
+    https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+
+
+def _backends() -> list[str]:
+    libggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    libggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+    libggml.ggml_backend_reg_get.restype = ctypes.c_void_p
+    libggml.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_reg_name.restype = ctypes.c_char_p
+    count = libggml.ggml_backend_reg_count()
+    return [libggml.ggml_backend_reg_name(libggml.ggml_backend_reg_get(i)).decode() for i in range(count)]

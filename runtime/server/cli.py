@@ -1,0 +1,184 @@
+"""The command `f2gguf serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_model
+from f2gguf.runtime.console import say
+from f2gguf.runtime.errors import ExtraMissing, WrongUsage
+
+_COUNT = click.IntRange(1)
+
+
+@click.command()
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub; repeat it. [or $F2GGUF_MODEL]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--api-keys-file", type=click.Path(path_type=Path), help="Keys that clients must have, one a line.")
+@click.option("--api-key-env", metavar="NAME", help="An environment variable that holds such a key, or several.")
+@click.option("--allow-open", is_flag=True, help="Let other machines in without a key.")
+@click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Let pages of this origin in; repeat it.")
+@click.option("--selftest", is_flag=True, help="Refuse files without golden vectors. Files that have them are tested.")
+@click.option("--max-body", "max_body_bytes", default=16 << 20, show_default=True, type=_COUNT, help="Bytes.")
+@click.option("--max-texts", default=2048, show_default=True, type=_COUNT, help="Texts in a request.")
+@click.option("--max-request-tokens", default=262_144, show_default=True, type=_COUNT, help="Tokens in a request.")
+@click.option("--max-waiting-tokens", default=524_288, show_default=True, type=_COUNT, help="More wait: 429.")
+@click.option("--max-requests", default=512, show_default=True, type=_COUNT, help="Requests in flight; more: 429.")
+@click.option("--body-timeout", "body_timeout_s", default=30.0, show_default=True, help="Seconds for a body: 408.")
+@click.option("--drain-timeout", "drain_timeout_s", default=60.0, show_default=True, help="Seconds after SIGTERM.")
+@MAX_TOKENS
+@POOLING
+@DEVICE
+@GPU_LAYERS
+@THREADS
+def serve(
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    api_keys_file: Path | None,
+    api_key_env: str | None,
+    allow_open: bool,
+    cors_origins: tuple[str, ...],
+    selftest: bool,
+    max_body_bytes: int,
+    max_texts: int,
+    max_request_tokens: int,
+    max_waiting_tokens: int,
+    max_requests: int,
+    body_timeout_s: float,
+    drain_timeout_s: float,
+    max_tokens: int | None,
+    pooling: str | None,
+    device: str,
+    n_gpu_layers: int,
+    n_threads: int | None,
+) -> None:
+    """Serve embeddings to the clients of OpenAI, text-embeddings-inference and Ollama.
+
+    A model's NAME is its file's, unless given; clients put ':query' or ':document' behind it. Logs are JSON on stderr,
+    without anybody's text. SIGTERM finishes what was accepted.
+    """
+    files = named_files(models or (require_model(os.environ.get("F2GGUF_MODEL")),))
+    keys = read_keys(api_keys_file, api_key_env)
+    if not keys and not allow_open and not _is_loopback(host):
+        raise WrongUsage(
+            f"--host {host}: other machines could use this server. Pass --api-keys-file or --api-key-env, or "
+            "--allow-open to let everybody in."
+        )
+    require_extra()
+    from f2gguf.runtime.server import app as server
+    from f2gguf.runtime.server.metrics import Metrics
+    from f2gguf.runtime.server.models import Settings, open_model
+
+    settings = Settings(
+        api_keys=keys,
+        cors_origins=cors_origins,
+        max_body_bytes=max_body_bytes,
+        max_texts=max_texts,
+        max_request_tokens=max_request_tokens,
+        max_waiting_tokens=max_waiting_tokens,
+        max_requests=max_requests,
+        body_timeout_s=body_timeout_s,
+    )
+    embedder_options: dict[str, Any] = {
+        "device": device,
+        "n_gpu_layers": n_gpu_layers,
+        "n_threads": n_threads,
+        "pooling": pooling,
+        "max_tokens": max_tokens,
+    }
+    metrics = Metrics()
+    _log_as_json()
+    with server.bound(host, port) as listener:
+        served = [
+            open_model(file, name, settings, metrics, selftest=selftest, **embedder_options)
+            for name, file in files.items()
+        ]
+        for model in served:
+            say(f"{model.name}: {model.embedder.description}; selftest: {model.selftest}")
+        say(f"http://{host}:{listener.getsockname()[1]}")
+        server.serve(server.create_app(served, settings, metrics), listener, drain_timeout_s=drain_timeout_s)
+        for model in served:
+            model.close()
+
+
+def named_files(models: tuple[str, ...]) -> dict[str, str]:
+    """Names and files of `-m [NAME=]MODEL`; where no name is given, the file's own without .gguf."""
+    files: dict[str, str] = {}
+    for given in models:
+        name, equals, model = given.partition("=")
+        if not equals or Path(given).exists():
+            name, model = _own_name(given), given
+        if not name or not model:
+            raise WrongUsage(f"-m {given}: pass MODEL, or NAME=MODEL.")
+        if name in files:
+            raise WrongUsage(f"-m {given}: another model is called {name}. Pass NAME=MODEL.")
+        files[name] = model
+    return files
+
+
+def _own_name(model: str) -> str:
+    """'dist/nano/nano-Q8_0.gguf' and 'org/nano:Q8_0' -> 'nano-Q8_0'."""
+    from f2gguf.runtime.hub.models import parse_reference
+
+    reference = None if Path(model).exists() else parse_reference(model)
+    if reference is None:
+        return Path(model).stem
+    return "-".join([reference.repo.split("/")[1], *([reference.variant] if reference.variant else [])])
+
+
+def read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
+    """API keys of a file (one a line; # begins a comment) and of an environment variable (separated by spaces)."""
+    keys: list[str] = []
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise WrongUsage(f"--api-keys-file {path}: cannot be read: {error}.") from error
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise WrongUsage(f"--api-keys-file {path}: holds no key. Write one a line.")
+    if variable is not None:
+        if not os.environ.get(variable, "").split():
+            raise WrongUsage(f"--api-key-env {variable}: holds no key. Set it.")
+        keys += os.environ[variable].split()
+    return tuple(keys)
+
+
+def require_extra() -> None:
+    """Raise `ExtraMissing` unless the web framework is installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client", "orjson") if find_spec(name) is None]
+    if missing:
+        raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log_as_json() -> None:
+    from f2gguf.runtime.server.guard import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("f2gguf").setLevel(logging.INFO)

@@ -1,0 +1,168 @@
+"""OpenAI's dialect: /v1/embeddings and /v1/models."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+from f2gguf.runtime.gguf.describe import drift_of, is_reference
+from f2gguf.runtime.server.answers import Asked, json_response
+from f2gguf.runtime.server.models import Models
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+
+# fail_fast: a long list of wrong things has one error, not one for each of them
+TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+Text = Annotated[StrictStr, Field(min_length=1)]
+MODEL = Field(description="A model's name; it may end in ':query' or ':document' (or another prompt's name).")
+
+
+class EmbeddingsRequest(BaseModel):
+    """OpenAI's request, and two fields of ours: `input_type` and `truncate`."""
+
+    model: Annotated[StrictStr, MODEL]
+    input: Annotated[
+        Text
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
+        Field(description="A text, texts, token ids, or lists of token ids; a missing closing token is added to ids."),
+    ]
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the model's trained widths.")
+    encoding_format: Literal["float", "base64"] | None = "float"
+    user: StrictStr | None = Field(None, description="Ignored.")
+    input_type: StrictStr | None = Field(
+        None, description="'query', 'document' (default) or another of the model's prompts, put before every text."
+    )
+    truncate: StrictBool = Field(False, description="Cut texts that are too long, instead of refusing them.")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Numbers, or their little-endian float32 bytes in base64.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Tokens that the model saw, prompts and special tokens included.")
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+    truncated: list[int] = Field(description="Indices of the inputs that were cut.")
+
+
+class Drift(BaseModel):
+    """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
+
+    mean: float
+    upper: float = Field(description="Where the mean's 95% interval ends.")
+    max_drift: float = Field(description="The bound.")
+    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep it.")
+    n_texts: int
+
+
+class Model(BaseModel):
+    """OpenAI's four, and what ours add from `fingerprint` on."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    fingerprint: str = Field(description="What X-Embedding-Fingerprint begins with, at full width.")
+    dimensions: list[int]
+    prompts: list[str]
+    prompt_texts: dict[str, str] = Field(description="What is put before texts, by the prompt's name.")
+    name: str = Field(description="The model's own name, whatever it is called here.")
+    variant: str = Field(description="The type of most weights, such as 'Q8_0'.")
+    is_reference: bool = Field(description="Whether the drift of others is measured against such a file.")
+    drift: Drift | None = Field(description="Null where the file states none.")
+    max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
+    device: str
+    selftest: str = Field(description="'passed', or why it was not run.")
+
+
+class ModelsResponse(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    error: Error
+
+
+def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=errors)
+
+    @routes.post("/embeddings", response_model=EmbeddingsResponse)
+    async def embeddings(asked: EmbeddingsRequest, request: Request) -> Response:
+        """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
+        model, prompt_name = models.find(asked.model, asked.input_type)
+        answer = await model.embed(
+            Asked(_inputs(asked.input), prompt_name, asked.dimensions, truncate=asked.truncate), request.state.facts
+        )
+        encode = _base64 if asked.encoding_format == "base64" else lambda row: row
+        rows = enumerate(answer.rows)
+        body = {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": encode(row)} for i, row in rows],
+            "model": asked.model,
+            "usage": {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens},
+            "truncated": answer.truncated,
+        }
+        return json_response(body, headers=answer.headers)
+
+    @routes.get("/models", response_model=ModelsResponse)
+    async def list_models() -> Response:
+        """The models of this server."""
+        return json_response({"object": "list", "data": [_model(name, models) for name in models.by_name]})
+
+    @routes.get("/models/{name:path}", response_model=Model)
+    async def get_model(name: str) -> Response:
+        """One model of this server."""
+        return json_response(_model(name, models))
+
+    return routes
+
+
+def _inputs(given: Any) -> list[Any]:
+    """Texts or lists of ids, also where the request has just one."""
+    is_single = isinstance(given, str) or isinstance(given[0], int)
+    return [given] if is_single else given
+
+
+def _base64(row: Any) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def _model(name: str, models: Models) -> dict[str, Any]:
+    model, _ = models.find(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(model.header.path.stat().st_mtime),
+        "owned_by": "f2gguf",
+        "fingerprint": model.fingerprint(),
+        "dimensions": list(model.header.dims),
+        "prompts": list(model.header.prompts),
+        "prompt_texts": model.header.prompts,
+        "name": model.header.name,
+        "variant": model.header.variant,
+        "is_reference": is_reference(model.header),
+        "drift": drift_of(model.header),
+        "max_tokens": model.embedder.max_seq_length,
+        "device": model.embedder.description,
+        "selftest": model.selftest,
+    }
