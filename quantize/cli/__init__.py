@@ -23,11 +23,10 @@ from f2gguf.quantize.cli.options import (
     STOCK,
     refuse_together,
     settle,
-    settle_found,
 )
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress
-from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
+from f2gguf.runtime.errors import OverBound, WrongUsage
 from f2gguf.runtime.server.cli import serve
 
 
@@ -76,8 +75,8 @@ def all_(
     Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Variants whose
     stock recipe is over the bound are repaired until they hold it. Exit code 3 where one drifts more all the same.
     """
-    from f2gguf.evals.conversion import as_json as json_text
-    from f2gguf.quantize.pipeline import Job, make_release
+    from f2gguf.evals.drift import json_text
+    from f2gguf.quantize.pipeline import quantize_model
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.report.tables import report_lines
     from f2gguf.quantize.source.fetch import find_model
@@ -89,31 +88,38 @@ def all_(
     lock = read_lock(lock_path)
     chosen = [require_variant(name.strip()) for name in variants.split(",")]
     require_device(device)
-    found = [find_model(model, lock) for model in models or [lock.default]]
+    models = models or (lock.default,)
+    sources = [find_model(model, lock) for model in models]
+    _require_different_names([entry.name for entry, _ in sources], models)
     if dry_run:
-        for entry, folder in found:
+        for entry, folder in sources:
             click.echo("\n".join(_dry_run_lines(entry, folder, out, chosen)))
         return
-    over = []
-    for entry, folder in found:
-        facts = settle_found(entry, folder, pooling=pooling)
-        job = Job(
-            facts,
-            out,
+    reports = []
+    for model in models:
+        report = quantize_model(
+            model,
+            out=out,
+            variants=chosen,
             max_drift=max_drift,
-            device=device,
-            progress=progress,
-            force=force,
-            stock=stock,
             max_size=max_size,
+            stock=stock,
             calibration=calibration,
             imatrix=imatrix,
+            pooling=pooling,
+            device=device,
+            lock=lock_path,
+            force=force,
         )
-        report = make_release(job, chosen)
-        over += [f"{job.name} {name}" for name in chosen if not report["variants"][name]["holds"]]
-        click.echo(json_text(report) if as_json else "\n".join(report_lines(report)))
-        for path in sorted(job.folder.iterdir()):
+        reports.append(report)
+        if not as_json:
+            click.echo("\n".join(report_lines(report)))
+        for path in sorted((out / report.model).iterdir()):
             click.echo(str(path), err=as_json)
+    if as_json:
+        documents = [report.as_dict() for report in reports]
+        click.echo(json_text(documents if len(documents) > 1 else documents[0]), nl=False)
+    over = [f"{report.model} {name}" for report in reports for name in chosen if not report.variants[name].holds]
     if over:
         raise OverBound(
             f"over the bound of {format_bound(max_drift)}: {', '.join(over)}. Every file was written, and says so."
@@ -147,22 +153,15 @@ def convert(
 
 @click.command()
 @click.argument("model")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Where `quantize all` wrote.")
-@POOLING
-@LOCK
-def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
+@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+def card(model: str, out: Path) -> None:
     """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
-    from f2gguf.quantize.checkpoint.folder import read_json
+    from f2gguf.quantize.release.check import find_release
     from f2gguf.quantize.release.write import write_release
+    from f2gguf.quantize.report.report import read_report
 
-    facts = settle(model, pooling, lock_path)
-    path = out / facts.name / "drift.json"
-    if not path.exists():
-        raise WrongUsage(f"{path}: no such file. Measure the model first: quantize all {model} --out {out}")
-    report = read_json(path)
-    with parsing(path, InputError, f"Measure the model again: quantize all {model} --out {out}"):
-        paths = write_release(facts, path.parent, report)
-    for path in paths:
+    folder = find_release(model, out)
+    for path in write_release(folder, read_report(folder)):
         click.echo(str(path))
 
 
@@ -180,6 +179,14 @@ for command in (
 f2gguf.add_command(bench)
 f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
+
+
+def _require_different_names(names: list[str], models: tuple[str, ...]) -> None:
+    """Refuse two models that would be written to one folder."""
+    for i, name in enumerate(names):
+        if name.lower() in map(str.lower, names[:i]):
+            first = models[[earlier.lower() for earlier in names].index(name.lower())]
+            raise WrongUsage(f"{first} and {models[i]}: both are called {name}. Run them with different --out folders.")
 
 
 def _dry_run_lines(entry: Any, folder: Path | None, out: Path, variants: list[str]) -> list[str]:

@@ -86,39 +86,49 @@ def variant(
 ) -> None:
     """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, repaired until it holds the bound, and measured."""
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.make import Measurement, settle
+    from f2gguf.quantize.repair.make import Evaluation, make_measured
     from f2gguf.quantize.repair.plan import require_variant
+    from f2gguf.quantize.repair.recipe import Recipe
+    from f2gguf.quantize.repair.search import make_within_bound
+    from f2gguf.quantize.repair.study import study_source
     from f2gguf.quantize.repair.tensors import Weights
     from f2gguf.runtime import Embedder
-    from f2gguf.runtime.files import require_absent
+    from f2gguf.runtime.files import require_absent, writing
 
     choices = {"--max-size": max_size, "--calibration": calibration}
     refuse_together(**{"--recipe": recipe_path, "--stock": stock, **choices})
     refuse_together(**{"--stock": stock, **choices, "--imatrix": imatrix})
     name = require_variant(name)
-    weights = Weights(source)  # no such file is said before its name is taken apart
+    weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
     imatrix_path = path.with_suffix(".imatrix.gguf")
-    with _work_folder(path) as work:
-        options = {
-            "imatrix_path": imatrix_path,
-            "work": work,
-            "calibration": calibration,
-            "given_imatrix": imatrix,
-            "device": device,
-        }
-        if not (recipe_path or stock):
-            require_absent(imatrix_path, force=force or imatrix == imatrix_path)
-        chosen, used = _recipes(weights, name, recipe_path, stock, (max_drift, max_size), options)
+    needs_search = not (recipe_path or stock)
+    if needs_search:
+        require_absent(imatrix_path, force=force or imatrix == imatrix_path)
+    fixed = _stated_recipe(recipe_path, weights, name, imatrix) if recipe_path else (Recipe(name), {})
+    with _work_folder(path) as work, writing(path) as part:
+        if needs_search:
+            study = study_source(
+                source,
+                imatrix_path=imatrix_path,
+                work=work,
+                calibration=calibration,
+                given_imatrix=imatrix,
+                device=device,
+                progress=progress,
+            )
         with Embedder(source, device=device) as model:
             texts = claimed_texts(load_texts(), model.header.languages)
             with progress(f"measure {source.name}", len(texts)) as advance:
                 reference = embed_texts(model, texts, advance)
-        measurement = Measurement(texts, reference, max_drift, device, progress)
-        verdict = settle(weights, path, chosen, used, measurement=measurement)
-    _show_verdict(path, verdict.as_dict(), as_json)
-    for written in [path] if recipe_path or stock else [imatrix_path, path]:
+        evaluation = Evaluation(texts, reference, max_drift, device, progress)
+        if needs_search:
+            verdict = make_within_bound(study, name, part, evaluation=evaluation, max_size=max_size).verdict
+        else:
+            verdict = make_measured(weights, part, *fixed, evaluation=evaluation)
+    _show_verdict(path, verdict, as_json)
+    for written in [imatrix_path, path] if needs_search else [path]:
         click.echo(str(written), err=as_json)
     _require_bound(path, verdict)
 
@@ -165,9 +175,8 @@ def verify(
     "kind": "query" are queries.
     """
     from f2gguf.evals.against import open_reference
-    from f2gguf.evals.conversion import as_json as json_text
     from f2gguf.evals.corpus import corpus_lines, judge_corpus, read_corpus
-    from f2gguf.evals.drift import judge
+    from f2gguf.evals.drift import json_text, judge
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
     from f2gguf.runtime import Embedder
     from f2gguf.runtime.gguf.header import read_header
@@ -193,7 +202,7 @@ def verify(
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
     verdict = judge(vectors, reference(), texts, dims=header.dims, max_drift=max_drift)
-    _show_verdict(candidate, verdict.as_dict(), as_json)
+    _show_verdict(candidate, verdict, as_json)
     return _require_bound(candidate, verdict)
 
 
@@ -217,30 +226,23 @@ def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path
 
 @contextlib.contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """Where a command keeps what another run of it goes on from; removed when it ends well."""
+    """Where a command keeps what a later run of it goes on from; no other run may use it; removed when it ends well."""
+    from f2gguf.runtime.files import locked
+
     folder = path.with_name(path.name + ".work")
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with locked(folder):
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _recipes(
-    weights: Any, variant: str, recipe_path: Path | None, stock: bool, bound: tuple[float, int | None], options: Any
-) -> tuple[Any, Any]:
-    """The recipes to try, and the importance matrix that they use."""
+def _stated_recipe(path: Path, weights: Any, variant: str, imatrix: Path | None) -> tuple[Any, Any]:
+    """The recipe of a file, and the importance matrix that it uses."""
     from f2gguf.quantize.repair.imatrix import read_imatrix
-    from f2gguf.quantize.repair.make import only
-    from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
-    from f2gguf.quantize.repair.search import recipes
-    from f2gguf.quantize.repair.study import study_source
+    from f2gguf.quantize.repair.recipe import read_recipe, require_inputs
 
-    if recipe_path:
-        recipe = read_recipe(recipe_path)
-        require_inputs(recipe, weights, variant, options["given_imatrix"], recipe_path)
-        return only(recipe), read_imatrix(options["given_imatrix"], weights) if recipe.imatrix_sha256 else {}
-    if stock:
-        return only(Recipe(variant)), {}
-    study = study_source(weights.header.path, progress=progress, **options)
-    return recipes(study, variant, max_drift=bound[0], max_size=bound[1]), study.imatrix
+    recipe = read_recipe(path)
+    require_inputs(recipe, weights, variant, imatrix, path)
+    return recipe, read_imatrix(imatrix, weights) if imatrix and recipe.imatrix_sha256 else {}
 
 
 def _require_bound(path: Path, verdict: Any) -> None:
@@ -250,10 +252,10 @@ def _require_bound(path: Path, verdict: Any) -> None:
         raise OverBound(f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}.")
 
 
-def _show_verdict(path: Path, verdict: dict[str, Any], as_json: bool) -> None:
-    from f2gguf.evals.conversion import as_json as json_text
+def _show_verdict(path: Path, verdict: Any, as_json: bool) -> None:
+    from f2gguf.evals.drift import json_text
     from f2gguf.quantize.report.tables import COLUMNS, verdict_cells
     from f2gguf.runtime.files import format_size
 
     row = [path.name, format_size(path.stat().st_size), *verdict_cells(verdict)]
-    click.echo(json_text(verdict) if as_json else text_table(COLUMNS, [row]))
+    click.echo(json_text(verdict.as_dict()) if as_json else text_table(COLUMNS, [row]))
