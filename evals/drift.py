@@ -204,7 +204,7 @@ def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, float | None]:
+def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
     """Neighbours of the queries whose answers are known among the documents; of all rows where there are none."""
     from scipy.stats import spearmanr
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from f2gguf.quantize.report.picture import can_draw
 from f2gguf.quantize.report.report import Report
 from f2gguf.quantize.report.sections import PICTURE, Block, Bullets, Details, Heading, Paragraph, Picture, sections
 from f2gguf.quantize.report.tables import Table
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 
 def model_card(report: Report) -> str:
@@ -44,7 +48,7 @@ def _front_matter(report: Report) -> str:
     return str(data.to_yaml())
 
 
-def _eval_results(report: Report) -> Iterator[object]:
+def _eval_results(report: Report) -> Iterator[EvalResult]:
     """The model-index: each variant's figures. Source: https://github.com/huggingface/hub-docs, modelcard.md"""
     from huggingface_hub import EvalResult
 
