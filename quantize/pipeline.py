@@ -185,14 +185,14 @@ def _start(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> 
     if changes := old.origin_changes(new):
         say(f"F16: made again, because of another {', '.join(changes)}")
         return new
-    if not _has_bytes(job.folder, old, "F16"):
-        files = {name: file for name, file in old.files.items() if name != "F16"}
-        return replace(new, files=files, imatrix=old.imatrix, stock=old.stock, variants=old.variants)
-    if old.conversion and old.conversion.holds is None and can_check():
+    was_checked = old.conversion is not None and old.conversion.holds is not None
+    if _has_bytes(job.folder, old, "F16") and (was_checked or not can_check()):
+        say(f"F16: {job.file('F16')} is there")
+        return replace(old, max_drift=job.max_drift)
+    if not was_checked:
         say("F16: made again, because gate 1 was not run then and can be now")
-        return new
-    say(f"F16: {job.file('F16')} is there")
-    return replace(old, max_drift=job.max_drift)
+    variants = {name: file for name, file in old.files.items() if name != "F16"}  # they stay if F16 has the same bytes
+    return replace(new, files=variants, imatrix=old.imatrix, stock=old.stock, variants=old.variants)
 
 
 def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
