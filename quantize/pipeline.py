@@ -354,7 +354,7 @@ def _study(job: Job) -> Study:
         imatrix_path=job.imatrix_path,
         work=job.work,
         calibration=job.calibration,
-        given_imatrix=job.imatrix,
+        own_imatrix=job.imatrix,
         device=job.device,
         progress=job.progress,
     )

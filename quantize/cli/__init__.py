@@ -13,6 +13,7 @@ from f2gguf.quantize.cli import push as cli_push
 from f2gguf.quantize.cli.options import (
     CALIBRATION,
     DEVICE,
+    FORCE,
     IMATRIX,
     JSON,
     LOCK,
@@ -21,8 +22,8 @@ from f2gguf.quantize.cli.options import (
     PATH,
     POOLING,
     STOCK,
+    facts_of,
     refuse_together,
-    settle,
 )
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress
@@ -41,8 +42,8 @@ def quantize() -> None:
 
 @quantize.command("all")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="What to make besides F16.")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Where the models' folders go.")
+@click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="Variants to make besides F16.")
+@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that gets a folder for each model.")
 @MAX_DRIFT
 @MAX_SIZE
 @STOCK
@@ -51,29 +52,15 @@ def quantize() -> None:
 @POOLING
 @DEVICE
 @LOCK
-@click.option("--force", is_flag=True, help="Make everything again.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--force", is_flag=True, help="Make everything again, even what is there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @JSON
-def all_(
-    models: tuple[str, ...],
-    variants: str,
-    out: Path,
-    max_drift: float,
-    max_size: int | None,
-    stock: bool,
-    calibration: Path | None,
-    imatrix: Path | None,
-    pooling: str | None,
-    device: str,
-    lock_path: Path | None,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fetch, convert, calibrate, quantise, measure, write the card.
 
-    Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Variants whose
-    stock recipe is over the bound are repaired until they hold it. Exit code 3 where one drifts more all the same.
+    Without MODEL, the default of models.lock is made. A run that was stopped goes on when the same command is run again.
+    A variant whose stock recipe is over the bound is repaired until it holds the bound. The exit code is 3 if a variant
+    is over the bound all the same.
     """
     from f2gguf.evals.drift import json_text
     from f2gguf.quantize.pipeline import quantize_model
@@ -84,58 +71,42 @@ def all_(
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama.model import require_device
 
-    refuse_together(**{"--stock": stock, "--max-size": max_size, "--calibration": calibration, "--imatrix": imatrix})
-    lock = read_lock(lock_path)
-    chosen = [require_variant(name.strip()) for name in variants.split(",")]
-    require_device(device)
+    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    lock = read_lock(options["lock"])
+    names = [require_variant(name.strip()) for name in variants.split(",")]
+    require_device(options["device"])
     models = models or (lock.default,)
     sources = [find_model(model, lock) for model in models]
     _require_different_names([entry.name for entry, _ in sources], models)
     if dry_run:
         for entry, folder in sources:
-            click.echo("\n".join(_dry_run_lines(entry, folder, out, chosen)))
+            click.echo("\n".join(_dry_run_lines(entry, folder, options["out"], names)))
         return
     reports = []
     for model in models:
-        report = quantize_model(
-            model,
-            out=out,
-            variants=chosen,
-            max_drift=max_drift,
-            max_size=max_size,
-            stock=stock,
-            calibration=calibration,
-            imatrix=imatrix,
-            pooling=pooling,
-            device=device,
-            lock=lock_path,
-            force=force,
-        )
+        report = quantize_model(model, variants=names, **options)
         reports.append(report)
         if not as_json:
             click.echo("\n".join(report_lines(report)))
-        for path in sorted((out / report.model).iterdir()):
+        for path in sorted((options["out"] / report.model).iterdir()):
             click.echo(str(path), err=as_json)
     if as_json:
         documents = [report.as_dict() for report in reports]
         click.echo(json_text(documents if len(documents) > 1 else documents[0]), nl=False)
-    over = [f"{report.model} {name}" for report in reports for name in chosen if not report.variants[name].holds]
+    over = [f"{report.model} {name}" for report in reports for name in names if not report.variants[name].holds]
     if over:
-        raise OverBound(
-            f"over the bound of {format_bound(max_drift)}: {', '.join(over)}. Every file was written, and says so."
-        )
+        bound = format_bound(options["max_drift"])
+        raise OverBound(f"over the bound of {bound}: {', '.join(over)}. Every file was written, and says so.")
 
 
 @click.command()
 @click.argument("model")
-@click.option("--dtype", default="f16", show_default=True, help="f16, bf16 or f32.")
-@click.option("-o", "--output", type=PATH, help="The file to write [default: NAME-DTYPE.gguf].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
+@click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: NAME-DTYPE.gguf].")
+@FORCE
 @POOLING
 @LOCK
-def convert(
-    model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock_path: Path | None
-) -> None:
+def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock: Path | None) -> None:
     """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
     from f2gguf.evals.texts import load_texts
     from f2gguf.quantize.convert.write import require_dtype
@@ -143,7 +114,7 @@ def convert(
     from f2gguf.runtime.files import require_absent, writing
 
     require_dtype(dtype)
-    facts = settle(model, pooling, lock_path)
+    facts = facts_of(model, pooling, lock)
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:

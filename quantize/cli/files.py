@@ -12,6 +12,7 @@ import click
 from f2gguf.quantize.cli.options import (
     CALIBRATION,
     DEVICE,
+    FORCE,
     IMATRIX,
     JSON,
     LOCK,
@@ -20,9 +21,9 @@ from f2gguf.quantize.cli.options import (
     PATH,
     POOLING,
     STOCK,
+    facts_of,
     refuse_together,
     require_number,
-    settle,
 )
 from f2gguf.runtime.cli import COLUMN
 from f2gguf.runtime.console import progress, text_table
@@ -31,8 +32,8 @@ from f2gguf.runtime.errors import OverBound, WrongUsage
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.option("-o", "--output", type=PATH, help="The file to write [default: beside SOURCE].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
+@FORCE
 @CALIBRATION
 @DEVICE
 def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
@@ -45,24 +46,16 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        study_source(
-            source,
-            imatrix_path=path,
-            work=work,
-            calibration=calibration,
-            given_imatrix=None,
-            device=device,
-            progress=progress,
-        )
+        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device, progress=progress)
     click.echo(str(path))
 
 
 @click.command()
 @click.argument("source", type=PATH)
 @click.argument("name", metavar="VARIANT")
-@click.option("-o", "--output", type=PATH, help="The file to write [default: beside SOURCE].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
-@click.option("--recipe", "recipe_path", type=PATH, help="Make it by the recipe of this .gguf or .json file.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
+@FORCE
+@click.option("--recipe", type=PATH, help="Make the file by the recipe of this .gguf or .json file.")
 @MAX_DRIFT
 @MAX_SIZE
 @STOCK
@@ -70,63 +63,25 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @IMATRIX
 @DEVICE
 @JSON
-def variant(
-    source: Path,
-    name: str,
-    output: Path | None,
-    force: bool,
-    recipe_path: Path | None,
-    max_drift: float,
-    max_size: int | None,
-    stock: bool,
-    calibration: Path | None,
-    imatrix: Path | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, repaired until it holds the bound, and measured."""
-    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.make import Evaluation, make_measured
     from f2gguf.quantize.repair.plan import require_variant
-    from f2gguf.quantize.repair.recipe import Recipe
-    from f2gguf.quantize.repair.search import make_within_bound
-    from f2gguf.quantize.repair.study import study_source
     from f2gguf.quantize.repair.tensors import Weights
-    from f2gguf.runtime import Embedder
     from f2gguf.runtime.files import require_absent, writing
 
-    choices = {"--max-size": max_size, "--calibration": calibration}
-    refuse_together(**{"--recipe": recipe_path, "--stock": stock, **choices})
-    refuse_together(**{"--stock": stock, **choices, "--imatrix": imatrix})
+    refuse_together(options, "recipe", "stock", "max_size", "calibration")
+    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
     imatrix_path = path.with_suffix(".imatrix.gguf")
-    needs_search = not (recipe_path or stock)
+    needs_search = not (options["recipe"] or options["stock"])
     if needs_search:
-        require_absent(imatrix_path, force=force or imatrix == imatrix_path)
-    fixed = _stated_recipe(recipe_path, weights, name, imatrix) if recipe_path else (Recipe(name), {})
+        require_absent(imatrix_path, force=force or options["imatrix"] == imatrix_path)
     with _work_folder(path) as work, writing(path) as part:
-        if needs_search:
-            study = study_source(
-                source,
-                imatrix_path=imatrix_path,
-                work=work,
-                calibration=calibration,
-                given_imatrix=imatrix,
-                device=device,
-                progress=progress,
-            )
-        with Embedder(source, device=device) as model:
-            texts = claimed_texts(load_texts(), model.header.languages)
-            with progress(f"measure {source.name}", len(texts)) as advance:
-                reference = embed_texts(model, texts, advance)
-        evaluation = Evaluation(texts, reference, max_drift, device, progress)
-        if needs_search:
-            verdict = make_within_bound(study, name, part, evaluation=evaluation, max_size=max_size).verdict
-        else:
-            verdict = make_measured(weights, part, *fixed, evaluation=evaluation)
+        make = _searched if needs_search else _by_recipe
+        verdict = make(weights, name, part, imatrix_path, work, **options)
     _show_verdict(path, verdict, as_json)
     for written in [imatrix_path, path] if needs_search else [path]:
         click.echo(str(written), err=as_json)
@@ -164,7 +119,7 @@ def verify(
     max_drift: float,
     pooling: str | None,
     device: str,
-    lock_path: Path | None,
+    lock: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the drift of a file against a reference.
@@ -190,7 +145,7 @@ def verify(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock_path),
+        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock),
         device=device,
         endpoint_model=endpoint_model,
         api_key_env=api_key_env,
@@ -206,14 +161,14 @@ def verify(
     return _require_bound(candidate, verdict)
 
 
-def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
+def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock: Path | None) -> Any:
     """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
     from f2gguf.evals.against import Reference
     from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.convert.readback import reference_ids
 
     require_transformers()
-    facts = settle(model, pooling, lock_path)
+    facts = facts_of(model, pooling, lock)
     run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
     ids = reference_ids(facts, texts)
 
@@ -231,18 +186,59 @@ def _work_folder(path: Path) -> Iterator[Path]:
 
     folder = path.with_name(path.name + ".work")
     with locked(folder):
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
+            raise
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stated_recipe(path: Path, weights: Any, variant: str, imatrix: Path | None) -> tuple[Any, Any]:
-    """The recipe of a file, and the importance matrix that it uses."""
-    from f2gguf.quantize.repair.imatrix import read_imatrix
-    from f2gguf.quantize.repair.recipe import read_recipe, require_inputs
+def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: Path, **options: Any) -> Any:
+    """Make `path` by the recipe that a search chooses; gives the verdict."""
+    from f2gguf.quantize.repair.search import make_within_bound
+    from f2gguf.quantize.repair.study import study_source
 
-    recipe = read_recipe(path)
-    require_inputs(recipe, weights, variant, imatrix, path)
-    return recipe, read_imatrix(imatrix, weights) if imatrix and recipe.imatrix_sha256 else {}
+    study = study_source(
+        weights.header.path,
+        imatrix_path=imatrix_path,
+        work=work,
+        calibration=options["calibration"],
+        own_imatrix=options["imatrix"],
+        device=options["device"],
+        progress=progress,
+    )
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
+    return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
+
+
+def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _work: Path, **options: Any) -> Any:
+    """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
+    from f2gguf.quantize.repair.imatrix import read_imatrix
+    from f2gguf.quantize.repair.make import make_measured
+    from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
+
+    recipe, imatrix = Recipe(variant), {}
+    if options["recipe"]:
+        recipe = read_recipe(options["recipe"])
+        require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])
+        imatrix = read_imatrix(options["imatrix"], weights) if recipe.imatrix_sha256 else {}
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
+    return make_measured(weights, path, recipe, imatrix, evaluation=evaluation)
+
+
+def _evaluation(source: Path, max_drift: float, device: str) -> Any:
+    """The evaluation texts that the model answers for, and the F16 file's vectors of them."""
+    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
+    from f2gguf.quantize.repair.make import Evaluation
+    from f2gguf.runtime import Embedder
+
+    with Embedder(source, device=device) as model:
+        texts = claimed_texts(load_texts(), model.header.languages)
+        with progress(f"measure {source.name}", len(texts)) as advance:
+            reference = embed_texts(model, texts, advance)
+    return Evaluation(texts, reference, max_drift, device, progress)
 
 
 def _require_bound(path: Path, verdict: Any) -> None:

@@ -112,27 +112,27 @@ def study_source(
     imatrix_path: Path,
     work: Path,
     calibration: Path | None,
-    given_imatrix: Path | None,
     device: str,
     progress: Progress,
+    own_imatrix: Path | None = None,
 ) -> Study:
-    """Run the calibration texts through `source`, write the importance matrix (or the given one) to `imatrix_path`.
+    """Run the calibration texts through `source`, and write the importance matrix to `imatrix_path`.
 
-    A run that was stopped goes on from what is in `work`.
+    `own_imatrix` is a file of the user's own that takes its place. A run that was stopped goes on from `work`.
     """
     weights = Weights(source)
     texts = load_calibration(calibration, weights.header.languages)
-    if given_imatrix:
-        read_imatrix(given_imatrix, weights)  # is refused before the work, if it must be
+    if own_imatrix:
+        read_imatrix(own_imatrix, weights)  # a wrong one is refused before the work
     work.mkdir(parents=True, exist_ok=True)
     with progress("calibrate", len(texts)) as advance:
         state_path = work / "activations.npz"
         activations, reference = collect(source, texts, device=device, state_path=state_path, on_progress=advance)
-    if given_imatrix is None:
+    if own_imatrix is None:
         write_imatrix(imatrix_path, activations, weights.header, texts)
-    elif given_imatrix.resolve() != imatrix_path.resolve():
+    elif own_imatrix.resolve() != imatrix_path.resolve():
         with writing(imatrix_path) as part:
-            shutil.copyfile(given_imatrix, part)
+            shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
     imatrix = read_imatrix(imatrix_path, weights)
     return Study(weights, imatrix, imatrix_path, activations, texts, reference, work, device, progress)
