@@ -58,9 +58,9 @@ def quantize() -> None:
 def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fetch, convert, calibrate, quantise, measure, write the card.
 
-    Without MODEL, the default of models.lock is made. A run that was stopped goes on when the same command is run again.
-    A variant whose stock recipe is over the bound is repaired until it holds the bound. The exit code is 3 if a variant
-    is over the bound all the same.
+    Without MODEL, the default of models.lock is made. The same command goes on after a run that was stopped. A variant
+    whose stock recipe is over the bound is repaired until it holds the bound. The exit code is 3 if a variant is over
+    the bound all the same.
     """
     from f2gguf.evals.drift import json_text
     from f2gguf.quantize.pipeline import quantize_model
