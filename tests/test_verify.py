@@ -149,14 +149,28 @@ def _cut(folder: Path) -> bytes:
     return (folder / "whole.npy").read_bytes()[:-100]
 
 
-@pytest.mark.parametrize("against", ["x.npy", "x.gguf", "f2llm-nan", "./x", "http://127.0.0.1:9/v1", "http://"])
+@pytest.mark.parametrize(
+    "against",
+    [
+        "x.npy",
+        "x.gguf",
+        "f2llm-nan",
+        "./x",
+        "http://127.0.0.1:9/v1",
+        "http://",
+        "http://[::1",
+        "http://:x",
+        "http://a b",
+        "a:9/v1",
+    ],
+)
 def test_a_bad_reference_is_said_before_anything_is_embedded(
     against: str, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("f2gguf.evals.texts.embed_texts", None)  # would be called with a TypeError
     result = verify(nano_f16, "--against", against)
     assert result.exit_code in (1, 2)
-    assert result.stderr.startswith("error: ")
+    assert (result.stderr.startswith("error: "), "Traceback" in result.output) == (True, False)
     assert against.removeprefix("./") in result.stderr
 
 

@@ -125,7 +125,7 @@ def variant(
 
 @click.command()
 @click.argument("candidate", type=PATH)
-@click.option("--against", required=True, metavar="FILE|MODEL|URL", help="The reference, as said above.")
+@click.option("--against", required=True, metavar="FILE|MODEL|URL", help="What the file is compared with.")
 @click.option("--corpus", metavar="FILE", help="Texts of your own: .txt, .jsonl or .csv.")
 @COLUMN
 @click.option(
@@ -137,7 +137,11 @@ def variant(
     help="A similarity at which you cut; again for more [default: quantiles].",
 )
 @click.option("--endpoint-model", metavar="NAME", help="The model that a URL is asked for.")
-@click.option("--api-key-env", metavar="NAME", help="Environment variable of a URL's key [default: OPENAI_API_KEY].")
+@click.option(
+    "--api-key-env",
+    metavar="NAME",
+    help="Environment variable that holds the URL's key [default for OpenAI: OPENAI_API_KEY].",
+)
 @MAX_DRIFT
 @POOLING
 @DEVICE
@@ -157,14 +161,14 @@ def verify(
     lock_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the drift of a file against a reference.
+    """Measure the drift of a file against a baseline.
 
     --against takes another GGUF file; a MODEL, which transformers runs in float32, layer by layer where it does not fit
     the memory; a .npy or .safetensors file of vectors in the order of the texts; or the URL of an OpenAI-compatible
     endpoint. --corpus measures on texts of your own, and how far their similarity scores and thresholds move; rows with
     "kind": "query" are queries.
     """
-    from f2gguf.evals.against import open_reference
+    from f2gguf.evals.against import open_baseline
     from f2gguf.evals.conversion import as_json as json_text
     from f2gguf.evals.corpus import corpus_lines, judge_corpus, read_corpus
     from f2gguf.evals.drift import judge
@@ -177,11 +181,11 @@ def verify(
     header = read_header(candidate)
     header.require_pooling()
     texts = read_corpus(corpus, column=column) if corpus else claimed_texts(load_texts(), header.languages)
-    reference = open_reference(
+    baseline = open_baseline(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock_path),
+        run_checkpoint=lambda model: _checkpoint_baseline(model, texts, pooling, lock_path),
         device=device,
         endpoint_model=endpoint_model,
         api_key_env=api_key_env,
@@ -189,17 +193,17 @@ def verify(
     with Embedder(candidate, device=device) as model, progress(f"measure {candidate.name}", len(texts)) as advance:
         vectors = embed_texts(model, texts, advance)
     if corpus:
-        on_corpus = judge_corpus(vectors, reference(), texts, thresholds=thresholds, max_drift=max_drift)
+        on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=max_drift)
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
-    verdict = judge(vectors, reference(), texts, dims=header.dims, max_drift=max_drift)
+    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=max_drift)
     _show_verdict(candidate, verdict.as_dict(), as_json)
     return _require_bound(candidate, verdict)
 
 
-def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
-    """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
-    from f2gguf.evals.against import Reference
+def _checkpoint_baseline(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
+    """The vectors of MODEL's checkpoint, as `open_baseline` takes them."""
+    from f2gguf.evals.against import Baseline
     from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.convert.readback import reference_ids
 
@@ -212,7 +216,7 @@ def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path
         with progress(f"run {facts.name}, {name}", len(texts)) as advance:
             return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
 
-    return Reference(facts.n_embd, vectors)
+    return Baseline(facts.n_embd, vectors)
 
 
 @contextlib.contextmanager
