@@ -17,6 +17,16 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import EndpointFailed, ExtraMissing, WrongUsage
 
 BUSY = {"Retry-After-Ms": "1"}
+BAD_URLS = ["http://[::1", "http://", "http:///v1", "http://host:99999", "http://host:x", "http://a..b/v1", "host/v1"]
+BAD_URLS += [
+    "http://256.1.1.1/v1",
+    "http://\u2028/",
+    "ftp://host/v1",
+    "",
+    "http://ho st/v1",
+    " http://host",
+    "http://h\n/v1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +121,7 @@ def test_passwords_and_queries_of_a_url_are_never_shown() -> None:
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://[::1", "http://", "http:///v1", "http://host:99999", "http://host:x", "http://a..b/v1", "http://256.1.1.1/v1", "http://\u2028/", "ftp://host/v1", "host/v1"]
-    + ["", "http://ho st/v1", " http://host", "http://host\n/v1"],
-)
+@pytest.mark.parametrize("url", BAD_URLS)
 def test_what_is_no_url_is_wrong_usage(url: str) -> None:
     with pytest.raises(WrongUsage, match=r"is no URL of an API: .* Write it like http://localhost:8080/v1"):
         open_endpoint(url)
