@@ -33,21 +33,20 @@ class SideProcess:
         self.pid = self._process.pid
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or its last lines."""
+        """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or with how its process ended."""
         assert self._process.stdout
         try:
             answer: dict[str, Any] = pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError) as error:
-            raise BenchFailed(self._how_it_ended()) from error
-        if reason := answer.get("error"):
-            named = reason if reason.startswith(self.name) else f"{self.name}: {reason}"
-            raise BenchFailed(named + self._last_lines())
+            raise self._failed(_how_it_ended(self._process.wait())) from error
+        if "error" in answer:
+            raise self._failed(answer["error"])
         return answer
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""
         assert self._process.stdin
-        with contextlib.suppress(OSError):  # its process has ended: `answer` says how
+        with contextlib.suppress(OSError):  # its process has ended, and `answer` says how
             send(self._process.stdin, request)
         return self.answer()
 
@@ -60,17 +59,18 @@ class SideProcess:
             with contextlib.suppress(OSError):  # a request that nobody reads any more
                 stream.close()  # type: ignore[union-attr]
 
-    def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
-        return f"{self.name}: its process ended early ({how}).{memory}{self._last_lines()}"
-
-    def _last_lines(self) -> str:
+    def _failed(self, reason: str) -> BenchFailed:
+        """The error of this side, which names it, and quotes what it said last."""
         self._log.seek(0)
-        lines = self._log.read().decode("utf-8", errors="replace").splitlines()
-        last = [line.rstrip() for line in lines if line.strip()][-_N_LINES:]
-        return "".join(f"\n  {line}" for line in (["It said last:", *last] if last else []))
+        lines = [line.rstrip() for line in self._log.read().decode("utf-8", errors="replace").splitlines()]
+        last = "".join(f"\n  {line}" for line in list(filter(None, lines))[-_N_LINES:])
+        return BenchFailed(f"{self.name}: {reason}" + (f"\n  It said last:{last}" if last else ""))
+
+
+def _how_it_ended(code: int) -> str:
+    how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
+    return f"its process ended early ({how}).{memory}"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from f2gguf.runtime.files import format_size, require_absent, write_text, writin
 
 FORMATS = (".png", ".svg", ".json")
 _COLUMNS = ("", "texts/s", "tokens/s", "median s", "ours/theirs", "min cosine")
+_UNITS = {"queries": ("texts_per_s", "queries/s")}  # other workloads differ in length: tokens/s
 _THEIR_COLOUR = "#c3cad0"
 _PANEL_WIDTH, _BAR_HEIGHT = 3.6, 0.42  # inches
 _ROOM = 1.6  # of the longest bar, so that the words behind it fit
@@ -90,40 +91,34 @@ def _draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
     from f2gguf.evals.plot import OURS_COLOUR, frame, picture
 
     names, model, machine = list(report["sides"]), report["model"], report["machine"]
-    panels = [*_speed_panels(report["work"]), _memory_panel(report["sides"])]
+    panels = list(_panels(report))
+    colours = [OURS_COLOUR if name == OURS else _THEIR_COLOUR for name in names]
     size = (1.9 + _PANEL_WIDTH * len(panels), 0.95 + _BAR_HEIGHT * len(names))
     with picture(path, size=size, file_format=file_format) as figure:
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, values, labels) in zip(all_axes, panels, strict=True):
-            colours = [OURS_COLOUR if name == OURS else _THEIR_COLOUR for name in names]
-            axes.bar_label(axes.barh(range(len(names)), values, color=colours, height=0.62), labels=labels, padding=4)
+        for axes, (title, values, ratios) in zip(all_axes, panels, strict=True):
+            labels = [
+                f"{value:,.0f}   {ratio}" if value else "not known" for value, ratio in zip(values, ratios, strict=True)
+            ]
+            axes.bar_label(axes.barh(names, values, color=colours, height=0.62), labels=labels, padding=4)
             frame(axes, title, "bottom")
             axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, max(values) * _ROOM))  # the first side on top
-            axes.set_yticks(range(len(names)), names)
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_visible(False)
         title = f"{model['name']} {model['file_type']}, {machine['cpu']}, {machine['n_threads']} threads, sides in turn"
         figure.suptitle(f"{title}, medians, rounds: {report['rounds']}\n", fontsize=9, x=0.005, ha="left")
 
 
-Panel = tuple[str, list[float], list[str]]  # title, a value and a label for every side
+def _panels(report: dict[str, Any]) -> Iterator[tuple[str, list[float], list[str]]]:
+    """A title, and for every side a value and what it is of f2gguf's."""
+    for name, work in report["work"].items():
+        key, unit = _UNITS.get(name, ("tokens_per_s", "tokens/s"))
+        sides = work["sides"]
+        yield f"{name}, {unit}", [side[key] for side in sides.values()], _ratios(sides, "ratio", ".2f", "x")
+    sides = report["sides"]
+    megabytes = [(side["peak_rss_bytes"] or 0) / 1e6 for side in sides.values()]
+    yield "peak memory, MB", megabytes, _ratios(sides, "rss_ratio", ".0%")
 
 
-def _speed_panels(work: dict[str, Any]) -> Iterator[Panel]:
-    for name, figures in work.items():
-        # queries are about equally long, other texts are not
-        key, unit = ("texts_per_s", "queries/s") if name == "queries" else ("tokens_per_s", "tokens/s")
-        values = [side[key] for side in figures["sides"].values()]
-        ratios = [f"   f2gguf {side['ratio']:.2f}x" for side in figures["sides"].values()]
-        yield f"{name}, {unit}", values, _labels(values, ratios)
-
-
-def _memory_panel(sides: dict[str, Any]) -> Panel:
-    values = [(side["peak_rss_bytes"] or 0) / 1e6 for side in sides.values()]
-    ratios = [f"   f2gguf {side['rss_ratio'] or 0:.0%}" for side in sides.values()]
-    return "peak memory, MB", values, _labels(values, ratios)
-
-
-def _labels(values: list[float], ratios: list[str]) -> list[str]:
-    shown = [f"{value:,.0f}{ratio}" if value else "not known" for value, ratio in zip(values, ratios, strict=True)]
-    return [f"{values[0]:,.0f}", *shown[1:]]
+def _ratios(sides: dict[str, Any], key: str, shape: str, unit: str = "") -> list[str]:
+    return ["" if name == OURS else f"f2gguf {side[key] or 0:{shape}}{unit}" for name, side in sides.items()]

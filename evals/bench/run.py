@@ -47,9 +47,7 @@ def choose_sides(
 ) -> dict[str, SideSettings]:
     """Name -> settings of every side, f2gguf first, all checked before anything starts."""
     require_device(device)
-    common = SideSettings(
-        str(header.path), header.require_pooling(pooling), device, n_threads or default_threads(), N_CTX
-    )
+    common = SideSettings(str(header.path), header.require_pooling(pooling), device, n_threads or default_threads())
     sides = {OURS: common, LLAMA_EMBED: common}
     if llama_server:
         binary = _require_server(llama_server)
@@ -154,13 +152,13 @@ def _side_figures(setups: dict[str, str], measured: Sequence[Answers]) -> dict[s
     """How each side was run, its peak memory over all workloads, and our peak as a share of it."""
     peaks = {name: max(answers[name][-1]["peak_rss_bytes"] or 0 for answers in measured) for name in setups}
     return {
-        name: {"setup": setup, "peak_rss_bytes": peaks[name] or None, "rss_ratio": _share(peaks[OURS], peaks[name])}
+        name: {
+            "setup": setup,
+            "peak_rss_bytes": peaks[name] or None,
+            "rss_ratio": peaks[OURS] / peaks[name] if peaks[name] else None,
+        }
         for name, setup in setups.items()
     }
-
-
-def _share(ours: int, theirs: int) -> float | None:
-    return ours / theirs if theirs else None
 
 
 def _model_facts(header: Header, sides: Mapping[str, SideSettings]) -> dict[str, Any]:

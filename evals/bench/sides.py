@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,13 +126,8 @@ def _llama_embed(settings: SideSettings) -> Iterator[Side]:
     from f2gguf.runtime.gguf.header import POOLING_IDS
 
     n_ctx, n_threads = settings.n_ctx, settings.n_threads
-    options = {
-        "n_ctx": n_ctx,
-        "n_batch": n_ctx,
-        "n_ubatch": n_ctx,
-        "n_threads": n_threads,
-        "n_threads_batch": n_threads,
-    }
+    options: dict[str, Any] = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), n_ctx)
+    options |= dict.fromkeys(("n_threads", "n_threads_batch"), n_threads)
     options |= {"n_gpu_layers": 0 if settings.device == "cpu" else -1, "pooling_type": POOLING_IDS[settings.pooling]}
     with contextlib.closing(llama_cpp.Llama(settings.model, embedding=True, verbose=False, **options)) as llama:
         yield Side(
@@ -157,12 +153,12 @@ def _sentence_transformers(settings: SideSettings, dtype: str) -> Iterator[Side]
 def _llama_server(settings: SideSettings) -> Iterator[Side]:
     command = server_command(settings)
     with running_server(command) as (url, pid):
-        yield from _url(settings, f"{url}/v1", setup=shlex.join(command[5:]), pid=pid)
+        yield from _url(replace(settings, url=f"{url}/v1"), setup=shlex.join(command[5:]), pid=pid)
 
 
-def _url(settings: SideSettings, url: str, *, setup: str = "", pid: int | None = None) -> Iterator[Side]:
+def _url(settings: SideSettings, *, setup: str = "", pid: int | None = None) -> Iterator[Side]:
     """An OpenAI-compatible API, asked for several lists of texts at a time."""
-    endpoint = open_endpoint(url, model=settings.url_model, key_env=settings.api_key_env)
+    endpoint = open_endpoint(str(settings.url), model=settings.url_model, key_env=settings.api_key_env)
     with connected(endpoint) as ask, ThreadPoolExecutor(N_CONNECTIONS) as pool:
         yield Side(
             lambda texts, prompt: endpoint_vectors(endpoint, ask, [prompt + text for text in texts], run=pool.map),
@@ -171,17 +167,13 @@ def _url(settings: SideSettings, url: str, *, setup: str = "", pid: int | None =
         )
 
 
-_OPENERS = {OURS: _f2gguf, LLAMA_EMBED: _llama_embed, LLAMA_SERVER: _llama_server}
-
-
-@contextlib.contextmanager
-def _opened(name: str, settings: SideSettings) -> Iterator[Side]:
-    if settings.url:
-        yield from _url(settings, settings.url)
-    elif name in TRANSFORMERS:
-        yield from _sentence_transformers(settings, TRANSFORMERS[name])
-    else:
-        yield from _OPENERS[name](settings)
+_OPENERS: dict[str, Callable[[SideSettings], Iterator[Side]]] = {
+    OURS: _f2gguf,
+    LLAMA_EMBED: _llama_embed,
+    LLAMA_SERVER: _llama_server,
+    **{name: functools.partial(_sentence_transformers, dtype=dtype) for name, dtype in TRANSFORMERS.items()},
+}
+_opened = contextlib.contextmanager(lambda name, settings: _OPENERS.get(name, _url)(settings))
 
 
 def main() -> None:
