@@ -74,7 +74,7 @@ def peak_rss_bytes(pid: int | None = None) -> int | None:
 
 
 @contextlib.contextmanager
-def running_server(command: list[str], *, log: IO[bytes] | None = None) -> Iterator[tuple[str, int]]:
+def running_server(command: list[str], *, log: IO[bytes] | int | None = None) -> Iterator[tuple[str, int]]:
     """Start a server on a free port: its URL and process id, once it lists its models. It ends with the block.
 
     Raises `BenchFailed` where it ends early, or does not answer.
