@@ -18,6 +18,7 @@ from f2gguf.evals.bench.sides import SideSettings, send
 from f2gguf.runtime.errors import BenchFailed
 
 _MAIN = "from f2gguf.evals.bench.sides import main; main()"
+PATIENCE_S = 1.0
 _N_LINES = 5  # of what a side said last, in its error
 
 
@@ -31,12 +32,13 @@ class SideProcess:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         self.pid = self._process.pid
+        self._requests: Any = self._process.stdin
+        self._answers: Any = self._process.stdout
 
     def answer(self) -> dict[str, Any]:
         """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or with how its process ended."""
-        assert self._process.stdout
         try:
-            answer: dict[str, Any] = pickle.load(self._process.stdout)
+            answer: dict[str, Any] = pickle.load(self._answers)
         except (EOFError, pickle.UnpicklingError) as error:
             raise self._failed(_how_it_ended(self._process.wait())) from error
         if "error" in answer:
@@ -45,26 +47,28 @@ class SideProcess:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""
-        assert self._process.stdin
         with contextlib.suppress(OSError):  # its process has ended, and `answer` says how
-            send(self._process.stdin, request)
+            send(self._requests, request)
         return self.answer()
 
     def close(self) -> None:
         """End the process and whatever it started."""
+        with contextlib.suppress(OSError):  # a request that nobody reads any more
+            self._requests.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # an idle side ends itself, and waits for its server
+            self._process.wait(PATIENCE_S)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where all have ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            with contextlib.suppress(OSError):  # a request that nobody reads any more
-                stream.close()  # type: ignore[union-attr]
+        self._answers.close()
+        self._log.close()
 
     def _failed(self, reason: str) -> BenchFailed:
         """The error of this side, which names it, and quotes what it said last."""
         self._log.seek(0)
-        lines = [line.rstrip() for line in self._log.read().decode("utf-8", errors="replace").splitlines()]
-        last = "".join(f"\n  {line}" for line in list(filter(None, lines))[-_N_LINES:])
-        return BenchFailed(f"{self.name}: {reason}" + (f"\n  It said last:{last}" if last else ""))
+        lines = self._log.read().decode("utf-8", errors="replace").splitlines()
+        last = [line.rstrip() for line in lines if line.strip()][-_N_LINES:]
+        return BenchFailed("\n  ".join([f"{self.name}: {reason}", *(["It said last:", *last] if last else [])]))
 
 
 def _how_it_ended(code: int) -> str:

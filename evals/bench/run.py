@@ -18,16 +18,17 @@ from f2gguf.evals.bench.machine import machine_facts, versions
 from f2gguf.evals.bench.process import SideProcess, started
 from f2gguf.evals.bench.sides import LLAMA_EMBED, LLAMA_SERVER, OURS, TRANSFORMERS, SideSettings
 from f2gguf.evals.bench.texts import Workload
+from f2gguf.evals.drift import drift
 from f2gguf.evals.endpoint import open_endpoint, shown_url
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.engine import is_usable
 from f2gguf.runtime.llama.model import default_threads, require_device
 from numpy.typing import NDArray
 
 N_CTX = 512  # room of the other sides; more where a text is longer
 PAUSE_S = 0.25  # before each measurement: LLVM's OpenMP threads spin for 0.2 s after their work (KMP_BLOCKTIME)
-_PACKAGES = {"sentence_transformers": "sentence-transformers", "torch": "torch"}  # module -> what pip installs
 
 Answers = dict[str, list[dict[str, Any]]]  # side -> its answer in each round
 
@@ -119,12 +120,9 @@ def _min_cosine(name: str, ours: NDArray[np.float32], theirs: NDArray[np.float32
         raise BenchFailed(
             f"{name}: gives vectors of shape {theirs.shape}, f2gguf of {ours.shape}: these are different models."
         )
-    products = np.sum(ours.astype(np.float64) * theirs, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosines = products / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
-    if not np.isfinite(cosines).all():
+    if not is_usable(theirs).all():
         raise BenchFailed(f"{name}: gives vectors that are not finite, or zero. Try --device cpu, or another file.")
-    return float(cosines.min())
+    return float(1 - drift(theirs, ours).max())
 
 
 def _work_figures(workload: Workload, answers: Answers, cosines: dict[str, float]) -> dict[str, Any]:
@@ -151,12 +149,9 @@ def _work_figures(workload: Workload, answers: Answers, cosines: dict[str, float
 def _side_figures(setups: dict[str, str], measured: Sequence[Answers]) -> dict[str, Any]:
     """How each side was run, its peak memory over all workloads, and our peak as a share of it."""
     peaks = {name: max(answers[name][-1]["peak_rss_bytes"] or 0 for answers in measured) for name in setups}
+    shares = {name: peaks[OURS] / peak if peak else None for name, peak in peaks.items()}
     return {
-        name: {
-            "setup": setup,
-            "peak_rss_bytes": peaks[name] or None,
-            "rss_ratio": peaks[OURS] / peaks[name] if peaks[name] else None,
-        }
+        name: {"setup": setup, "peak_rss_bytes": peaks[name] or None, "rss_ratio": shares[name]}
         for name, setup in setups.items()
     }
 
@@ -178,7 +173,7 @@ def _require_checkpoint(folder: Path) -> None:
             f"{folder}: is no checkpoint folder, it has no config.json (--checkpoint). Pass the folder that the file "
             "was made from."
         )
-    if missing := [package for module, package in _PACKAGES.items() if not find_spec(module)]:
+    if missing := [name for name in ("sentence-transformers", "torch") if not find_spec(name.replace("-", "_"))]:
         raise ExtraMissing(f"--checkpoint: not installed: {', '.join(missing)}. Run: pip install {' '.join(missing)}")
 
 
