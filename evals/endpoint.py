@@ -64,6 +64,12 @@ def shown_url(url: str) -> str:
     return re.sub("//[^/]*@", "//", url).partition("?")[0]
 
 
+def require_client(what: str) -> None:
+    """Raise `ExtraMissing` unless the package is there with which `what` is asked."""
+    if not find_spec("openai"):
+        raise ExtraMissing(f"{what}: openai is not installed. Run: pip install 'f2gguf[endpoints]'")
+
+
 def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = None) -> Endpoint:
     """The endpoint at `url`, which may end in "/embeddings"; the key is the environment variable's `key_env`.
 
@@ -71,8 +77,7 @@ def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = N
     Raises `WrongUsage` for what is no URL and for a variable without a usable key, `ExtraMissing` without `openai`.
     """
     parts, own = _split(url), _split(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
-    if not find_spec("openai"):
-        raise ExtraMissing(f"{shown_url(url)}: openai is not installed. Run: pip install 'f2gguf[endpoints]'")
+    require_client(shown_url(url))
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/embeddings"), query="", fragment="").geturl()
     is_openai = _origin(parts) == _origin(own)
     if is_openai and os.environ.get(KEY_ENV, "").strip():

@@ -256,6 +256,13 @@ def test_checkpoint_of_another_model_is_an_error() -> None:
         bench._min_cosine("x", ours, theirs)
 
 
+@pytest.mark.parametrize("value", [0, np.nan, np.inf])
+def test_vectors_that_are_none_are_an_error(value: float) -> None:
+    ours, theirs = np.ones((2, 4), dtype=np.float32), np.full((2, 4), value, dtype=np.float32)
+    with pytest.raises(BenchFailed, match="x: gives vectors that are not finite, or zero"):
+        bench._min_cosine("x", ours, theirs)
+
+
 def test_ctrl_c_leaves_no_process(nano_f16: Path, tmp_path: Path) -> None:
     model = tmp_path / "interrupted.gguf"
     model.hardlink_to(nano_f16)

@@ -19,7 +19,7 @@ from f2gguf.evals.bench.process import SideProcess, started
 from f2gguf.evals.bench.sides import LLAMA_EMBED, LLAMA_SERVER, OURS, TRANSFORMERS, SideSettings
 from f2gguf.evals.bench.texts import Workload
 from f2gguf.evals.drift import drift
-from f2gguf.evals.endpoint import open_endpoint, shown_url
+from f2gguf.evals.endpoint import open_endpoint, require_client, shown_url
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
@@ -183,7 +183,7 @@ def _require_server(binary: str) -> str:
         raise WrongUsage(
             f"{binary}: no such program (--llama-server). Build llama-server from llama.cpp's source, or give its path."
         )
-    open_endpoint("http://localhost")  # it is asked by the same client as a URL
+    require_client("--llama-server")
     return path
 
 
