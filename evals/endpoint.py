@@ -92,14 +92,19 @@ def connected(endpoint: Endpoint) -> Iterator[Ask]:
     The client waits and tries again where the endpoint is busy (429 and 5xx) or cannot be reached. Then the function
     raises `EndpointFailed`.
     """
+    import httpx2
     import openai
 
+    try:
+        http_client = openai.DefaultHttpxClient(follow_redirects=False)  # texts and key go to no other host
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        raise endpoint.failed(f"{error}. Check the proxies and certificates that your environment names.") from error
     with openai.OpenAI(
         base_url=endpoint.url,
         api_key=endpoint.key or "none",  # without one, the client would take that of the environment
         default_query=endpoint.query,
         max_retries=N_RETRIES,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False),  # texts and key go to no other host
+        http_client=http_client,
     ) as client:
         yield lambda texts: _ask(client, endpoint, list(texts))
 

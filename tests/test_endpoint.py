@@ -97,6 +97,13 @@ def test_a_port_where_nobody_listens_is_one_error(monkeypatch: pytest.MonkeyPatc
             vectors_of(open_endpoint(url), ["a"])
 
 
+@pytest.mark.parametrize("name", ["ALL_PROXY", "SSL_CERT_FILE"])
+def test_an_environment_that_the_client_cannot_use_is_one_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "ftp://nowhere")
+    with pytest.raises(EndpointFailed, match=r"/v1/embeddings: .*Check the proxies and certificates"):
+        vectors_of(open_endpoint("https://host/v1"), ["a"])
+
+
 def test_batches_of_different_widths_are_one_error(api: Api) -> None:
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         wide = len(answer["data"]) > 1
