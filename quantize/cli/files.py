@@ -90,8 +90,10 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
 
 @click.command()
 @click.argument("candidate", type=PATH)
-@click.option("--against", required=True, metavar="FILE|MODEL|URL", help="The reference, as said above.")
-@click.option("--corpus", metavar="FILE", help="Texts of your own: .txt, .jsonl or .csv.")
+@click.option(
+    "--against", required=True, metavar="FILE|MODEL|URL", help="What to compare with: the four kinds named above."
+)
+@click.option("--corpus", metavar="FILE", help="Measure on your own texts: a .txt, .jsonl or .csv file.")
 @COLUMN
 @click.option(
     "--threshold",
@@ -99,37 +101,26 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     type=click.FloatRange(-1, 1),
     multiple=True,
     callback=require_number,
-    help="A similarity at which you cut; again for more [default: quantiles].",
+    help="Similarity from which you count a pair; repeatable [default: quantiles of the scores].",
 )
-@click.option("--endpoint-model", metavar="NAME", help="The model that a URL is asked for.")
-@click.option("--api-key-env", metavar="NAME", help="Environment variable of a URL's key [default: OPENAI_API_KEY].")
+@click.option("--endpoint-model", metavar="NAME", help="Model that a URL is asked for.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with the key of a URL.")
 @MAX_DRIFT
 @POOLING
 @DEVICE
 @LOCK
 @JSON
 def verify(
-    candidate: Path,
-    against: str,
-    corpus: str | None,
-    column: str,
-    thresholds: tuple[float, ...],
-    endpoint_model: str | None,
-    api_key_env: str | None,
-    max_drift: float,
-    pooling: str | None,
-    device: str,
-    lock: Path | None,
-    as_json: bool,
+    candidate: Path, against: str, corpus: str | None, thresholds: tuple[float, ...], as_json: bool, **options: Any
 ) -> None:
-    """Measure the drift of a file against a reference.
+    """Measure the drift of a file against a baseline.
 
     --against takes another GGUF file; a MODEL, which transformers runs in float32, layer by layer where it does not fit
     the memory; a .npy or .safetensors file of vectors in the order of the texts; or the URL of an OpenAI-compatible
     endpoint. --corpus measures on texts of your own, and how far their similarity scores and thresholds move; rows with
-    "kind": "query" are queries.
+    "kind": "query" are queries. Without --api-key-env, $OPENAI_API_KEY is used, for OpenAI's own host alone.
     """
-    from f2gguf.evals.against import open_reference
+    from f2gguf.evals.against import open_baseline
     from f2gguf.evals.corpus import corpus_lines, judge_corpus, read_corpus
     from f2gguf.evals.drift import json_text, judge
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
@@ -140,30 +131,35 @@ def verify(
         raise WrongUsage("--threshold: is measured on texts of your own. Name them with --corpus.")
     header = read_header(candidate)
     header.require_pooling()
-    texts = read_corpus(corpus, column=column) if corpus else claimed_texts(load_texts(), header.languages)
-    reference = open_reference(
+    texts = claimed_texts(load_texts(), header.languages)
+    if corpus:
+        texts = read_corpus(corpus, column=options["column"])
+    baseline = open_baseline(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock),
-        device=device,
-        endpoint_model=endpoint_model,
-        api_key_env=api_key_env,
+        run_checkpoint=lambda model: _checkpoint_baseline(model, texts, options["pooling"], options["lock"]),
+        device=options["device"],
+        endpoint_model=options["endpoint_model"],
+        api_key_env=options["api_key_env"],
     )
-    with Embedder(candidate, device=device) as model, progress(f"measure {candidate.name}", len(texts)) as advance:
+    with (
+        Embedder(candidate, device=options["device"]) as model,
+        progress(f"measure {candidate.name}", len(texts)) as advance,
+    ):
         vectors = embed_texts(model, texts, advance)
     if corpus:
-        on_corpus = judge_corpus(vectors, reference(), texts, thresholds=thresholds, max_drift=max_drift)
+        on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=options["max_drift"])
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
-    verdict = judge(vectors, reference(), texts, dims=header.dims, max_drift=max_drift)
+    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=options["max_drift"])
     _show_verdict(candidate, verdict, as_json)
     return _require_bound(candidate, verdict)
 
 
-def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock: Path | None) -> Any:
-    """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
-    from f2gguf.evals.against import Reference
+def _checkpoint_baseline(model: str, texts: Any, pooling: str | None, lock: Path | None) -> Any:
+    """The vectors of MODEL's checkpoint, as `open_baseline` takes them."""
+    from f2gguf.evals.against import Baseline
     from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.convert.readback import reference_ids
 
@@ -176,7 +172,7 @@ def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock: Pat
         with progress(f"run {facts.name}, {name}", len(texts)) as advance:
             return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
 
-    return Reference(facts.n_embd, vectors)
+    return Baseline(facts.n_embd, vectors)
 
 
 @contextlib.contextmanager
