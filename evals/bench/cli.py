@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from f2gguf.runtime.cli import COLUMN, DEVICE, JSON, MODEL, POOLING, THREADS, require_model
+from f2gguf.runtime.cli import COLUMN, DEVICE, FORCE, JSON, MODEL, POOLING, THREADS, require_model
 
 _COUNT = click.IntRange(1)
 _PATH = click.Path(path_type=Path)
@@ -13,22 +13,35 @@ _PATH = click.Path(path_type=Path)
 
 @click.command()
 @MODEL
-@click.option("--work", default="documents,queries", show_default=True, help="Of documents, queries, input.")
-@click.option("--texts", "n_texts", default=64, show_default=True, type=_COUNT, help="Documents; queries: 4 times it.")
-@click.option("--rounds", default=5, show_default=True, type=_COUNT, help="Measured rounds.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed that picks the texts' words.")
-@click.option("--input", "input_path", metavar="FILE", help="Documents of your own, as one more workload: input.")
+@click.option(
+    "--work", default="documents,queries", show_default=True, help="Workloads, of: documents, queries, input."
+)
+@click.option(
+    "--texts",
+    "n_texts",
+    default=64,
+    show_default=True,
+    type=_COUNT,
+    help="Number of documents; queries are 4 times as many.",
+)
+@click.option("--rounds", default=5, show_default=True, type=_COUNT, help="Number of measured rounds.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed that picks the benchmark texts."
+)
+@click.option("--input", "input_path", metavar="FILE", help="Your own documents, as one more workload: input.")
 @COLUMN
 @click.option("--llama-server", metavar="BINARY", help="Measure llama.cpp's server as well.")
-@click.option("--server-flags", default="", help="Further flags for it, in one string.")
+@click.option("--server-flags", default="", help="Further flags for llama-server, in one string.")
 @click.option("--checkpoint", type=_PATH, help="Measure sentence-transformers on this folder as well.")
 @click.option(
-    "--url", "urls", metavar="URL", multiple=True, help="Measure an OpenAI-compatible API as well; again for more."
+    "--url", "urls", metavar="URL", multiple=True, help="Measure an OpenAI-compatible API as well; repeatable."
 )
 @click.option("--url-model", "url_models", metavar="NAME", multiple=True, help="Model that a URL is asked for.")
-@click.option("--api-key-env", "api_key_envs", metavar="NAME", multiple=True, help="Environment variable of its key.")
-@click.option("-o", "--output", type=_PATH, help="A .png, .svg or .json file.")
-@click.option("--force", is_flag=True, help="Overwrite the output file.")
+@click.option(
+    "--api-key-env", "api_key_envs", metavar="NAME", multiple=True, help="Environment variable with the key of a URL."
+)
+@click.option("-o", "--output", type=_PATH, help="A .png, .svg or .json file to write.")
+@FORCE
 @POOLING
 @DEVICE
 @THREADS
