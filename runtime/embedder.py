@@ -25,7 +25,7 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.context import Watch
 from f2gguf.runtime.llama.engine import Engine, Settings, is_usable, normalized
-from f2gguf.runtime.llama.model import default_threads
+from f2gguf.runtime.llama.library import default_threads
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
 from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest

@@ -14,7 +14,7 @@ from typing import Any
 
 from f2gguf.evals.bench.sides import SideSettings
 from f2gguf.runtime.errors import BenchFailed
-from f2gguf.runtime.llama.model import default_threads
+from f2gguf.runtime.llama.library import default_threads
 
 MATMUL_SIZE = 1536
 _MATMUL_ROUNDS = 9

@@ -22,7 +22,7 @@ from f2gguf.evals.bench.texts import Workload
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.model import default_threads, require_device
+from f2gguf.runtime.llama.library import default_threads, require_device
 from numpy.typing import NDArray
 
 N_CTX = 512  # room of the other sides; more where a text is longer

@@ -83,7 +83,7 @@ def all_(
     from f2gguf.quantize.source.fetch import find_model
     from f2gguf.quantize.source.lock import read_lock
     from f2gguf.runtime.files import format_bound
-    from f2gguf.runtime.llama.model import require_device
+    from f2gguf.runtime.llama.library import require_device
 
     refuse_together(**{"--stock": stock, "--max-size": max_size, "--calibration": calibration, "--imatrix": imatrix})
     lock = read_lock(lock_path)
