@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NoVector, TruncationWarning
+from f2gguf.runtime.llama.encoder import add_prompt
 from numpy.typing import NDArray
 
 PATH = Path(__file__).with_name("texts.jsonl")
@@ -110,5 +111,4 @@ def _naming(texts: Sequence[EvalText]) -> Iterator[None]:
 
 def prompted(text: EvalText, prompts: dict[str, str]) -> str:
     """The text with the prompt of its kind in front, as `embed_texts` embeds it."""
-    prompt = prompts.get("query" if text.kind == "query" else "document", "")
-    return text.text if text.text.startswith(prompt) else prompt + text.text
+    return add_prompt(text.text, prompts.get("query" if text.kind == "query" else "document", ""))

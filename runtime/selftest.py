@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 from f2gguf.runtime.errors import SelftestFailed
 from f2gguf.runtime.gguf.golden import Golden, require_golden
 from f2gguf.runtime.gguf.header import POOLING_IDS
-from f2gguf.runtime.llama.engine import Engine, Rows, normalized
-from f2gguf.runtime.llama.packing import Ids, leading_length, shared_length
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.encoder import Encoder, normalized
+from f2gguf.runtime.llama.engine import Rows
+from f2gguf.runtime.llama.packing import Ids, leading_length
 from numpy.typing import NDArray
 
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
@@ -70,14 +70,14 @@ class Selftest:
         return {**asdict(self), "path": str(self.path), "min_cosine": cosine, "holds": not self.faults}
 
 
-def selftest(engine: Engine) -> Selftest:
+def selftest(encoder: Encoder) -> Selftest:
     """Compare token ids and vectors of the probes with the header's; `SelftestMissing` where it has none."""
-    golden = require_golden(engine.header)
-    cosines = golden.cosines_of(probe_vectors(engine, golden))
-    faults = [*_token_faults(engine, golden), *_vector_faults(engine, golden, cosines)]
+    golden = require_golden(encoder.header)
+    cosines = golden.cosines_of(probe_vectors(encoder, golden))
+    faults = [*_token_faults(encoder, golden), *_vector_faults(encoder, golden, cosines)]
     return Selftest(
-        path=engine.header.path,
-        device=engine.description,
+        path=encoder.header.path,
+        device=encoder.description,
         n_texts=len(golden.texts),
         min_cosine=float(cosines[golden.is_compared].min()),
         maker_min_cosine=float(golden.cosines[golden.is_compared].min()),
@@ -85,7 +85,7 @@ def selftest(engine: Engine) -> Selftest:
     )
 
 
-def probe_vectors(engine: Engine, golden: Golden) -> Rows:
+def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
     """L2-normalised vectors of the maker's token ids, NaN rows where there is none, (n_texts, n_embd) float32.
 
     Texts of one prompt go together, so that what they share is computed as in a user's call.
@@ -93,16 +93,16 @@ def probe_vectors(engine: Engine, golden: Golden) -> Rows:
     vectors = np.empty_like(golden.vectors)
     for name in dict.fromkeys(golden.prompts):
         rows = [i for i, prompt in enumerate(golden.prompts) if prompt == name]
-        ids = [golden.ids[i] for i in rows]
-        vectors[rows] = engine.embed(ids, n_shared=shared_length(ids), on_batch=lambda _: None)
+        vectors[rows] = encoder.compute([golden.ids[i] for i in rows])
     return normalized(vectors)
 
 
-def _token_faults(engine: Engine, golden: Golden) -> Iterator[Fault]:
-    header = engine.header
-    tokenizer = Tokenizer(engine.model, header, max_tokens=header.max_tokens)
-    pairs = zip(golden.prompts, golden.texts, strict=True)
-    found = [tokenizer(header.prompts.get(name, "") + text)[0] for name, text in pairs]
+def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
+    header = encoder.header
+    found = [
+        encoder.tokenize([text], header.prompts.get(name, ""), max_tokens=header.max_tokens).ids[0]
+        for name, text in zip(golden.prompts, golden.texts, strict=True)
+    ]
     differing = [i for i, ids in enumerate(found) if not np.array_equal(ids, golden.ids[i])]
     closing = [i for i in differing if _differs_only_at_the_end(found[i], golden.ids[i])]
     others = [i for i in differing if i not in closing]
@@ -145,13 +145,13 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _vector_faults(engine: Engine, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
+def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
     bad = _below_floor(golden, cosines)
     if not len(bad):
         return
-    pooling = engine.settings.pooling
+    pooling = encoder.settings.pooling
     for other in POOLING_IDS:
-        if other != pooling and not len(_below_floor(golden, _cosines_by(engine, golden, other))):
+        if other != pooling and not len(_below_floor(golden, _cosines_by(encoder, golden, other))):
             yield Fault(
                 "pooling",
                 f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}",
@@ -163,8 +163,8 @@ def _vector_faults(engine: Engine, golden: Golden, cosines: NDArray[np.float64])
         "vectors",
         f"{len(bad)} of {len(cosines)} texts are off, at worst text {i + 1} ({_shown(golden.texts[i])}): {value}, "
         f"where the maker had {golden.cosines[i]:.6f} and {_floors(golden)[i]:.6f} is the least allowed. "
-        f"Computed on {engine.description}. "
-        + ("Try --device cpu." if engine.model.offloaded else f"The weights are damaged. {_AGAIN}"),
+        f"Computed on {encoder.description}. "
+        + ("Try --device cpu." if encoder.is_offloaded else f"The weights are damaged. {_AGAIN}"),
     )
 
 
@@ -178,7 +178,6 @@ def _floors(golden: Golden) -> NDArray[np.float64]:
     return np.asarray(golden.cosines - TOLERANCE - DRIFT_SHARE * (1 - golden.cosines), dtype=np.float64)
 
 
-def _cosines_by(engine: Engine, golden: Golden, pooling: str) -> NDArray[np.float64]:
-    settings = replace(engine.settings, pooling=pooling)
-    with contextlib.closing(Engine(engine.header, settings, overrides=load_overrides(engine.header))) as other:
+def _cosines_by(encoder: Encoder, golden: Golden, pooling: str) -> NDArray[np.float64]:
+    with contextlib.closing(encoder.with_pooling(pooling)) as other:
         return golden.cosines_of(probe_vectors(other, golden))

@@ -12,7 +12,7 @@ from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import GGUFError, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.tokenizer import open_tokenizer
 from f2gguf.runtime.tables import read_texts
 from numpy.typing import NDArray
 
@@ -34,7 +34,6 @@ INPUT = "input"  # the texts of --input, as documents
 _WORD = re.compile("[Ġ▁][a-z]{2,}")  # a token that starts a word: 'Ġ' in byte-level BPE, U+2581 in the other tokenizers
 _N_WORDS = 4096  # as many of the vocabulary's first words, which are its most frequent
 _FEWEST_WORDS = 100
-_NO_CUT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,5 @@ def _cut(text: str, tokenize: Tokenize, most: int) -> str:
 
 @contextmanager
 def _tokenizer(header: Header) -> Iterator[tuple[Tokenize, Model]]:
-    with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
-        tokenizer = Tokenizer(model, header, max_tokens=_NO_CUT)
-        yield lambda text: tokenizer(text)[0], model
+    with open_tokenizer(header) as tokenizer:
+        yield lambda text: tokenizer(text)[0], tokenizer.model

@@ -13,10 +13,8 @@ from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import PART_SUFFIX
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.model import Model
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.tokenizer import open_tokenizer
 from numpy.typing import NDArray
-
-_NO_LIMIT = 1 << 30
 
 
 def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
@@ -33,8 +31,7 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
     prompts = dict(facts.prompts)
     samples = [*HOSTILE, *(prompted(text, prompts) for text in texts)]
     expected = checkpoint_ids(facts, samples)
-    with Model(path, vocab_only=True, overrides=load_overrides(header)) as model:
-        tokenizer = Tokenizer(model, header, max_tokens=_NO_LIMIT)
+    with open_tokenizer(header) as tokenizer:
         for sample, wanted in zip(samples, expected, strict=True):
             found, _ = tokenizer(sample)
             if not np.array_equal(found, wanted):

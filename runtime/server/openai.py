@@ -57,7 +57,7 @@ class EmbeddingsResponse(BaseModel):
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
 
 
-class Drift(BaseModel):
+class StatedDrift(BaseModel):
     """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
 
     mean: float
@@ -81,7 +81,7 @@ class Model(BaseModel):
     name: str = Field(description="The model's own name, whatever it is called here.")
     variant: str = Field(description="The type of most weights, such as 'Q8_0'.")
     is_reference: bool = Field(description="Whether the drift of others is measured against such a file.")
-    drift: Drift | None = Field(description="Null where the file states none.")
+    drift: StatedDrift | None = Field(description="Null where the file states none.")
     max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
     device: str
     selftest: str = Field(description="'passed', or why it was not run.")
