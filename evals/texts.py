@@ -88,9 +88,9 @@ def embed_texts(
 ) -> NDArray[np.float32]:
     """Vectors as a user gets them: queries with the query prompt, all else as documents, (n_texts, n_embd) float32."""
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
-    queries = np.array([text.kind == "query" for text in texts], dtype=bool)
-    for rows, encode in ((queries, model.encode_query), (~queries, model.encode_document)):
-        chosen = [text for text, wanted in zip(texts, rows, strict=True) if wanted]
+    for are_queries, encode in ((True, model.encode_query), (False, model.encode_document)):
+        rows = [i for i, text in enumerate(texts) if (text.kind == "query") == are_queries]
+        chosen = [texts[i] for i in rows]
         if chosen:
             with warnings.catch_warnings(), _naming(chosen):
                 if any(text.kind == "long" for text in chosen):  # which are there to be cut

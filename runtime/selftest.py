@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _AGAIN = "Download the file again, or make it again with `quantize all`."
 
 @dataclass(frozen=True)
 class Fault:
-    """What a check (one of CHECKS) found, and the next step."""
+    """What is wrong by a check (one of CHECKS), and the next step."""
 
     check: str
     message: str
@@ -56,10 +56,10 @@ class Selftest:
 
     def lines(self) -> list[str]:
         """The outcome for people: a line a check, then the cosines."""
-        found = {fault.check: fault.message for fault in self.faults}
+        messages = {fault.check: fault.message for fault in self.faults}
         width = max(map(len, CHECKS))
         return [
-            *(f"{check:<{width}}  {found.get(check, 'ok')}" for check in CHECKS),
+            *(f"{check:<{width}}  {messages.get(check, 'ok')}" for check in CHECKS),
             f"{'cosine':<{width}}  at least {self.min_cosine:.6f} with the reference over {self.n_texts} texts, "
             f"{self.maker_min_cosine:.6f} where it was made; {self.device}",
         ]
@@ -99,32 +99,32 @@ def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
 
 def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
     header = encoder.header
-    found = [
+    here = [
         encoder.tokenize([text], header.prompts.get(name, ""), max_tokens=header.max_tokens).ids[0]
         for name, text in zip(golden.prompts, golden.texts, strict=True)
     ]
-    differing = [i for i, ids in enumerate(found) if not np.array_equal(ids, golden.ids[i])]
-    closing = [i for i in differing if _differs_only_at_the_end(found[i], golden.ids[i])]
+    differing = [i for i, ids in enumerate(here) if not np.array_equal(ids, golden.ids[i])]
+    closing = [i for i in differing if _differs_only_at_the_end(here[i], golden.ids[i])]
     others = [i for i in differing if i not in closing]
     if closing:
-        ids, wanted = found[closing[0]], golden.ids[closing[0]]
+        ids, makers = here[closing[0]], golden.ids[closing[0]]
         yield Fault(
             "closing token",
-            f"{len(closing)} of {len(found)} texts end with the token {ids[-1]} instead of {wanted[-1]}, as where "
+            f"{len(closing)} of {len(here)} texts end with the token {ids[-1]} instead of {makers[-1]}, as where "
             f"tokenizer.ggml.add_eos_token is false. {_AGAIN}",
         )
     if others:
         names = {golden.prompts[i] for i in others}
         is_prompt = "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]
-        where = _first_difference(others, found, golden)
+        where = _first_difference(others[0], here[others[0]], golden)
         if is_prompt:
             yield Fault("prompt", " ".join(_prompt_words(name, header.prompts) for name in sorted(names)) + where)
         else:
-            yield Fault("tokenizer", f"{len(others)} of {len(found)} texts are split differently.{where}")
+            yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
 
 
-def _differs_only_at_the_end(found: Ids, wanted: Ids) -> bool:
-    return abs(len(found) - len(wanted)) <= 1 and np.array_equal(found[: len(wanted) - 1], wanted[:-1])
+def _differs_only_at_the_end(here: Ids, makers: Ids) -> bool:
+    return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
 
 
 def _prompt_words(name: str, prompts: dict[str, str]) -> str:
@@ -132,11 +132,10 @@ def _prompt_words(name: str, prompts: dict[str, str]) -> str:
     return f"The {name} prompt {state}."
 
 
-def _first_difference(texts: list[int], found: list[Ids], golden: Golden) -> str:
-    i = texts[0]
-    at = leading_length(found[i], golden.ids[i])
+def _first_difference(i: int, here: Ids, golden: Golden) -> str:
+    at = leading_length(here, golden.ids[i])
     return (
-        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {found[i][at : at + 3].tolist()} instead "
+        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {here[at : at + 3].tolist()} instead "
         f"of {golden.ids[i][at : at + 3].tolist()}. {_AGAIN}"
     )
 
@@ -179,5 +178,6 @@ def _floors(golden: Golden) -> NDArray[np.float64]:
 
 
 def _cosines_by(encoder: Encoder, golden: Golden, pooling: str) -> NDArray[np.float64]:
-    with contextlib.closing(encoder.with_pooling(pooling)) as other:
+    settings = replace(encoder.settings, pooling=pooling)
+    with contextlib.closing(Encoder(encoder.header, settings, max_tokens=encoder.max_tokens)) as other:
         return golden.cosines_of(probe_vectors(other, golden))

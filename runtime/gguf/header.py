@@ -21,7 +21,7 @@ from f2gguf.runtime.gguf.golden import golden_flaw
 from f2gguf.runtime.gguf.reader import Reader, TensorInfo
 
 # Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them. Those of the
-# golden vectors stand in runtime/golden.py.
+# golden vectors stand in runtime/gguf/golden.py.
 KEY_VERSION = "f2gguf.version"
 KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -94,12 +94,12 @@ class Encoder:
         most = max_tokens or self.max_tokens
         ids: list[Ids] = []
         truncated = np.zeros(len(inputs), dtype=np.bool_)
-        for i, given in enumerate(inputs):
+        for i, text in enumerate(inputs):
             try:
-                if isinstance(given, str):
-                    tokens, truncated[i] = self._tokenizer(add_prompt(given, prompt), max_tokens=most)
+                if isinstance(text, str):
+                    tokens, truncated[i] = self._tokenizer(add_prompt(text, prompt), max_tokens=most)
                 else:
-                    tokens, truncated[i] = self._tokenizer.complete(given, max_tokens=most)
+                    tokens, truncated[i] = self._tokenizer.complete(text, max_tokens=most)
             except TextError as error:
                 name = label.format(index=i, number=i + 1, total=len(inputs))
                 raise TextError(f"{name}: {error}") from error
@@ -132,10 +132,6 @@ class Encoder:
         rows = np.ascontiguousarray(rows[:, :width])
         is_normalized = self.header.is_normalized if normalize is None else normalize
         return normalized(rows) if is_normalized else rows
-
-    def with_pooling(self, pooling: str) -> Encoder:
-        """The same file opened again, with another pooling."""
-        return Encoder(self.header, replace(self.settings, pooling=pooling), max_tokens=self.max_tokens)
 
     def close(self, *, wait: bool = True) -> None:
         """Free the context behind every call that came before; the model goes with its last user."""

@@ -170,7 +170,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> Refused:
     """What is wrong and where, without the value itself; of the branches of a union, the one that went furthest."""
-    worst = max(error.errors(), key=lambda found: len(found["loc"]))
+    worst = max(error.errors(), key=lambda one: len(one["loc"]))
     if worst["type"] == "json_invalid":
         return Refused("invalid", f"the body is no JSON: {worst['ctx']['error']} at character {worst['loc'][-1]}.")
     places = [str(part) for part in worst["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]

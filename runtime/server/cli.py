@@ -119,14 +119,14 @@ def serve(
 def named_files(models: tuple[str, ...]) -> dict[str, str]:
     """Names and files of `-m [NAME=]MODEL`; where no name is given, the file's own without .gguf."""
     files: dict[str, str] = {}
-    for given in models:
-        name, equals, model = given.partition("=")
-        if not equals or Path(given).exists():
-            name, model = _own_name(given), given
+    for option in models:
+        name, equals, model = option.partition("=")
+        if not equals or Path(option).exists():
+            name, model = _own_name(option), option
         if not name or not model:
-            raise WrongUsage(f"-m {given}: pass MODEL, or NAME=MODEL.")
+            raise WrongUsage(f"-m {option}: pass MODEL, or NAME=MODEL.")
         if name in files:
-            raise WrongUsage(f"-m {given}: another model is called {name}. Pass NAME=MODEL.")
+            raise WrongUsage(f"-m {option}: another model is called {name}. Pass NAME=MODEL.")
         files[name] = model
     return files
 

@@ -110,9 +110,10 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     async def embeddings(asked: EmbeddingsRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
         model, prompt_name = models.find(asked.model, asked.input_type)
-        answer = await model.embed(
-            Asked(_inputs(asked.input), prompt_name, asked.dimensions, truncate=asked.truncate), request.state.facts
-        )
+        is_single = isinstance(asked.input, str) or isinstance(asked.input[0], int)  # one text, or the ids of one
+        inputs: Any = [asked.input] if is_single else asked.input
+        asked_for = Asked(inputs, prompt_name, asked.dimensions, truncate=asked.truncate)
+        answer = await model.embed(asked_for, request.state.facts)
         encode = _base64 if asked.encoding_format == "base64" else lambda row: row
         rows = enumerate(answer.rows)
         body = {
@@ -135,12 +136,6 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
         return json_response(_model(name, models))
 
     return routes
-
-
-def _inputs(given: Any) -> list[Any]:
-    """Texts or lists of ids, also where the request has just one."""
-    is_single = isinstance(given, str) or isinstance(given[0], int)
-    return [given] if is_single else given
 
 
 def _base64(row: Any) -> str:

@@ -91,11 +91,9 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     async def embed(asked: TEIEmbedRequest, request: Request) -> Response:
         """Vectors of texts, (n_texts, n_dims). Headers: X-Embedding-Fingerprint, X-Embedding-Truncated."""
         model, prompt_name = models.find(asked.model, asked.prompt_name)
-        given = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        truncate = bool(asked.truncate)
-        answer = await model.embed(
-            Asked(given, prompt_name, asked.dimensions, asked.normalize, truncate), request.state.facts
-        )
+        inputs = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+        asked_for = Asked(inputs, prompt_name, asked.dimensions, asked.normalize, bool(asked.truncate))
+        answer = await model.embed(asked_for, request.state.facts)
         return json_response(answer.rows, headers=answer.headers)
 
     routes.post("/embed", response_model=list[list[float]])(embed)
@@ -123,8 +121,8 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     @routes.get("/info", response_model=Info)
     async def info(model: str | None = None) -> Response:
         """What the model is. `model` chooses one of several [default: the first]."""
-        found, _ = models.find(model)
-        return json_response(_info(found), headers={"X-Embedding-Fingerprint": found.fingerprint()})
+        chosen, _ = models.find(model)
+        return json_response(_info(chosen), headers={"X-Embedding-Fingerprint": chosen.fingerprint()})
 
     return routes
 
