@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TruncationWarning, UnknownName
+from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.context import Watch
-from f2gguf.runtime.llama.encoder import Encoder, unusable
-from f2gguf.runtime.llama.engine import ComputeSettings
+from f2gguf.runtime.llama.encoder import Encoder
+from f2gguf.runtime.llama.engine import ComputeSettings, unusable
 from f2gguf.runtime.llama.library import default_threads
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
@@ -115,7 +115,7 @@ class Embedder:
 
     def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
-        return self.encoder.tokenize([text]).ids[0]
+        return self.encoder.tokenize(_texts_of(text)).ids[0]
 
     def encode(
         self,
@@ -164,8 +164,7 @@ class Embedder:
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
-        texts = [sentences] if isinstance(sentences, str) else sentences
-        tokens = encoder.tokenize(texts, prompt if prompt is not None else self._prompt_of(prompt_name))
+        tokens = encoder.tokenize(_texts_of(sentences), prompt if prompt is not None else self._prompt_of(prompt_name))
         self._warn_of_cuts(tokens.truncated)
         rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
         vectors = encoder.finish(rows, width=width, normalize=normalize_embeddings).astype(precision, copy=False)
@@ -250,3 +249,13 @@ class Embedder:
             bad,
             Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
         )
+
+
+def _texts_of(sentences: Any) -> list[str]:
+    """The texts as a list. Raises `TextError` for what is no string, such as the NaN of an empty cell."""
+    texts = [sentences] if isinstance(sentences, str) else list(sentences)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise TextError(f"text {i + 1} of {len(texts)}: is no text, but {text!r:.40} of type {kind}. Pass strings.")
+    return texts

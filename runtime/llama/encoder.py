@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.context import Watch
-from f2gguf.runtime.llama.engine import ComputeSettings, Engine, Rows, is_usable
+from f2gguf.runtime.llama.engine import ComputeSettings, Engine, Rows
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
 from f2gguf.runtime.llama.tokenizer import Tokenizer
 from numpy.typing import NDArray
@@ -45,11 +44,6 @@ def normalized(rows: Rows) -> Rows:
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
     with np.errstate(invalid="ignore"):
         return np.asarray(rows / norms[:, None], dtype=np.float32)
-
-
-def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
-    """Indices of the rows that must not be returned: not finite, or zero."""
-    return [int(i) for i in np.flatnonzero(~is_usable(rows))]
 
 
 class Encoder:

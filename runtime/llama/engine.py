@@ -35,9 +35,9 @@ class ComputeSettings:
     deterministic: bool
 
 
-def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """Which rows are vectors that may be returned: finite and not zero, (n_rows,)."""
-    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
+    """Indices of the rows that must not be returned: not finite, or zero."""
+    return [int(i) for i in np.flatnonzero(~(np.isfinite(rows).all(axis=1) & rows.any(axis=1)))]
 
 
 class Engine:
@@ -97,14 +97,13 @@ class Engine:
     def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
         """Vectors of one batch. Texts without a finite vector are halved down to single ones and tried again."""
         rows = self._run(texts, n_shared)
-        bad = np.flatnonzero(~is_usable(rows))
-        if not len(bad):
+        bad = unusable(rows)
+        if not bad:
             return rows
         self._drop_contexts()  # what it computed stays in its memory, and 0 * NaN is NaN for whoever comes next
         if len(texts) == 1:
             return self._retry(texts[0])
-        halves = np.array_split(bad, 2) if len(bad) > 1 else [bad]
-        for half in halves:
+        for half in filter(len, np.array_split(bad, 2)):
             rows[half] = self._embed([texts[i] for i in half], 0)
         return rows
 
@@ -137,7 +136,7 @@ class Engine:
             context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
-            if is_usable(row).all():
+            if not unusable(row):
                 log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
                 # The next text may need it as well; but its bytes must not depend on this one where that was asked for.
                 self._needs_f32 = model is self.model and not self.settings.deterministic

@@ -40,7 +40,7 @@ class Model:
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
-        kept = kv_overrides(overrides or {})
+        kept = _kv_overrides(overrides or {})
         params.kv_overrides = kept
         lines: list[str] = []
         with captured_errors() as errors, log_to(lambda _, text: lines.append(text)):
@@ -105,22 +105,11 @@ class Model:
         self.close()
 
 
-def kv_overrides(values: Mapping[str, Any]) -> Any:
-    """A C array of llama_model_kv_override, ended by an empty key: header values to add or replace.
-
-    bool, float and str (up to 127 bytes) keep their type; llama.cpp stores an int as uint32.
-    """
+def _kv_overrides(values: Mapping[str, bool]) -> Any:
+    """A C array of llama_model_kv_override, ended by an empty key: header values to add or replace."""
     array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for slot, (key, value) in zip(array, values.items(), strict=False):
-        slot.key = key.encode()
-        if isinstance(value, bool):
-            slot.tag, slot.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
-            slot.tag, slot.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
-        elif isinstance(value, float):
-            slot.tag, slot.value.val_f64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        else:
-            slot.tag, slot.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, str(value).encode()
+        slot.key, slot.tag, slot.value.val_bool = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
     return array
 
 

@@ -16,8 +16,8 @@ from f2gguf.runtime.errors import TextError, UnknownDims
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.hub.models import open_header
-from f2gguf.runtime.llama.encoder import Input, Tokens, unusable
-from f2gguf.runtime.llama.engine import Rows
+from f2gguf.runtime.llama.encoder import Input, Tokens
+from f2gguf.runtime.llama.engine import Rows, unusable
 from f2gguf.runtime.server.answers import Answer, Asked, Refused
 from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server.metrics import Metrics
