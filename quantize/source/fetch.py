@@ -12,7 +12,7 @@ from f2gguf.runtime.errors import HashMismatch, UnsupportedCheckpoint, WrongUsag
 from f2gguf.runtime.hub.download import cached_folder, download
 from f2gguf.runtime.hub.listing import REPO, Listing, RemoteFile, list_files
 
-_MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?")
+_MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:

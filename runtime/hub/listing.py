@@ -25,7 +25,8 @@ from f2gguf.runtime.errors import (
 from f2gguf.runtime.files import recall, remember, sha256_file
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
+REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,11 @@ def git_blob_id(path: Path) -> str:
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what the Hub's client raises on `what` into one `HubError` that says what to do."""
-    from huggingface_hub import errors as hub
+    import httpx2
 
     try:
         yield
-    except (hub.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _in_words(what, error) from error
 
 

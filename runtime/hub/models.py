@@ -25,13 +25,12 @@ from f2gguf.runtime.errors import (
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.hub.download import cached_folder, download
-from f2gguf.runtime.hub.listing import Listing, list_files, recorded_files
+from f2gguf.runtime.hub.listing import REPO, Listing, list_files, recorded_files
 
 USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first that holds its bound is recommended
 # Where nobody measured, bytes are no argument: plain 4-bit embedders have been seen to drift by 0.3
 _UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
-_NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
-_REFERENCE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_REFERENCE = re.compile(rf"(?P<repo>{REPO.pattern})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # llama-gguf-split's names
 _VARIANT = re.compile(r"(?:^|[-./])((?:I?Q|TQ)\d\w*|BF16|F16|F32)\.gguf$", re.IGNORECASE)
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
