@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from f2gguf.runtime.errors import (
     F2ggufError,
@@ -23,6 +23,10 @@ from f2gguf.runtime.errors import (
     parsing,
 )
 from f2gguf.runtime.files import recall, remember, sha256_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
@@ -87,27 +91,38 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 
 def ask_for_files(repo: str, revision: str = "main") -> Listing:
     """`list_files` that always asks the Hub, and records its answer."""
-    from huggingface_hub import HfApi, constants
-
     what = f"{repo}@{revision}"
     with parsing(what, HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
-        with hub_errors(what):
-            timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
-        if info.id != repo:
-            raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
-        files = {
-            file.rfilename: RemoteFile(int(file.size), sha256=file.lfs.sha256)  # type: ignore[arg-type]
-            if file.lfs
-            else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
-            for file in info.siblings or []
-        }
+        info = _model_info(what, repo, revision)
+        files = {file.rfilename: _remote_file(file) for file in info.siblings or []}
         if any(map(leads_out, files)):
             raise ValueError("a file's name leads out of the repository")
-        listing = Listing(repo, str(info.sha), files, bool(info.private))
+    if info.id != repo:
+        raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
+    listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
     return listing
+
+
+def _model_info(what: str, repo: str, revision: str) -> ModelInfo:
+    """What the Hub says of a repository; `ValueError` where the client makes nothing of its answer."""
+    from huggingface_hub import HfApi, constants
+
+    timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
+    try:
+        with hub_errors(what):
+            return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+
+
+def _remote_file(file: RepoSibling) -> RemoteFile:
+    if file.size is None:
+        raise ValueError(f"{file.rfilename} has no size")
+    if file.lfs:
+        return RemoteFile(file.size, sha256=file.lfs.sha256)
+    return RemoteFile(file.size, blob_id=file.blob_id)
 
 
 def leads_out(name: str) -> bool:
