@@ -176,7 +176,7 @@ def test_file_that_changes_during_the_push_is_found(site: Site) -> None:
     path = site.folder / "report.html"
     changed = flip_bit(path.read_bytes())
     site.hub.faults.append(Fault("PUT", "/upload/", before=lambda _: path.write_bytes(changed)))
-    assert "the Hub states of report.html: git-sha1" in refusal(site.push("--yes"))
+    assert "the Hub sends report.html with the SHA-256" in refusal(site.push("--yes"))
     assert site.repo.tags == {}
 
 

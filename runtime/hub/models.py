@@ -36,21 +36,11 @@ _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
 
 
 @dataclass(frozen=True)
-class _ReportedFile:
-    file: str
-
-
-@dataclass(frozen=True)
-class _ReportedVerdict:
-    holds: bool
-
-
-@dataclass(frozen=True)
 class _Report:
     """What is read of a repository's drift.json."""
 
-    files: Mapping[str, _ReportedFile]
-    variants: Mapping[str, _ReportedVerdict]
+    files: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -176,21 +166,24 @@ def _choose(listing: Listing, variant: str | None) -> str:
 def _recommended(listing: Listing, names: Sequence[str]) -> list[str]:
     """By the repository's drift.json, as `quantize all` writes it; without one, the nearest to full precision."""
     if "drift.json" in listing.files:
-        report = _read_report(listing)
-        there = {variant: file.file for variant, file in report.files.items() if file.file in listing.files}
-        best = there.get(first_usual((name for name, verdict in report.variants.items() if verdict.holds), there))
+        holding, files = _read_report(listing)
+        there = {variant: name for variant, name in files.items() if name in listing.files}
+        best = there.get(first_usual(holding, there))
         return [best] if best else list(names)
     whole = [name for name in names if not is_part(name)]
     found = ([name for name in whole if variant_of(name) == variant] for variant in _UNMEASURED)
     return next(filter(None, found), whole or list(names))
 
 
-def _read_report(listing: Listing) -> _Report:
+def _read_report(listing: Listing) -> tuple[list[str], dict[str, str]]:
+    """The variants that hold their bound, and the file of each, by the repository's drift.json."""
     from pydantic import TypeAdapter
 
     content = (download(listing, ["drift.json"]) / "drift.json").read_bytes()
     with parsing(f"{listing}: drift.json", HubError, f"Name a variant: {listing.repo}:Q8_0."):
-        return TypeAdapter(_Report).validate_json(content)
+        report = TypeAdapter(_Report).validate_json(content)
+        holding = [variant for variant, verdict in report.variants.items() if verdict["holds"]]
+        return holding, {variant: str(file["file"]) for variant, file in report.files.items()}
 
 
 def _is_called(name: str, variant: str) -> bool:
