@@ -167,23 +167,21 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     if isinstance(cause, hub.RevisionNotFoundError):
         return RepoMissing(f"{what}: revision not found in this repository.")
     if not isinstance(cause, hub.HfHubHTTPError):
-        return HubUnreachable(
-            f"{what}: the Hub cannot be reached, and its cache lacks this ({reason}). Check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE; what was done is kept."
+        check = (
+            "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run the same command again: it goes on from here."
         )
+        return HubUnreachable(f"{what}: the Hub cannot be reached ({reason}). {check}")
     status = cause.response.status_code
     if status == 429:
         wait_s = cause.response.headers.get("Retry-After", "")
         when = f"in {wait_s} s" if wait_s.isdigit() else "later"
-        return RateLimited(
-            f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
-            "What was done is kept."
-        )
+        advice = f"Try again {when}: it goes on from here. The Hub answers more requests where HF_TOKEN is set."
+        return RateLimited(f"{what}: too many requests for the Hub. {advice}")
     if status == 412:
-        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again; what was sent is kept.")
+        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again: it sends only what is missing.")
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
-    return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
+    return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: it goes on from here.")
 
 
 def _record(repo: str, revision: str) -> str:
