@@ -116,9 +116,9 @@ def require_as_locked(entry: Entry, listing: Listing) -> None:
     names = differing(entry, listing)
     if names:
         name = names[0]
-        locked, found = entry.files.get(name, "absent"), listing.files.get(name, "absent")
+        locked, stated = entry.files.get(name, "absent"), listing.files.get(name, "absent")
         raise HashMismatch(
-            f"{entry.name}: {name} is {locked} in models.lock, and {found} at {listing} on the Hub"
+            f"{entry.name}: {name} is {locked} in models.lock, and {stated} at {listing} on the Hub"
             f"{f' (and {len(names) - 1} more files differ)' if names[1:] else ''}. Compare with `quantize "
             f"lock --check {entry.name}`; to take the Hub's word, remove its files from the lock and lock it again."
         )
@@ -126,5 +126,5 @@ def require_as_locked(entry: Entry, listing: Listing) -> None:
 
 def differing(entry: Entry, listing: Listing) -> list[str]:
     """The needed files of which lock and Hub do not state the same."""
-    found = {name: file for name, file in listing.files.items() if is_needed(name)}
-    return sorted(name for name in {*entry.files, *found} if entry.files.get(name) != found.get(name))
+    stated = {name: file for name, file in listing.files.items() if is_needed(name)}
+    return sorted(name for name in {*entry.files, *stated} if entry.files.get(name) != stated.get(name))

@@ -30,26 +30,19 @@ def find_targets(models: Iterable[str], lock: Lock) -> list[PinTarget]:
     org/name finds the entry of that repository. Raises `WrongUsage` for what is not on the Hub, and for a new entry
     whose name is taken.
     """
-    entries = [entry for entry in lock.entries.values() if entry.repo and not entry.package]
-    return [_target(model, lock) for model in models] or [_of_entry(entry, entry.revision) for entry in entries]
+    fetched = [entry.name for entry in lock.entries.values() if entry.repo and not entry.package]
+    return [_target(model, lock) for model in list(models) or fetched]
 
 
 def _target(model: str, lock: Lock) -> PinTarget:
     named = {name.lower(): entry for name, entry in lock.entries.items()}
-    found = named.get(model.lower()) or find_entry(model, lock)[0]
-    of_repo = (entry for entry in lock.entries.values() if entry.repo == found.repo)
-    known = named.get(model.lower()) or next(of_repo, None)
-    if not found.repo or (known and known.package):
+    entry = named.get(model.lower()) or find_entry(model, lock)[0]
+    known = named.get(entry.name.lower())
+    if known and entry.repo and known.repo != entry.repo:
+        raise WrongUsage(f"{lock.path}: its {known.name} is another model. Write an entry for {entry.repo} by hand.")
+    if not entry.repo or (known and known.package):
         raise WrongUsage(f"{model}: comes from an installed package or a folder: there is nothing to lock.")
-    if known:
-        return _of_entry(known, found.revision)
-    if found.name.lower() in named:
-        raise WrongUsage(f"{lock.path}: its {found.name} is another model. Write an entry for {found.repo} by hand.")
-    return PinTarget(found.name, found.repo, str(found.revision), None)
-
-
-def _of_entry(entry: Entry, revision: str | None) -> PinTarget:
-    return PinTarget(entry.name, str(entry.repo), revision or "main", entry)
+    return PinTarget(known.name if known else entry.name, entry.repo, entry.revision or "main", known)
 
 
 def lock_model(target: PinTarget, path: Path | None = None) -> str:

@@ -48,9 +48,9 @@ class RemoteFile:
         """How the file at `path` differs; None where it is the one."""
         if path.stat().st_size != self.size_bytes:
             return f"{path.stat().st_size} bytes instead of {self.size_bytes}"
-        found = sha256_file(path) if self.sha256 else git_blob_id(path)
-        wanted = self.sha256 or self.blob_id
-        return None if found == wanted else f"{'SHA-256' if self.sha256 else 'git blob'} {found} instead of {wanted}"
+        kind, stated = ("SHA-256", self.sha256) if self.sha256 else ("git blob", self.blob_id)
+        actual = sha256_file(path) if self.sha256 else git_blob_id(path)
+        return None if actual == stated else f"{kind} {actual} instead of {stated}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Listing:
         """Where the Hub's cache holds a file, whatever its content; None where it does not."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
 
 def list_files(repo: str, revision: str = "main") -> Listing:
