@@ -13,6 +13,7 @@ from f2gguf.evals.drift import Verdict, json_text, rounded
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import sha256_file, write_text
+from f2gguf.runtime.hub.models import first_usual
 
 FILE_NAME = "drift.json"
 
@@ -118,10 +119,8 @@ class Report:
     @property
     def recommended(self) -> str:
         """The first usual variant that holds its bound; F16 where none does."""
-        from f2gguf.runtime.hub.models import recommended
-
-        verdicts = {name: {"holds": verdict.holds} for name, verdict in self.variants.items()}
-        return recommended({"files": self.files, "variants": verdicts})
+        holding = (name for name, verdict in self.variants.items() if verdict.holds)
+        return first_usual(holding, self.files)
 
     def origin_changes(self, other: Report) -> list[str]:
         """What the F16 files of both are made from and judged on, where it differs: the names of those facts."""
