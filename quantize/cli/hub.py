@@ -24,7 +24,7 @@ def fetch(model: str, lock: Path | None) -> None:
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--check", is_flag=True, help="Change nothing, and say what has moved.")
+@click.option("--check", is_flag=True, help="Change nothing, and say what has moved on the Hub.")
 @LOCK
 def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     """Pin models in models.lock: their commits, and their files' sizes and hashes.
