@@ -10,7 +10,7 @@ import pytest
 from conftest import Run
 from f2gguf.quantize.source.fetch import find_entry, find_model
 from f2gguf.quantize.source.lock import path_to_write, read_lock
-from f2gguf.quantize.source.pin import write_entry
+from f2gguf.quantize.source.pin import find_targets, write_entry
 from f2gguf.runtime.errors import UnknownName, WrongUsage
 from f2gguf.runtime.hub.listing import RemoteFile
 from hub import Hub, only_error, run_command, serving
@@ -74,6 +74,7 @@ def test_entry_at_the_revision_that_is_named_is_taken_of_several_of_one_reposito
     path.write_text('default = "a"\n' + "".join(entries))
     lock = read_lock(path)
     assert [find_model(f"x/y@{name * 40}", lock)[0].name for name in "ab"] == ["a", "b"]
+    assert [find_targets([f"x/y@{name * 40}"], lock)[0].name for name in "ab"] == ["a", "b"]
     assert find_model("x/y", lock)[0].name == "a"
 
 
