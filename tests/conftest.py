@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import forking
 import pytest
 from checkpoints import MINILM, NANO, write_tiny
 from endpoint import Api, serving
@@ -17,7 +17,7 @@ from f2gguf.runtime import Embedder
 from pushing import Site, open_site
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = {"quantize": "quantize", "f2gguf": "f2gguf"}
+COMMAND = "from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,11 @@ class Release:
 
 
 def run_command(
-    *arguments: str | Path, stdin: str | bytes = "", timeout_s: float = 600
+    *arguments: str | Path, stdin: str | bytes = "", timeout_s: float = 600, is_real: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `quantize ...` or `f2gguf ...` in a process of its own."""
-    name, *rest = map(str, arguments)
-    code = f"from f2gguf.quantize.cli import {COMMANDS[name]}; {name}(prog_name='{name}')"
-    data = stdin if isinstance(stdin, bytes) else stdin.encode()
-    process = subprocess.run([sys.executable, "-c", code, *rest], input=data, capture_output=True, timeout=timeout_s)
-    out, err = (stream.decode("utf-8", errors="replace") for stream in (process.stdout, process.stderr))
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run `quantize ...` or `f2gguf ...` in a process of its own (`forking`)."""
+    name, *rest = arguments
+    return forking.run(COMMAND.format(name=name), *rest, stdin=stdin, timeout_s=timeout_s, is_real=is_real)
 
 
 @pytest.fixture(scope="session", autouse=True)
