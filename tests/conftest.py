@@ -1,7 +1,16 @@
 from __future__ import annotations
 
 import os
+
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # Workers of pytest-xdist share out the processors, and what they start keeps to its share: before numpy counts them
+    processors = sorted(os.sched_getaffinity(0))
+    mine = processors[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, mine or processors)
+
 import pickle
+import random
+import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +26,7 @@ from f2gguf.quantize.source.facts import Facts, settle_facts
 from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime import Embedder
 from filelock import FileLock
+from hypothesis import settings
 from pushing import Site, open_site
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,8 +39,19 @@ import importlib.util, f2gguf.evals.texts as texts
 def find_spec(name, *rest, find=importlib.util.find_spec):
     return None if name in ("torch", "transformers") else find(name, *rest)
 importlib.util.find_spec = find_spec
-texts.load_texts = lambda *path, load=texts.load_texts: [text for text in load(*path) if text.id[:2] in ('en', 'py')]
+def load_texts(*path, load=texts.load_texts):
+    return load(*path)[:64] if path else tuple(text for text in load() if text.id[:2] in ("en", "py"))
+texts.load_texts = load_texts
 """
+
+
+# On every processor, not on those of a worker of pytest-xdist alone
+ALL_PROCESSORS = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, range(os.cpu_count()))
+"""
+SLOW_FIXTURES = {"nano_release", "minilm_release"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,34 @@ def run_command(*arguments: str | Path, prelude: str = "", **options: Any) -> su
     """Run `quantize ...` or `f2gguf ...` in a process of its own, after a `prelude`; options go to `forking`."""
     name, *rest = arguments
     return forking.run(prelude + COMMAND.format(name=name), *rest, **options)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for hypothesis and for `rng`, so that any run can be repeated."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(secrets.randbits(32))
+    settings.register_profile("f2gguf", deadline=None, derandomize=False, print_blob=True)
+    settings.load_profile("f2gguf")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The seed is said at once: a run that is killed says nothing later."""
+    if terminal := session.config.pluginmanager.getplugin("terminalreporter"):
+        terminal.write_line(f"To repeat this run: --hypothesis-seed={session.config.option.hypothesis_seed}")
+        terminal.flush()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of the session's seed, others for each test."""
+    return random.Random(f"{request.config.option.hypothesis_seed} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,7 +192,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Release]
 
 @pytest.fixture(scope="session")
 def nano_release(releases: Callable[..., Release]) -> Release:
-    return releases("f2llm-nano", is_real=True)
+    return releases("f2llm-nano", prelude=ALL_PROCESSORS, is_real=True)
 
 
 @pytest.fixture(scope="session")
