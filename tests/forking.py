@@ -66,6 +66,11 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, *texts)
 
 
+def settings_of_this_process() -> dict[str, str]:
+    """What a process must share with this one to be a fork."""
+    return _settings(dict(os.environ))
+
+
 class _Fork(subprocess.Popen):
     """A child of the server. It becomes ours when the one between them ends, so that all else is as with any Popen."""
 

@@ -6,11 +6,13 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import os
 import pickle
 import socket
 import sys
 from types import CodeType
+from typing import TextIO
 
 # Packages that `quantize` and `f2gguf` import; not huggingface_hub, and what imports that
 MODULES = """
@@ -27,7 +29,7 @@ def serve(descriptor: int) -> CodeType:
     fresh = set(sys.modules)
     for name in MODULES.split():
         importlib.import_module(name)
-    sys.path[0] = ""  # as with -c
+    del sys.path[0]  # forking put it there
     _spare_at_exit(fresh)
     gc.freeze()
     while True:
@@ -73,6 +75,9 @@ def _become(code: str, arguments: list[str], folder: str, environment: dict[str,
     return compile(code, "<string>", "exec")
 
 
-def _reopened(fd: int, old: object) -> object:
-    mode = "w" if fd else "r"
-    return open(fd, mode, -1 if fd != 2 else 1, old.encoding, old.errors, "\n" if fd else None, closefd=False)
+def _reopened(fd: int, old: TextIO) -> TextIO:
+    """As Python opens its standard streams."""
+    buffer = open(fd, "wb" if fd else "rb", 0 if fd and old.write_through else -1, closefd=False)  # noqa: SIM115
+    return io.TextIOWrapper(
+        buffer, old.encoding, old.errors, "\n" if fd else None, old.line_buffering, old.write_through
+    )

@@ -46,10 +46,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving_process(*arguments: str | Path, **environment: str) -> Iterator[Served]:
+def serving_process(*arguments: str | Path, is_real: bool = False, **environment: str) -> Iterator[Served]:
     """The command on a free port, once it answers."""
     command, env = (COMMAND, "serve", "--port", "0", *arguments), {**os.environ, **environment}
-    with forking.start(*command, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with forking.start(*command, stderr=subprocess.PIPE, text=True, env=env, is_real=is_real) as process:
         served = Served(process)
         reader = threading.Thread(target=_read, args=(served,), daemon=True)
         reader.start()
