@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forking
 import httpx
 import uvicorn
 from f2gguf.runtime import Embedder
@@ -46,10 +46,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving_process(*arguments: str | Path, **environment: str) -> Iterator[Served]:
+def serving_process(*arguments: str | Path, is_real: bool = False, **environment: str) -> Iterator[Served]:
     """The command on a free port, once it answers."""
-    command = [sys.executable, "-c", COMMAND, "serve", "--port", "0", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
+    command, env = (COMMAND, "serve", "--port", "0", *arguments), {**os.environ, **environment}
+    with forking.start(*command, stderr=subprocess.PIPE, text=True, env=env, is_real=is_real) as process:
         served = Served(process)
         reader = threading.Thread(target=_read, args=(served,), daemon=True)
         reader.start()

@@ -27,7 +27,7 @@ def embeddings(output: str) -> np.ndarray:
 
 
 def test_arguments_become_json_lines(run: Run, nano_f16: Path, nano: Embedder) -> None:
-    process = run("f2gguf", "embed", "-m", nano_f16, *DOCUMENTS)
+    process = run("f2gguf", "embed", "-m", nano_f16, *DOCUMENTS, is_real=True)
     assert process.returncode == 0, process.stderr
     assert [json.loads(line)["id"] for line in process.stdout.splitlines()] == [0, 1, 2]
     np.testing.assert_array_equal(embeddings(process.stdout), nano.encode_document(DOCUMENTS))

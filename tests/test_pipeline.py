@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 from checkpoints import edit_tensors, tiny_tensors, write_tiny
-from conftest import Release, Run, facts_of
+from conftest import COMMAND, QUICK, Release, Run, facts_of
 from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.plan import plan_variant
@@ -78,16 +79,16 @@ def test_stock_minilm_drifts_as_published(minilm_release: Release) -> None:
     assert [name for name, verdict in stock.items() if not verdict["holds"]] == ["Q4_0"]
 
 
-def test_over_the_bound_is_said_in_report_card_and_header(run: Run, tmp_path: Path) -> None:
-    arguments = ("all-MiniLM-L6-v2", "--stock", "--variants", "Q4_0", "--out", tmp_path)
-    stock = Release(tmp_path / "all-MiniLM-L6-v2", run("quantize", "all", *arguments))
+def test_over_the_bound_is_said_in_report_card_and_header(run: Run, tiny: Path, tmp_path: Path) -> None:
+    arguments = (tiny, "--stock", "--variants", "Q4_0", "--out", tmp_path / "dist")
+    stock = Release(tmp_path / "dist" / "tiny", run("quantize", "all", *arguments, prelude=QUICK))
     assert stock.process.returncode == 3
-    assert "over the bound of 2%: all-MiniLM-L6-v2 Q4_0" in stock.process.stderr
+    assert "over the bound of 2%: tiny Q4_0" in stock.process.stderr
     assert "OVER 2%" in stock.process.stdout
     assert "**Q4_0 is over the bound: " in (stock.folder / "README.md").read_text()
     assert "OVER the bound of 2%" in run("f2gguf", "inspect", stock.file("Q4_0")).stdout
     assert read_header(stock.file("Q4_0")).values["f2gguf.drift.holds"] is False
-    assert (stock.folder / "Modelfile").read_text().startswith("FROM ./all-MiniLM-L6-v2-F16.gguf\n")
+    assert (stock.folder / "Modelfile").read_text().startswith("FROM ./tiny-F16.gguf\n")
 
 
 def test_header_and_report_state_the_same_drift(nano_release: Release) -> None:
@@ -131,21 +132,28 @@ def test_second_run_makes_nothing_again(nano_release: Release, run: Run) -> None
     assert {path: path.stat().st_mtime_ns for path in nano_release.folder.glob("*.gguf")} == before
 
 
-def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(nano_release: Release, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    code = "from f2gguf.quantize.cli import quantize; quantize()"
-    command = [sys.executable, "-c", code, "all", "f2llm-nano", "--out", str(out)]
-    wanted = contents(nano_release.folder)
-    random.seed(time.time_ns())
-    for _ in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(0.5, 25))
-        process.send_signal(signal.SIGKILL)
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(
+    tiny: Path, tmp_path: Path, rng: random.Random
+) -> None:
+    def begin(out: Path) -> subprocess.Popen[bytes]:
+        code = QUICK + COMMAND.format(name="quantize")
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return forking.start(code, "all", tiny, "--out", out, is_real=True, **streams)  # each with its seed of hash()
+
+    began = time.monotonic()
+    assert begin(tmp_path / "whole").wait() == 0
+    whole_s = time.monotonic() - began
+    wanted = contents(tmp_path / "whole" / "tiny")
+    for _ in range(6):
+        process = begin(tmp_path / "killed")
+        time.sleep(rng.uniform(0.03, 0.9) * whole_s)
+        process.kill()
         process.wait()
-        for path in (out / "f2llm-nano").glob("*.gguf"):
+        for path in (tmp_path / "killed" / "tiny").glob("*.gguf"):
             assert contents(path.parent)[path.name] == wanted[path.name], "a final name carries other bytes"
-    subprocess.run(command, check=True, capture_output=True)
-    assert contents(out / "f2llm-nano") == wanted
+    assert begin(tmp_path / "killed").wait() == 0
+    assert contents(tmp_path / "killed" / "tiny") == wanted
 
 
 def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
@@ -172,10 +180,10 @@ def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
 def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
     folder = write_tiny(tmp_path / "tiny")
     arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
-    assert run(*arguments).returncode == 0
+    assert run(*arguments, prelude=QUICK).returncode == 0
     first = contents(tmp_path / "dist" / "tiny")
     edit_tensors(folder, norm__weight=tiny_tensors(seed=1)["norm.weight"])
-    assert run(*arguments).returncode == 0
+    assert run(*arguments, prelude=QUICK).returncode == 0
     second = contents(tmp_path / "dist" / "tiny")
     assert first["tiny-F16.gguf"] != second["tiny-F16.gguf"]
     assert first["tiny-Q8_0.gguf"] != second["tiny-Q8_0.gguf"]
@@ -184,13 +192,13 @@ def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
 def test_damaged_variant_is_made_again(tmp_path: Path, run: Run) -> None:
     folder = write_tiny(tmp_path / "tiny")
     arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
-    assert run(*arguments).returncode == 0
+    assert run(*arguments, prelude=QUICK).returncode == 0
     wanted = contents(tmp_path / "dist" / "tiny")
     path = tmp_path / "dist" / "tiny" / "tiny-Q8_0.gguf"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    assert run(*arguments).returncode == 0
+    assert run(*arguments, prelude=QUICK).returncode == 0
     assert contents(tmp_path / "dist" / "tiny") == wanted
 
 

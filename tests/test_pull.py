@@ -9,9 +9,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from checkpoints import write_tiny
 from conftest import Release
-from conftest import run_command as run
 from f2gguf.quantize.cli import f2gguf
 from f2gguf.runtime.errors import NotGGUF
 from f2gguf.runtime.hub.listing import Listing, RemoteFile
@@ -23,16 +21,9 @@ REPO = "org/tiny"
 TEXT = "an archiver for zip files"
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """Measured files of a tiny model, of which Q4_0 is over the bound."""
-    folder = tmp_path_factory.mktemp("tiny")
-    process = run("quantize", "all", write_tiny(folder / "tiny"), "--stock", "--out", folder / "dist")
-    assert (process.returncode, process.stderr.splitlines()[-1]) == (
-        3,
-        "error: over the bound of 2%: tiny Q4_0. Every file was written, and says so.",
-    )
-    return Release(folder / "dist" / "tiny", process)
+@pytest.fixture
+def release(tiny_variants: Release) -> Release:
+    return tiny_variants
 
 
 @pytest.fixture

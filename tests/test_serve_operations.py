@@ -22,7 +22,7 @@ SECRET = "a text that nobody else may read"
 
 @pytest.fixture(scope="module")
 def served(nano_f16: Path) -> Iterator[Served]:
-    with serving_process("-m", nano_f16) as served:
+    with serving_process("-m", nano_f16, is_real=True) as served:
         yield served
 
 

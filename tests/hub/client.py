@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import forking
 
 from hub.data import Hub
 
@@ -24,8 +25,8 @@ def start_python(
     settings |= _SETTINGS | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "F2GGUF_CACHE": str(home / "f2gguf")}
     settings |= {"HF_TOKEN": token} if token else {}
     settings |= {"HF_HUB_OFFLINE": "1"} if is_offline else {}
-    command = [sys.executable, "-c", _QUICK + code, *map(str, arguments)]
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return forking.start(_QUICK + code, *arguments, env=settings, text=True, **pipes)
 
 
 def start_command(
