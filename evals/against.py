@@ -1,4 +1,4 @@
-"""What a file is measured against: another file, stored vectors, an endpoint, or its checkpoint."""
+"""The baseline of `quantize verify`: another file, stored vectors, an endpoint, or the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.endpoint import Endpoint, endpoint_vectors, open_endpoint
+from f2gguf.evals.endpoint import Endpoint, connected, endpoint_vectors, is_url, open_endpoint
 from f2gguf.evals.texts import EvalText, embed_texts, prompted
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
@@ -20,65 +20,65 @@ from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
 STORED_KEY = "embeddings"  # as `f2gguf embed -o` names them
-_EMBED_AGAIN = "Write it with `f2gguf embed -o`, or another tool, a row for each text."
+_EMBED_AGAIN = "Write it with `f2gguf embed -o` or another tool, with a row for each text."
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Vectors to come, a row for each text: their width, and the function that makes them, (n_texts, n_embd)."""
+class Baseline:
+    """What a file is compared with: the width of its vectors, and the function that makes a row for each text."""
 
     n_embd: int
-    vectors: Callable[[], Vectors]
+    vectors: Callable[[], Vectors]  # (n_texts, n_embd)
 
 
-def open_reference(
+def open_baseline(
     against: str,
     texts: Sequence[EvalText],
     header: Header,
     *,
-    run_checkpoint: Callable[[str], Reference],
+    run_checkpoint: Callable[[str], Baseline],
     device: str = "auto",
     endpoint_model: str | None = None,
     api_key_env: str | None = None,
 ) -> Callable[[], Vectors]:
-    """Find out what `against` is and whether it can be the reference of the file with `header`.
+    """The function that makes the vectors that the file with `header` is compared with.
 
-    A URL, a .npy or .safetensors file, a .gguf file, or else a model for `run_checkpoint`. What is wrong with it is
-    raised here, before any work; the function that is returned does the work, and raises `InputError` for a text whose
-    vector is not finite.
+    `against` is a URL, a .npy or .safetensors file, a .gguf file, or else a model for `run_checkpoint`. An `against`
+    that cannot be the file's baseline is refused here, before any work. The function raises `InputError` for a text
+    whose vector is not finite.
     """
     suffix = Path(against).suffix.lower()
-    if against.lower().startswith(("http://", "https://")):
+    name = against
+    if is_url(against):
         endpoint = open_endpoint(against, model=endpoint_model, key_env=api_key_env)
-        against = endpoint.name
-        reference = _from_endpoint(endpoint, texts, header.prompts)
+        name = endpoint.name
+        baseline = _from_endpoint(endpoint, texts, header.prompts)
     elif suffix in _READERS:
-        reference = _from_stored(Path(against), texts)
+        baseline = _from_stored(Path(against), texts)
     elif suffix == ".gguf":
-        reference = _from_file(Path(against), texts, device)
+        baseline = _from_file(Path(against), texts, device)
     else:
-        reference = run_checkpoint(against)
-    if reference.n_embd != header.n_embd:
+        baseline = run_checkpoint(against)
+    if baseline.n_embd != header.n_embd:
         raise WrongUsage(
-            f"{against}: gives vectors of width {reference.n_embd}, and {header.path} of {header.n_embd}. "
+            f"{name}: gives vectors of width {baseline.n_embd}, and {header.path} of {header.n_embd}. "
             "Pass the same model at its full width (--against)."
         )
-    return lambda: _usable(against, reference.vectors(), texts)
+    return lambda: _usable(name, baseline.vectors(), texts)
 
 
-def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Reference:
+def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Baseline:
     """Vectors of `endpoint`, which is asked for the first text's right away."""
     inputs = [prompted(text, prompts) for text in texts]
-    first = _usable(endpoint.name, endpoint_vectors(endpoint, inputs[:1]), texts[:1])
 
-    def vectors() -> Vectors:
-        with progress(f"ask {endpoint.name}", len(inputs)) as advance:
-            return endpoint_vectors(endpoint, inputs, on_progress=advance)
+    def vectors(n_texts: int = len(inputs)) -> Vectors:
+        with connected(endpoint) as ask, progress(f"ask {endpoint.name}", n_texts) as advance:
+            return endpoint_vectors(endpoint, ask, inputs[:n_texts], on_progress=advance)
 
-    return Reference(first.shape[1], vectors)
+    return Baseline(_usable(endpoint.name, vectors(1), texts[:1]).shape[1], vectors)
 
 
-def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Reference:
+def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Baseline:
     header = read_header(path)
     header.require_pooling()
 
@@ -86,10 +86,10 @@ def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Reference:
         with Embedder(path, device=device) as model, progress(f"measure {path.name}", len(texts)) as advance:
             return embed_texts(model, texts, advance)
 
-    return Reference(header.n_embd, vectors)
+    return Baseline(header.n_embd, vectors)
 
 
-def _from_stored(path: Path, texts: Sequence[EvalText]) -> Reference:
+def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
     """Vectors of a file, in the order of `texts`; ids are compared where the file has them."""
     try:
         with parsing(path, InputError, _EMBED_AGAIN):
@@ -107,10 +107,10 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Reference:
         raise InputError(f"{path}: holds {len(vectors)} vectors, and {len(texts)} texts are judged. {_EMBED_AGAIN}")
     for i, text in enumerate(texts if ids else ()):
         if len(ids) != len(texts) or str(ids[i]) != text.id:
-            found = repr(ids[i]) if i < len(ids) else "no id"
-            raise InputError(f"{path}: row {i + 1} is of {found}, but text {i + 1} is {text.id!r}. {_EMBED_AGAIN}")
+            stored = repr(ids[i]) if i < len(ids) else "no id"
+            raise InputError(f"{path}: row {i + 1} is of {stored}, but text {i + 1} is {text.id!r}. {_EMBED_AGAIN}")
     _usable(str(path), vectors, texts)
-    return Reference(shape[1], lambda: vectors)
+    return Baseline(shape[1], lambda: vectors)
 
 
 def _read_npy(path: Path) -> tuple[Vectors, list[Any]]:

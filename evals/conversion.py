@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.evals.drift import drift
-from f2gguf.evals.full_precision import TRANSFORMERS, choose_run
+from f2gguf.evals.full_precision import TRANSFORMERS, choose_run, require_transformers
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
 from numpy.typing import NDArray
@@ -70,6 +69,15 @@ def check_conversion(
     return compare(vectors, reference, texts, name)
 
 
+def can_check() -> bool:
+    """Whether checkpoints can be run here, so that any conversion can be checked."""
+    try:
+        require_transformers()
+    except ExtraMissing:
+        return False
+    return True
+
+
 def compare(
     vectors: NDArray[np.float32], reference: NDArray[np.floating[Any]], texts: Sequence[EvalText], name: str
 ) -> ConversionCheck:
@@ -106,8 +114,3 @@ def store(path: Path, vectors: NDArray[np.float32], checkpoint_sha256: str, text
 
 def stored_metadata(checkpoint_sha256: str, texts: Sequence[EvalText]) -> dict[str, str]:
     return {"checkpoint_sha256": checkpoint_sha256, "texts_sha256": texts_sha256(texts), "reference": TRANSFORMERS}
-
-
-def as_json(document: dict[str, Any]) -> str:
-    """JSON as f2gguf writes it: indented, in a fixed order, ended by a newline."""
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -1,19 +1,21 @@
-"""How far a variant's vectors are from the reference's: drift = 1 - cos(candidate, reference), text by text."""
+"""How far a candidate's vectors are from the reference's: drift = 1 - cos(candidate, reference), text by text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from f2gguf.evals import neighbours
+from f2gguf.evals.neighbours import Indices, Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
 from f2gguf.evals.texts import EvalText
+from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import format_bound
 from numpy.typing import NDArray
 
-Vectors = NDArray[np.floating[Any]]
 MAX_DRIFT = 0.02
-TOP_K = 10
 N_RESAMPLES = 9999
 
 
@@ -27,7 +29,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured of one variant. All drifts are fractions: 0.02 is 2%."""
+    """What was measured of one set of vectors. All drifts are fractions: 0.02 is 2%."""
 
     n: int
     mean: float
@@ -37,16 +39,30 @@ class Verdict:
     p99: float
     worst: float
     worst_text: str
-    kinds: dict[str, Group]
-    languages: dict[str, Group]
-    dims: dict[int, float]  # Matryoshka width -> mean drift of the truncated, renormalised vectors
-    top10_overlap: float  # share of each query's ten nearest documents that stays
-    spearman: float  # rank correlation of all pairwise similarities
-    ndcg10: float
-    ndcg10_reference: float
+    kinds: Mapping[str, Group]
+    languages: Mapping[str, Group]
+    dims: Mapping[int, float]  # Matryoshka width -> mean drift of the truncated, renormalised vectors
+    top10_overlap: float | None  # share of each query's ten nearest documents that stays; None with ten or fewer
+    spearman: float | None  # rank correlation of all pairwise similarities; None for a single text
+    ndcg10: float | None  # None where no text is a query whose answers are known
+    ndcg10_reference: float | None
     max_drift: float
-    over: tuple[str, ...]  # what is at or over the bound
     drifts: tuple[float, ...]  # of each text, in the order of the texts
+
+    @property
+    def groups(self) -> dict[str, Mapping[str, Group]]:
+        return {"kind": self.kinds, "language": self.languages}
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What the bound is about: the upper end of the mean's interval, and every kind's and language's mean."""
+        groups = {f"{by} {name}": g.mean for by, named in self.groups.items() for name, g in named.items()}
+        return {"upper end of the mean": self.upper, **groups}
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """Those of `means` that are at or over the bound, with their figures."""
+        return tuple(f"{name} {mean:.2%}" for name, mean in self.means.items() if not mean < self.max_drift)
 
     @property
     def holds(self) -> bool:
@@ -54,13 +70,17 @@ class Verdict:
 
     @property
     def highest(self) -> float:
-        """The highest of what the bound is over."""
-        groups = [group.mean for by in (self.kinds, self.languages) for group in by.values()]
-        return max(self.upper, *groups)
+        """The highest of `means`."""
+        return max(self.means.values())
+
+    @property
+    def label(self) -> str:
+        """'under 2%' or 'OVER 2%'."""
+        return bound_label(self.holds, self.max_drift)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, drifts rounded to a millionth."""
-        return {**rounded(asdict(self)), "holds": self.holds}
+        """For JSON, figures rounded to a millionth."""
+        return {**rounded(asdict(self)), "over": list(self.over), "holds": self.holds}
 
 
 def drift(candidate: Vectors, reference: Vectors) -> NDArray[np.float64]:
@@ -69,61 +89,81 @@ def drift(candidate: Vectors, reference: Vectors) -> NDArray[np.float64]:
     >>> drift(np.array([[1.0, 0.0]]), np.array([[1.0, 1.0]]))    # 1 - 1/sqrt(2)
     array([0.29289322])
     """
-    left, right = (vectors.astype(np.float64) for vectors in (candidate, reference))
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.asarray(1.0 - (left * right).sum(axis=1) / norms)
+    return 1.0 - neighbours.cosines(candidate, reference)
 
 
 def judge(
-    candidate: Vectors,
-    reference: Vectors,
-    texts: Sequence[EvalText],
+    candidate: Any,
+    reference: Any,
+    texts: Sequence[EvalText] | None = None,
     *,
     dims: Sequence[int] = (),
     max_drift: float = MAX_DRIFT,
 ) -> Verdict:
-    """The verdict on `candidate` against `reference`, both (n_texts, n_embd), row i the vector of texts[i].
+    """The verdict on `candidate` against `reference`: vectors of the same texts, (n_texts, n_embd) each, of any origin.
 
-    The bound holds when the upper end of the mean's interval, and the mean of every language and every kind, are under
-    `max_drift`.
+    `texts` say what the rows are: then there are figures for each language and kind too, and the bound is about them.
+    The bound holds where the upper end of the mean's interval and all those means are under `max_drift`. `dims` are
+    Matryoshka widths to measure as well. Raises `InputError` for vectors that cannot be compared.
     """
+    candidate, reference = require_comparable(candidate, reference, texts, dims)
+    names = [text.id for text in texts] if texts else [str(i) for i in range(len(candidate))]
     drifts = drift(candidate, reference)
-    kinds, languages = (_groups(drifts, texts, by) for by in ("kind", "language"))
-    means = bound_means(drifts, texts)
-    over = tuple(f"{what} {mean:.2%}" for what, mean in means.items() if not mean < max_drift)
     return Verdict(
-        **distribution(drifts, texts),
-        kinds=kinds,
-        languages=languages,
+        **distribution(drifts, names),
+        kinds=_groups(drifts, texts, "kind"),
+        languages=_groups(drifts, texts, "language"),
         dims={dim: float(drift(candidate[:, :dim], reference[:, :dim]).mean()) for dim in dims},
-        **_rank_agreement(candidate, reference, texts),
+        **_rank_agreement(candidate, reference, texts or ()),
         max_drift=max_drift,
-        over=over,
         drifts=tuple(drifts.tolist()),
     )
 
 
-def distribution(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> dict[str, Any]:
+def require_comparable(
+    candidate: Any, reference: Any, texts: Sequence[EvalText] | None = None, dims: Sequence[int] = ()
+) -> tuple[Vectors, Vectors]:
+    """Both as arrays; `InputError` unless they are finite vectors of one shape, a row for each text."""
+    pair = {"candidate": np.asarray(candidate), "reference": np.asarray(reference)}
+    for name, vectors in pair.items():
+        if vectors.ndim != 2 or not vectors.size or not np.issubdtype(vectors.dtype, np.number):
+            raise InputError(
+                f"{name}: has the shape {vectors.shape} of {vectors.dtype}, not (n_texts, n_embd) of floats."
+            )
+        bad = np.flatnonzero(~(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))
+        if len(bad):
+            raise InputError(
+                f"{name}: {len(bad)} rows are no vectors (not finite, or zero); the first is row {bad[0]}."
+            )
+    ours, theirs = (v if np.issubdtype(v.dtype, np.floating) else v.astype(np.float32) for v in pair.values())
+    if ours.shape != theirs.shape:
+        raise InputError(f"candidate {ours.shape} and reference {theirs.shape} differ in shape: nothing to compare.")
+    if texts is not None and len(texts) != len(ours):
+        raise InputError(f"{len(ours)} vectors and {len(texts)} texts: each text needs one vector.")
+    if wide := [dim for dim in dims if not 0 < dim <= ours.shape[1]]:
+        raise InputError(f"dims: {wide[0]} is no width of vectors with {ours.shape[1]} dimensions.")
+    return ours, theirs
+
+
+def distribution(drifts: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
     """What a verdict states of the drifts of all texts."""
     lower, upper = bootstrap_interval(drifts)
     return {
-        "n": len(texts),
+        "n": len(drifts),
         "mean": float(drifts.mean()),
         "lower": lower,
         "upper": upper,
         "p95": float(np.percentile(drifts, 95)),
         "p99": float(np.percentile(drifts, 99)),
         "worst": float(drifts.max()),
-        "worst_text": texts[int(drifts.argmax())].id,
+        "worst_text": names[int(drifts.argmax())],
     }
 
 
-def bound_means(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> dict[str, float]:
-    """What the bound is over: the upper end of the mean's interval, the mean of every kind and of every language."""
-    means = {"upper end of the mean": bootstrap_interval(drifts)[1]}
-    for by in ("kind", "language"):
-        means |= {f"{by} {name}": group.mean for name, group in _groups(drifts, texts, by).items()}
-    return means
+def highest_mean(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> float:
+    """`Verdict.highest` of some drifts, without all that a verdict measures besides."""
+    groups = [group.mean for by in ("kind", "language") for group in _groups(drifts, texts, by).values()]
+    return max(bootstrap_interval(drifts)[1], *groups)
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -134,64 +174,13 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
         return float(values[0]), float(values[0])
     rng = np.random.default_rng(0)
     batch = min(1000, 10_000_000 // len(values) + 1)  # resamples in memory at a time: 160 MB at most
-    found = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng, batch=batch)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    result = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng, batch=batch)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def ndcg10(similarities: NDArray[np.floating[Any]], relevant: Sequence[Sequence[int]]) -> float:
-    """Mean nDCG@10 of queries, similarities (n_queries, n_documents), relevant[i] the columns that answer query i.
-
-    >>> ndcg10(np.array([[0.1, 0.9, 0.5]]), [[2]])               # found at rank 2: 1 / log2(3)
-    0.6309297535714575
-    """
-    discounts = 1.0 / np.log2(np.arange(2, TOP_K + 2))
-    scores = []
-    for row, wanted in zip(similarities, relevant, strict=True):
-        hits = np.isin(_top(row), wanted)
-        scores.append((discounts[: len(hits)] * hits).sum() / discounts[: min(len(wanted), TOP_K)].sum())
-    return float(np.mean(scores))
-
-
-def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
-    from scipy.stats import spearmanr
-
-    index = {text.id: i for i, text in enumerate(texts)}
-    queries = [i for i, text in enumerate(texts) if text.relevant]
-    documents = [i for i, text in enumerate(texts) if text.kind in ("document", "code", "long")]
-    column = {i: k for k, i in enumerate(documents)}
-    relevant = [[column[index[name]] for name in texts[i].relevant] for i in queries]
-    pairs = np.triu_indices(len(texts), k=1)
-    ours, theirs = (_normalized(vectors) for vectors in (candidate, reference))
-    found = ours[queries] @ ours[documents].T
-    wanted = theirs[queries] @ theirs[documents].T
-    kept = [len(np.intersect1d(_top(a), _top(b))) / len(_top(b)) for a, b in zip(found, wanted, strict=True)]
-    return {
-        "top10_overlap": float(np.mean(kept)),
-        "spearman": float(spearmanr((ours @ ours.T)[pairs], (theirs @ theirs.T)[pairs]).statistic),
-        "ndcg10": ndcg10(found, relevant),
-        "ndcg10_reference": ndcg10(wanted, relevant),
-    }
-
-
-def _top(row: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
-    return np.argsort(-row, kind="stable")[:TOP_K]
-
-
-def _normalized(vectors: Vectors) -> NDArray[np.float64]:
-    wide = vectors.astype(np.float64)
-    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
-
-
-def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText], by: str) -> dict[str, Group]:
-    labels = np.array([getattr(text, by) for text in texts])
-    return {
-        str(label): Group(int((labels == label).sum()), float(drifts[labels == label].mean()))
-        for label in np.unique(labels)
-    }
-
-
-def label(verdict: dict[str, Any]) -> str:
-    return f"{'under' if verdict['holds'] else 'OVER'} {format_bound(verdict['max_drift'])}"
+def bound_label(holds: bool, max_drift: float) -> str:
+    """'under 2%' or 'OVER 2%'."""
+    return f"{'under' if holds else 'OVER'} {format_bound(max_drift)}"
 
 
 def percent(fraction: float) -> str:
@@ -208,3 +197,45 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
     return value
+
+
+def json_text(document: Any) -> str:
+    """JSON as f2gguf writes it: indented, in a fixed order, ended by a newline; NaN is refused, as JSON has none."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
+    """Neighbours of the queries whose answers are known among the documents; of all rows where there are none."""
+    from scipy.stats import spearmanr
+
+    everything = np.arange(len(candidate))
+    queries = np.array([i for i, text in enumerate(texts) if text.relevant], dtype=np.int64)
+    documents = np.array(
+        [i for i, text in enumerate(texts) if text.kind in ("document", "code", "long")], dtype=np.int64
+    )
+    anchors, others = (queries, documents) if len(queries) else (everything, everything)
+    pairs = choose_pairs(everything, everything)
+    similarities = [pair_cosines(vectors, pairs) for vectors in (candidate, reference)] if len(everything) > 2 else None
+    ndcg = [_ndcg10(vectors, texts, queries, documents) for vectors in (candidate, reference)]
+    return {
+        "top10_overlap": top10_overlap(candidate, reference, anchors, others),
+        "spearman": float(spearmanr(*similarities).statistic) if similarities else None,
+        "ndcg10": ndcg[0],
+        "ndcg10_reference": ndcg[1],
+    }
+
+
+def _ndcg10(vectors: Vectors, texts: Sequence[EvalText], queries: Indices, documents: Indices) -> float | None:
+    if not len(queries):
+        return None
+    column = {texts[i].id: k for k, i in enumerate(documents)}
+    relevant = [[column[name] for name in texts[i].relevant] for i in queries]
+    return neighbours.ndcg10(unit_rows(vectors[queries]) @ unit_rows(vectors[documents]).T, relevant)
+
+
+def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText] | None, by: str) -> dict[str, Group]:
+    labels = np.array([getattr(text, by) for text in texts or ()])
+    return {
+        str(label): Group(int((labels == label).sum()), float(drifts[labels == label].mean()))
+        for label in np.unique(labels)
+    }

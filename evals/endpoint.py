@@ -1,141 +1,210 @@
-"""Vectors from an OpenAI-compatible embeddings endpoint, asked for in batches."""
+"""Vectors from an OpenAI-compatible embeddings endpoint, asked for in batches by the official `openai` client."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
-import time
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
-from f2gguf.runtime.errors import EndpointFailed, WrongUsage, parsing
+from f2gguf.runtime.errors import EndpointFailed, ExtraMissing, WrongUsage, parsing
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import httpx2
+    import openai
 
 BATCH_TEXTS = 32  # what text-embeddings-inference takes at most, unless told otherwise
-N_TRIES = 4
-CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 600.0
-MAX_WAIT_S = 60.0
-DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+N_RETRIES = 3
+KEY_ENV = "OPENAI_API_KEY"
+_PORTS = {"http": 80, "https": 443}
+OPENAI_URL = "https://api.openai.com/v1"
+_HINTS = {401: "Check --api-key-env.", 403: "Check --api-key-env.", 404: "Check the URL and the model's name."}
+_URL = re.compile(r"\s*\w+://|[\w.-]+:\d+(/|$)")  # with a scheme, or the host and port of one that lacks it
+
+Vectors = NDArray[np.float32]
+Ask = Callable[[Sequence[str]], Vectors]  # one batch of texts -> (n_texts, n_embd) float32
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, which model for, and with which key."""
+    """The base URL of an API, its query, which model to ask for, and with which key.
+
+    `is_openai` is whether what OpenAI's client reads in the environment (organisation, headers) is meant for this host.
+    """
 
     url: str
+    query: dict[str, object] = field(default_factory=dict, repr=False)
     model: str | None = None
     key: str | None = field(default=None, repr=False)
+    is_openai: bool = False
 
     @property
     def name(self) -> str:
-        """The URL without a password or query, which may be secret."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        """Where texts are sent, without a password or query, which may be secret."""
+        return f"{shown_url(self.url)}/embeddings"
 
     def failed(self, reason: str) -> EndpointFailed:
         """The error of this endpoint; a server that quotes the key does not get it printed."""
         return EndpointFailed(f"{self.name}: {reason.replace(self.key, '***') if self.key else reason}")
 
 
-def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = None) -> Endpoint:
-    """The endpoint at `url`, with or without its last "/embeddings"; the key is the environment variable's `key_env`.
+def is_url(text: str) -> bool:
+    """Whether a user means an endpoint by `text`: http://host/v1 and localhost:8080/v1, but not org/name or a path."""
+    return bool(_URL.match(text))
 
-    Without `key_env` it is OPENAI_API_KEY's where that is set. Raises `WrongUsage` for a variable without a usable key.
+
+def shown_url(url: str) -> str:
+    """A URL without a password or query, which may be secret."""
+    return re.sub("//[^/]*@", "//", url).partition("?")[0]
+
+
+def require_client(what: str) -> None:
+    """Raise `ExtraMissing` unless the package is there with which `what` is asked."""
+    if not find_spec("openai"):
+        raise ExtraMissing(f"{what}: openai is not installed. Run: pip install 'f2gguf[endpoints]'")
+
+
+def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = None) -> Endpoint:
+    """The endpoint at `url`, which may end in "/embeddings"; the key is the environment variable's `key_env`.
+
+    Without `key_env`, OPENAI_API_KEY is sent to OpenAI alone: to api.openai.com, or to where OPENAI_BASE_URL points.
+    Raises `WrongUsage` for what is no URL and for a variable without a usable key, `ExtraMissing` without `openai`.
     """
-    parts = urlsplit(url)
-    path = parts.path.rstrip("/")
-    key = os.environ.get(key_env or DEFAULT_KEY_ENV, "").strip()
-    if (key_env and not key) or not (key.isascii() and key.isprintable()):
-        raise WrongUsage(f"{key_env or DEFAULT_KEY_ENV}: the environment variable holds no key (--api-key-env).")
-    if not path.endswith("/embeddings"):
-        path += "/embeddings"
-    return Endpoint(parts._replace(path=path, fragment="").geturl(), model, key or None)
+    parts, own = _split(url), _split(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
+    require_client(shown_url(url))
+    base = parts._replace(path=parts.path.rstrip("/").removesuffix("/embeddings"), query="", fragment="").geturl()
+    is_openai = _origin(parts) == _origin(own)
+    if is_openai and os.environ.get(KEY_ENV, "").strip():
+        key_env = key_env or KEY_ENV
+    return Endpoint(base, dict(parse_qsl(parts.query)), model, _read_key(key_env) if key_env else None, is_openai)
+
+
+@contextlib.contextmanager
+def connected(endpoint: Endpoint) -> Iterator[Ask]:
+    """Open a client, and give the function that asks for one batch.
+
+    The client waits and tries again where the endpoint is busy (429 and 5xx) or cannot be reached. Then the function
+    raises `EndpointFailed`.
+    """
+    import httpx2
+    import openai
+
+    try:
+        http_client = openai.DefaultHttpxClient(follow_redirects=False)  # texts and key go to no other host
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        raise endpoint.failed(f"{error}. Check the proxies and certificates that your environment names.") from error
+    with openai.OpenAI(
+        base_url=endpoint.url,
+        api_key=endpoint.key or "none",  # without one, the client would take that of the environment
+        default_query=endpoint.query,
+        max_retries=N_RETRIES,
+        http_client=http_client,
+    ) as client:
+        yield lambda texts: _ask(client, endpoint, list(texts))
 
 
 def endpoint_vectors(
-    endpoint: Endpoint, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
-) -> NDArray[np.float32]:
+    endpoint: Endpoint,
+    ask: Ask,
+    texts: Sequence[str],
+    *,
+    run: Callable[[Ask, list[Sequence[str]]], Iterable[Vectors]] = map,
+    on_progress: Callable[[int], None] | None = None,
+) -> Vectors:
     """Vectors of texts as they are, (n_texts, n_embd) float32, values as the endpoint gives them.
 
-    Waits and tries again where it is busy (429 and 5xx) or breaks off. Raises `EndpointFailed`.
+    `run` is `map`, or an executor's, which asks for several batches at a time.
     """
-    import httpx2
-
-    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    rows: list[NDArray[np.float32]] = []
-    try:
-        with httpx2.Client(headers=headers, timeout=timeout) as client:
-            for start in range(0, len(texts), BATCH_TEXTS):
-                batch = list(texts[start : start + BATCH_TEXTS])
-                rows.append(_batch_vectors(endpoint, _ask(client, endpoint, batch), len(batch)))
-                if on_progress:
-                    on_progress(len(batch))
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise endpoint.failed(f"cannot be asked: {reason}. Is the server up?") from error
-    widths = sorted({batch.shape[1] for batch in rows})
+    parts: list[Vectors] = []
+    for part in run(ask, [texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS)]):
+        parts.append(part)
+        if on_progress:
+            on_progress(len(part))
+    widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise endpoint.failed(f"gives vectors of different widths: {', '.join(map(str, widths))}.")
-    return np.concatenate(rows)
+    return np.concatenate(parts)
 
 
-def _ask(client: httpx2.Client, endpoint: Endpoint, texts: list[str]) -> httpx2.Response:
-    """The answer of status 200 to one batch."""
+def _split(url: str) -> SplitResult:
+    """The parts of a usable URL. Raises `WrongUsage`."""
     import httpx2
 
-    body: dict[str, Any] = {"input": texts, "encoding_format": "float"}
-    if endpoint.model:
-        body["model"] = endpoint.model
-    for n_tries in range(1, N_TRIES + 1):
-        try:
-            response = client.post(endpoint.url, json=body)
-        except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
-            if n_tries == N_TRIES:
-                raise
-            time.sleep(2.0 ** (n_tries - 2))
-            continue
-        if response.status_code == httpx2.codes.OK:
-            return response
-        if n_tries == N_TRIES or not (response.status_code == 429 or response.status_code >= 500):
-            break
-        time.sleep(_wait_s(response, 2.0 ** (n_tries - 2)))
-    said = " ".join(response.text.split())[:200]
-    hint = {401: "Check --api-key-env.", 403: "Check --api-key-env.", 404: "Check the URL and --endpoint-model."}
-    raise endpoint.failed(
-        f"status {response.status_code} {response.reason_phrase}: {said} {hint.get(response.status_code, '')}".rstrip()
-    )
+    try:
+        if not url.isprintable() or " " in url:
+            raise ValueError("it holds a space or a control character")
+        parts = urlsplit(url)
+        if parts.scheme not in _PORTS or not parts.hostname:
+            raise ValueError("it does not begin with http:// or https:// and a host")
+        _ = parts.port, parts.hostname.encode("idna"), httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise WrongUsage(
+            f"{ascii(shown_url(url))[1:-1]}: is no URL of an API: {error}. Write it like http://localhost:8080/v1."
+        ) from error
+    return parts
 
 
-def _wait_s(response: httpx2.Response, default: float) -> float:
-    """Seconds that Retry-After asks for, where it is a number; at most a minute."""
-    asked = response.headers.get("Retry-After", "")
-    return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else default
+def _origin(parts: SplitResult) -> tuple[str, str | None, int]:
+    return parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme]
 
 
-def _batch_vectors(endpoint: Endpoint, response: httpx2.Response, n_texts: int) -> NDArray[np.float32]:
-    """Vectors of one answer in the order of its indices, (n_texts, n_embd) float32."""
+def _read_key(name: str) -> str:
+    key = os.environ.get(name, "").strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise WrongUsage(f"{name}: the environment variable holds no usable key (--api-key-env).")
+    return key
+
+
+def _ask(client: openai.OpenAI, endpoint: Endpoint, texts: list[str]) -> Vectors:
+    """The vectors of one batch. The client asks for base64, which is exact and small."""
+    import openai
+
+    try:
+        response = client.embeddings.with_raw_response.create(
+            input=texts, model=endpoint.model or cast(str, openai.omit), extra_headers=_headers(endpoint)
+        ).http_response
+    except openai.APIStatusError as error:
+        answer = error.response
+        hint = f"It redirects to {shown_url(answer.headers['Location'])}." if "Location" in answer.headers else ""
+        said = f"{' '.join(answer.text.split())[:200]} {hint or _HINTS.get(error.status_code, '')}".rstrip()
+        raise endpoint.failed(f"status {error.status_code} {answer.reason_phrase}: {said}") from error
+    except openai.OpenAIError as error:
+        reason = str(error.__cause__ or error).rstrip(".") or type(error.__cause__).__name__
+        raise endpoint.failed(f"cannot be asked: {reason}. Is the server up?") from error
     kind = response.headers.get("Content-Type", "no content type")
-    with parsing(
-        f"{endpoint.name}: its answer ({kind})", EndpointFailed, "Give the base URL of an API, such as http://host/v1."
-    ):
-        rows = response.json()["data"]
-        placed = {row.get("index", i): _vector(row["embedding"]) for i, row in enumerate(rows)}
-        if len(rows) != n_texts or set(placed) != set(range(n_texts)):
-            raise ValueError(f"{n_texts} texts were sent and {len(rows)} vectors came, with indices {sorted(placed)}")
-        vectors = np.stack([placed[i] for i in range(n_texts)])
-        if vectors.ndim != 2 or not vectors.shape[1]:
-            raise ValueError(f"an embedding has the shape {vectors.shape[1:]}, which is no vector")
-        return vectors
+    next_step = "Give the base URL of an API, such as http://host/v1."
+    with parsing(f"{endpoint.name}: its answer ({kind})", EndpointFailed, next_step):
+        return _in_order(response.json()["data"], len(texts))
 
 
-def _vector(embedding: Any) -> NDArray[np.float32]:
+def _headers(endpoint: Endpoint) -> dict[str, Any]:
+    """The key, and for other hosts than OpenAI's none of the headers that its client takes from the environment."""
+    import openai
+
+    ambient = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+    names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in ambient)]
+    headers = {} if endpoint.is_openai else dict.fromkeys(filter(None, names), openai.omit)
+    return headers | {"Authorization": f"Bearer {endpoint.key}" if endpoint.key else openai.omit}
+
+
+def _in_order(rows: list[dict[str, Any]], n_texts: int) -> Vectors:
+    """Vectors of one answer in the order of its indices, (n_texts, n_embd) float32."""
+    placed = {row.get("index", i): _vector(row["embedding"]) for i, row in enumerate(rows)}
+    if len(rows) != n_texts or set(placed) != set(range(n_texts)):
+        raise ValueError(f"{n_texts} texts were sent and {len(rows)} vectors came, with indices {sorted(placed)}")
+    vectors = np.stack([placed[i] for i in range(n_texts)])
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise ValueError(f"an embedding has the shape {vectors.shape[1:]}, which is no vector")
+    return vectors
+
+
+def _vector(embedding: Any) -> Vectors:
     """One vector, from base64 of little-endian float32 or from numbers."""
     if isinstance(embedding, str):
         return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")

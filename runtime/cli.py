@@ -16,19 +16,22 @@ MODEL = click.option(
     "--model",
     envvar="F2GGUF_MODEL",
     metavar="MODEL",
-    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub [or $F2GGUF_MODEL].",
+    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub [default: $F2GGUF_MODEL].",
 )
 FILE = click.argument("model", envvar="F2GGUF_MODEL")
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, metal or cuda.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, metal or cuda.")
 GPU_LAYERS = click.option(
-    "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [default: all]."
+    "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers to put on the GPU [default: all]."
 )
-THREADS = click.option("--threads", "n_threads", type=click.IntRange(1), help="[default: the physical cores]")
-POOLING = click.option("--pooling", help="last, mean or cls, for a file whose header does not say.")
-MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut longer texts here [default: the model's limit].")
+THREADS = click.option(
+    "--threads", "n_threads", type=click.IntRange(1), help="Number of threads [default: one for each physical core]."
+)
+POOLING = click.option("--pooling", help="Pooling of a file whose header does not state it: last, mean or cls.")
+MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut texts to this many tokens [default: the model's limit].")
 DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
-COLUMN = click.option("--column", default="text", show_default=True, help="Key or column of the text.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+COLUMN = click.option("--column", default="text", show_default=True, help="Key or column that holds the text.")
+FORCE = click.option("--force", is_flag=True, help="Overwrite the output file if it exists.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group(cls=Commands)
@@ -45,14 +48,16 @@ def f2gguf() -> None:
 @click.option("--query", is_flag=True, help="Put the model's query prompt before every text.")
 @click.option("--prompt", help="Put this text before every text.")
 @click.option("--prompt-name", help="Put this prompt of the model before every text.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file.")
-@click.option("--force", is_flag=True, help="Overwrite the output file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file to write.")
+@FORCE
 @DIMS
-@click.option("--dtype", default="float32", show_default=True, help="float32 or float16.")
+@click.option("--dtype", default="float32", show_default=True, help="Type of the vectors: float32 or float16.")
 @click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
 @MAX_TOKENS
 @POOLING
-@click.option("--deterministic", is_flag=True, help="The same bytes for a text in any company; slower.")
+@click.option(
+    "--deterministic", is_flag=True, help="Give a text the same bytes whatever else is in the batch (slower)."
+)
 @DEVICE
 @GPU_LAYERS
 @THREADS
@@ -69,42 +74,26 @@ def embed(
     dims: int | None,
     dtype: str,
     no_normalize: bool,
-    max_tokens: int | None,
-    pooling: str | None,
-    deterministic: bool,
-    device: str,
-    n_gpu_layers: int,
-    n_threads: int | None,
+    **opening: Any,
 ) -> None:
     """Turn texts into vectors: arguments, lines on stdin, or --input.
 
-    Without -o, one JSON object a text on stdout: its id, its number of tokens, whether it was cut, its embedding.
-    Texts are documents unless --query says otherwise. Texts without a finite vector are named in an error; all others
-    are written.
+    Without -o, one JSON object for each text is printed: its id, its number of tokens, whether it was cut, its
+    embedding. Texts are documents unless --query says otherwise. Texts without a finite vector are named in an error;
+    the vectors of all others are written.
     """
     from f2gguf.runtime.tables import json_rows, require_output, write_vectors
 
     prompts = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
-    given = [name for name, value in prompts.items() if value is not None]
-    if len(given) > 1:
-        raise WrongUsage(f"{' and '.join(given)}: choose one.")
+    chosen = [name for name, value in prompts.items() if value is not None]
+    if len(chosen) > 1:
+        raise WrongUsage(f"{' and '.join(chosen)}: choose one.")
     if output:
         require_output(output, force=force)
     rows = _texts(texts, input_path, column)
     failure = None
-    with (
-        _open(
-            model,
-            device=device,
-            n_gpu_layers=n_gpu_layers,
-            n_threads=n_threads,
-            pooling=pooling,
-            max_tokens=max_tokens,
-            deterministic=deterministic,
-        ) as embedder,
-        progress("embed", len(rows.texts)) as advance,
-    ):
-        if not given:
+    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
+        if not chosen:
             prompt_name = embedder.default_prompt("document")
         try:
             embeddings = embedder.embed(
@@ -142,18 +131,7 @@ def embed(
 @THREADS
 @JSON
 def search(
-    query: str,
-    model: str | None,
-    docs: str,
-    column: str,
-    top: int,
-    dims: int | None,
-    max_tokens: int | None,
-    pooling: str | None,
-    device: str,
-    n_gpu_layers: int,
-    n_threads: int | None,
-    as_json: bool,
+    query: str, model: str | None, docs: str, column: str, top: int, dims: int | None, as_json: bool, **opening: Any
 ) -> None:
     """Rank the documents of --docs by their similarity to QUERY."""
     from f2gguf.runtime.tables import read_texts
@@ -161,17 +139,7 @@ def search(
     rows = read_texts(docs, column=column)
     if not rows.texts:
         raise WrongUsage(f"{docs}: holds no documents (--docs).")
-    with (
-        _open(
-            model,
-            device=device,
-            n_gpu_layers=n_gpu_layers,
-            n_threads=n_threads,
-            pooling=pooling,
-            max_tokens=max_tokens,
-        ) as embedder,
-        progress("embed", len(rows.texts)) as advance,
-    ):
+    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
         documents = embedder.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
         scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
     for rank, i in enumerate((-scores).argsort(kind="stable")[:top], start=1):
@@ -179,10 +147,9 @@ def search(
             hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
             click.echo(json.dumps(hit, ensure_ascii=False))
         else:
-            shown = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
-            click.echo(
-                f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown if len(shown) <= 100 else shown[:97] + '...'}"
-            )
+            line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
+            shown = line if len(line) <= 100 else line[:97] + "..."
+            click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown}")
 
 
 @f2gguf.command()
@@ -256,13 +223,13 @@ def inspect(model: str, as_json: bool) -> None:
 @GPU_LAYERS
 @THREADS
 @JSON
-def selftest(model: str, device: str, n_gpu_layers: int, n_threads: int | None, as_json: bool) -> None:
+def selftest(model: str, as_json: bool, **opening: Any) -> None:
     """Embed a file's golden texts on this device, and compare them with what its maker measured.
 
     Names what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors that this device
     computes. Exit code 1 where anything is.
     """
-    with _open(model, device=device, n_gpu_layers=n_gpu_layers, n_threads=n_threads) as embedder:
+    with _open(model, **opening) as embedder:
         outcome = embedder.selftest()
     click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else "\n".join(outcome.lines()))
     outcome.require_sound()

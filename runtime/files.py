@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +18,9 @@ from typing import Any
 from f2gguf.runtime.errors import OutputError
 
 PART_SUFFIX = ".part"
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS, FUSE: go on without
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)  # `write` names no file
+_NUMPY_FULL_DISK = re.compile(r"\d+ requested and \d+ written")  # numpy's `tofile` drops the number too
 _REMEMBERED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
 _SETTLED_NS = 100_000_000  # a file system's clock may tick 100 times a second: a change within a tick shows nowhere
 
@@ -27,32 +33,54 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+    """Give an empty temporary file beside `path`; rename it to `path` when the block ends well, remove it otherwise.
 
     A process that is killed leaves at most a `.part` file, which the next run overwrites. A symbolic link stays, and
-    its target is replaced. Raises `OutputError` with the reason of the operating system (full disk, no permission), or
-    for a path that is no regular file.
+    its target is replaced. Raises `OutputError` with the reason of the operating system (full disk, no permission), for
+    a path that is no regular file, and at once where another process writes it; other errors of the block pass.
     """
     part = _part_of(path)
+    with _output_errors(path):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(part, os.O_RDWR | os.O_CREAT)
+    if descriptor is None:
+        raise OutputError(f"{path}: another process is writing it. Wait until that has ended, or name another file.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path.resolve())
-    except OSError as error:
-        raise _output_error(path, error) from error
-    finally:
+        with _output_errors(path, part):
+            os.ftruncate(descriptor, 0)
+            yield part
+        with _output_errors(path):
+            os.fsync(descriptor)
+            part.replace(path.resolve())
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made where it is not there; `OutputError` where one is at work in it.
+
+    Nothing is left behind: the lock is on the folder itself, and ends with the process.
+    """
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder, os.O_RDONLY)
+    if descriptor is None:
+        raise OutputError(f"{folder}: another run is at work there. Wait until it has ended, or choose another folder.")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def require_absent(path: Path, *, force: bool) -> None:
     """Raise `OutputError` where `path` exists and may not be overwritten, before the work is done."""
-    try:
+    with _output_errors(path):
         exists = path.exists()
-    except OSError as error:
-        raise _output_error(path, error) from error
     if exists and not force:
         raise OutputError(f"{path}: exists already. Pass --force to overwrite it, or another -o.")
 
@@ -133,15 +161,46 @@ def format_bound(fraction: float) -> str:
 
 
 def _part_of(path: Path) -> Path:
-    try:
+    with _output_errors(path):
         target = path.resolve()
         if not target.name or (target.exists() and not target.is_file()):
             raise OutputError(f"{path}: is no regular file. Name another one.")
-        return target.with_name(target.name + PART_SUFFIX)
+    return target.with_name(target.name + PART_SUFFIX)
+
+
+def _lock(path: Path, flags: int) -> int | None:
+    """A descriptor of `path` that holds its only lock, until it is closed; None where another one holds it."""
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        # whoever held it may have renamed or removed the file since it was opened here
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Say of an `OSError` that `path` cannot be written; with `part`, only of one about that file or its disk."""
+    try:
+        yield
     except OSError as error:
-        raise _output_error(path, error) from error
+        if part and not _is_of(part, error):
+            raise
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written: {reason}. What was there before is untouched.") from error
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    return OutputError(f"{path}: cannot be written: {reason}. What was there before is untouched.")
+def _is_of(part: Path, error: OSError) -> bool:
+    if error.filename is not None:
+        return error.filename in (part, part.parent, str(part), str(part.parent))
+    return error.errno in _FULL_DISK or (error.errno is None and _NUMPY_FULL_DISK.fullmatch(str(error)) is not None)

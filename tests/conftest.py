@@ -176,13 +176,12 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Release]
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "releases"
 
-    def release(model: str | Path, *arguments: str, prelude: str = "", is_real: bool = False) -> Release:
+    def release(model: str | Path, *arguments: str, **options: Any) -> Release:
         name = Path(model).name
         folder = root / "-".join([name, *arguments])
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             if not (made := folder / "process").exists():
-                options = {"prelude": prelude, "is_real": is_real}
                 process = run_command("quantize", "all", model, *arguments, "--out", folder / "dist", **options)
                 made.write_bytes(pickle.dumps(process))
         return Release(folder / "dist" / name, pickle.loads(made.read_bytes()))
@@ -197,7 +196,7 @@ def nano_release(releases: Callable[..., Release]) -> Release:
 
 @pytest.fixture(scope="session")
 def minilm_release(releases: Callable[..., Release]) -> Release:
-    return releases("all-MiniLM-L6-v2", is_real=True)
+    return releases("all-MiniLM-L6-v2", is_real=True, timeout_s=1800)
 
 
 @pytest.fixture(scope="session")

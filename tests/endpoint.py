@@ -39,7 +39,8 @@ def serving(vectors: Callable[[list[str]], np.ndarray]) -> Iterator[Api]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            sent = {"path": self.path, "key": self.headers.get("Authorization"), "headers": dict(self.headers)}
+            state.requests.append({**sent, **body})
             status, headers = state.answers.pop(0) if state.answers else (200, {})
             answer = state.answer(body) if status == 200 else {"error": f"no, {self.headers.get('Authorization')}"}
             payload = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

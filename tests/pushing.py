@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.reserved import fill_in
 from hub import (
     WRITER,
     Commit,
@@ -148,6 +148,6 @@ def seal(folder: Path, edit: Callable[[dict[str, Any]], object] = lambda _: None
 
 def put_over_bound(folder: Path) -> None:
     """As a variant is written that was measured and drifts too much."""
-    stamp(folder / Q8, {"f2gguf.drift.mean": 0.03, "f2gguf.drift.upper": 0.04, "f2gguf.drift.holds": False})
+    fill_in(folder / Q8, {"f2gguf.drift.mean": 0.03, "f2gguf.drift.upper": 0.04, "f2gguf.drift.holds": False})
     verdict = {"mean": 0.03, "upper": 0.04, "holds": False, "over": ["mean 3.000%"]}
     seal(folder, lambda report: report["variants"]["Q8_0"].update(verdict))

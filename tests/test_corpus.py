@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from f2gguf.evals import corpus
+from f2gguf.evals import neighbours
 from f2gguf.evals.corpus import CorpusVerdict, corpus_lines, judge_corpus, read_corpus
 from f2gguf.evals.drift import bootstrap_interval
 from f2gguf.evals.texts import EvalText
@@ -95,8 +95,8 @@ def test_many_texts_are_sampled_and_give_the_same_figures_each_time(monkeypatch:
         return judge_corpus(candidate, reference, texts)
 
     exact = judged()
-    monkeypatch.setattr(corpus, "N_PAIRS", 20_000)
-    monkeypatch.setattr(corpus, "N_ANCHORS", 100)
+    monkeypatch.setattr(neighbours, "N_PAIRS", 20_000)
+    monkeypatch.setattr(neighbours, "N_ANCHORS", 100)
     sampled = judged()
     assert (exact.n_pairs, sampled.n_pairs) == (300 * 299 // 2, 20_000)
     assert sampled.mean_score_shift == pytest.approx(exact.mean_score_shift, rel=0.05)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from f2gguf.evals.conversion import NOT_CHECKED, ConversionCheck, compare, store
-from f2gguf.evals.drift import bootstrap_interval, drift, judge, ndcg10
+from f2gguf.evals.drift import bootstrap_interval, drift, judge
+from f2gguf.evals.neighbours import ndcg10
 from f2gguf.evals.texts import EvalText
+from f2gguf.runtime.errors import InputError
 
 TEXTS = (
     EvalText("q1", "query", "en", "one", ("d1",)),
@@ -38,7 +42,8 @@ def test_drift_is_one_minus_cosine_whatever_the_lengths() -> None:
 def test_verdict_of_equal_vectors_is_clean() -> None:
     verdict = judge(REFERENCE, REFERENCE, TEXTS, dims=(2, 4))
     assert verdict.holds
-    assert (verdict.n, verdict.top10_overlap, verdict.spearman) == (4, 1.0, pytest.approx(1.0))
+    assert (verdict.n, verdict.spearman) == (4, pytest.approx(1.0))
+    assert verdict.top10_overlap is None, "there are not more than ten documents to choose from"
     assert verdict.mean == pytest.approx(0, abs=1e-7)
     assert verdict.ndcg10 == verdict.ndcg10_reference == 1.0
     assert set(verdict.dims) == {2, 4}
@@ -67,11 +72,48 @@ def test_one_bad_language_is_enough_to_fail() -> None:
     assert verdict.over == ("language de 2.50%",)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_not_a_number_never_holds() -> None:
+def with_row(value: float) -> np.ndarray:
     broken = REFERENCE.copy()
-    broken[0] = np.nan
-    assert not judge(broken, REFERENCE, TEXTS).holds
+    broken[1] = value
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "message"),
+    [
+        (with_row(np.nan), REFERENCE, "candidate: 1 rows are no vectors .* row 1"),
+        (REFERENCE, with_row(0.0), "reference: 1 rows are no vectors .* row 1"),
+        (REFERENCE[:3], REFERENCE, "differ in shape"),
+        (REFERENCE[0], REFERENCE, r"candidate: has the shape \(4,\)"),
+        ([["a"]], REFERENCE, "candidate: has the shape"),
+        ([], [], "candidate: has the shape"),
+        (REFERENCE[:3], REFERENCE[:3], "3 vectors and 4 texts"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_are_refused(candidate: Any, reference: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        judge(candidate, reference, TEXTS)
+
+
+def test_width_beyond_the_vectors_is_refused() -> None:
+    with pytest.raises(InputError, match="dims: 5 is no width of vectors with 4 dimensions"):
+        judge(REFERENCE, REFERENCE, dims=(2, 5))
+
+
+def test_anybodys_vectors_are_judged_without_texts() -> None:
+    """From lists, in another precision, of rows that nobody describes: the bound is about the mean alone."""
+    rng = np.random.default_rng(2)
+    reference = rng.standard_normal((300, 16)).astype(np.float16)
+    verdict = judge((reference + 0.05 * rng.standard_normal(reference.shape)).tolist(), reference)
+    assert (verdict.n, verdict.kinds, verdict.languages, verdict.ndcg10) == (300, {}, {}, None)
+    assert 0 < verdict.lower < verdict.mean < verdict.upper < 0.02
+    assert verdict.worst_text == str(np.argmax(verdict.drifts))
+    assert verdict.top10_overlap is not None
+    assert 0.5 < verdict.top10_overlap < 1
+    assert verdict.spearman is not None
+    assert 0.9 < verdict.spearman < 1
+    assert verdict.holds
+    assert judge(reference, reference).top10_overlap == 1.0
 
 
 def test_interval_covers_the_mean_and_narrows_with_more_texts() -> None:

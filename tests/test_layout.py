@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -101,6 +102,14 @@ def test_commands_load_nothing_heavy_for_their_help() -> None:
     code = f"import f2gguf.quantize.cli, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_every_script_imports_what_is_there() -> None:
+    """Nothing of a script runs: its name is not __main__."""
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.read_bytes().startswith(b"#!/usr/bin/env python3")]
+    assert len(scripts) > 5
+    for path in scripts:
+        runpy.run_path(str(path), run_name="imported")
 
 
 def test_f2gguf_quantize_is_the_same_group(run: Run) -> None:

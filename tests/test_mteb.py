@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from checkpoints import edit_json, write_tiny
 from conftest import Release, facts_of
-from f2gguf.evals.drift import ndcg10
 from f2gguf.evals.mteb import encoder as mteb_encoder
 from f2gguf.evals.mteb.encoder import F2ggufEncoder
 from f2gguf.evals.mteb.tasks import local_tasks
+from f2gguf.evals.neighbours import ndcg10
 from f2gguf.evals.texts import EvalText, claimed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.source.lock import read_lock

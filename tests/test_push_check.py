@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Release
-from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.release.check import find_release, read_release
 from f2gguf.runtime.errors import GGUFError, HashMismatch, OverBound, UnfitRelease, UnknownName
 from hub import flip_bit
@@ -159,7 +159,7 @@ def test_report_and_header_that_contradict_each_other_are_refused(
     [("f2gguf.drift.holds", False), ("f2gguf.drift.mean", 0.0001), ("f2gguf.variant", "Q4_0")],
 )
 def test_header_that_was_changed_is_refused_even_with_new_hashes(folder: Path, key: str, value: Any) -> None:
-    stamp(folder / Q8, {key: value})
+    fill_in(folder / Q8, {key: value})
     seal(folder)
     with pytest.raises(UnfitRelease, match=Q8):
         read_release(folder)

@@ -1,27 +1,75 @@
-"""The README says what the commands say."""
+"""The READMEs name what there is, and every command says what it does."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
+import pytest
+from f2gguf.quantize.cli import f2gguf, quantize
+
 ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("quantize", "evals", "runtime"))]
+TEXT = "\n".join(path.read_text() for path in READMES)
 
 
-def test_help_texts_are_those_of_the_commands() -> None:
-    process = subprocess.run([sys.executable, ROOT / "scripts" / "readme", "--check"], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+def commands(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command below a group with its full name."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield " ".join((*path, name)), command
 
 
-def test_every_file_of_the_tree_is_there() -> None:
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n\nImports")[0]
-    names = {word for word in tree.replace(",", " ").split() if word.endswith(".py")}
-    found = {path.name for folder in ("quantize", "evals", "runtime") for path in (ROOT / folder).glob("*.py")}
-    assert names == found - {"__init__.py"} | {"texts.py"}
+COMMANDS = dict([*commands(quantize, "quantize"), *commands(f2gguf, "f2gguf")])
 
 
-def test_scripts_of_the_tree_are_there() -> None:
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    scripts/ "))
-    names = {name.strip() for name in line.split("scripts/", 1)[1].split(",")}
-    assert names == {path.name for path in (ROOT / "scripts").iterdir()} - {"setup", "demo-packages.txt", "__pycache__"}
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help_in_whole_phrases(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    assert command.help.split("\n")[0].endswith(".")
+    for option in command.params:
+        if isinstance(option, click.Option):
+            words = option.help or ""
+            assert words.endswith("."), f"{name} {option.opts[-1]}: {words!r}"
+            assert words[0].isupper(), f"{name} {option.opts[-1]}: {words!r}"
+            assert len(words.partition("[default")[0].split()) >= 3, f"{name} {option.opts[-1]}: {words!r} is no phrase"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("f2gguf quantize")])
+def test_every_command_is_named_in_a_readme(name: str) -> None:
+    assert name in TEXT
+
+
+def test_every_script_is_named_in_the_readme() -> None:
+    names = {path.name for path in (ROOT / "scripts").iterdir()} - {
+        "setup",
+        "check",
+        "demo-packages.txt",
+        "__pycache__",
+    }
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", READMES[0].read_text())] == []
+
+
+@pytest.mark.parametrize("folder", ["quantize", "evals", "runtime"])
+def test_every_file_and_room_of_a_folder_is_named_in_its_readme(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text().split("## ")[0]
+    words = set(re.findall(r"[\w/.-]+", text))
+    paths = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    rooms = {f"{path.parent.name}/" for path in paths if path.parent.name != folder}
+    assert rooms <= words
+    assert [path.name for path in paths if not {path.name, path.stem} & words and folder != "evals"] == []
+
+
+def test_readmes_link_to_files_that_are_there() -> None:
+    for path in READMES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_readmes_do_not_grow_into_manuals() -> None:
+    assert len(READMES[0].read_text().splitlines()) <= 160

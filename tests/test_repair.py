@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import llama_cpp
 import numpy as np
@@ -16,12 +17,13 @@ from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.repair import search
 from f2gguf.quantize.repair.make import make
 from f2gguf.quantize.repair.plan import plan_variant
 from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, read_recipe
 from f2gguf.quantize.repair.rescale import GRID, places, scales
-from f2gguf.quantize.repair.search import recipes
+from f2gguf.quantize.repair.search import MARGIN, Search, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
@@ -99,7 +101,7 @@ def test_outliers_in_channels_cost_nothing(kind: str, seed: int, tmp_path: Path,
     source = tmp_path / "outliers-F16.gguf"
     convert(facts_of(write_outliers(tmp_path / "outliers", kind, factor=512, seed=seed)), source)
     study = studied(source)
-    recipe = next(recipes(study, "Q4_K_M", max_drift=0.02))
+    recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
     assert recipe.kind == "rescaled"
@@ -130,7 +132,7 @@ def test_outliers_in_the_residual_stream_are_promoted_away(tmp_path: Path, studi
     source = tmp_path / "residual-F16.gguf"
     convert(facts_of(write_outliers(tmp_path / "residual", "residual", factor=512, seed=3, n_channels=8)), source)
     study = studied(source)
-    recipe = next(recipes(study, "Q4_K_M", max_drift=0.02))
+    recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
     assert recipe.kind == "promoted"
@@ -142,23 +144,39 @@ def test_outliers_in_the_residual_stream_are_promoted_away(tmp_path: Path, studi
 def test_sound_model_drifts_no_more_than_with_the_importance_matrix(
     variant: str, nano_study: Study, tmp_path: Path
 ) -> None:
-    recipe = next(recipes(nano_study, variant, max_drift=0.02))
+    recipe = Search(nano_study, variant).under(MARGIN * 0.02)
     with_imatrix = drift_of(nano_study, nano_study.recipe(variant), tmp_path / "imatrix.gguf")
     stock = drift_of(nano_study, Recipe(variant), tmp_path / "stock.gguf")
     assert drift_of(nano_study, recipe, tmp_path / "ours.gguf") <= with_imatrix < stock
     assert nano_study.size_bytes(recipe) == nano_study.size_bytes(Recipe(variant))
 
 
-def test_a_verdict_over_the_bound_makes_the_search_stricter(nano_study: Study) -> None:
-    class Missed:
-        holds, highest = False, 0.03
+def test_a_verdict_over_the_bound_makes_the_search_stricter(
+    nano_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = [SimpleNamespace(holds=False, highest=0.03), SimpleNamespace(holds=True, highest=0.001)]
+    tried: list[Recipe] = []
 
-    search = recipes(nano_study, "Q4_0", max_drift=0.0025)
-    first = next(search)
-    second = search.send(Missed())  # type: ignore[arg-type]
-    assert first.kind == "imatrix"
-    assert second.kind == "promoted"
+    def make_measured(_weights: Weights, _path: Path, recipe: Recipe, *_: object, **__: object) -> SimpleNamespace:
+        tried.append(recipe)
+        return verdicts[len(tried) - 1]
+
+    monkeypatch.setattr(search, "make_measured", make_measured)
+    evaluation = SimpleNamespace(max_drift=0.0025)
+    made = make_within_bound(nano_study, "Q4_0", tmp_path / "x.gguf", evaluation=evaluation)  # type: ignore[arg-type]
+    first, second = tried
+    assert (first.kind, second.kind) == ("imatrix", "promoted")
+    assert made.recipe == second
     assert study_drift(nano_study, second) < study_drift(nano_study, first) * 0.0025 / 0.03
+
+
+def test_what_the_path_holds_already_is_not_made_again(nano_study: Study, tmp_path: Path) -> None:
+    there = search.Made(Search(nano_study, "Q8_0").under(1.0), SimpleNamespace(holds=True))  # type: ignore[arg-type]
+    evaluation = SimpleNamespace(max_drift=1.0)
+    made = make_within_bound(nano_study, "Q8_0", tmp_path / "x.gguf", evaluation=evaluation, there=there)  # type: ignore[arg-type]
+    assert made is there
+    assert made.recipe == Recipe("Q8_0")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def study_drift(study: Study, recipe: Recipe) -> float:
@@ -166,15 +184,15 @@ def study_drift(study: Study, recipe: Recipe) -> float:
 
 
 def test_max_size_is_kept_and_a_larger_one_drifts_less(nano_study: Study, tmp_path: Path) -> None:
-    drifts = []
+    drifts, found = [], Search(nano_study, "Q4_K_M")
     for size in (5_000_000, 5_600_000, 7_000_000):
-        recipe = next(recipes(nano_study, "Q4_K_M", max_drift=0.02, max_size=size))
+        recipe = found.within_size(size, MARGIN * 0.02)
         drifts.append(drift_of(nano_study, recipe, tmp_path / f"{size}.gguf"))
         assert 0.9 * size < (tmp_path / f"{size}.gguf").stat().st_size <= size
     assert drifts == sorted(drifts, reverse=True)
     assert drifts[2] < drifts[0] / 2
     with pytest.raises(OutOfReach, match=r"no Q4_K_M of 2\.0 MB \(--max-size\).* takes 4\.\d MB"):
-        next(recipes(nano_study, "Q4_K_M", max_drift=0.02, max_size=2_000_000))
+        found.within_size(2_000_000, MARGIN * 0.02)
 
 
 def test_noise_of_independent_errors_adds_up() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,25 @@ from conftest import Run
 from f2gguf.evals.conversion import NOT_CHECKED
 from f2gguf.evals.drift import drift, judge
 from f2gguf.evals.texts import EvalText
-from f2gguf.quantize.release.card import model_card
 from f2gguf.quantize.release.write import write_release
+from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.quantize.report import picture as report_plot
+from f2gguf.quantize.report.card import model_card
 from f2gguf.quantize.report.page import report_html
 from f2gguf.quantize.report.picture import draw
+from f2gguf.quantize.report.report import (
+    Conversion,
+    File,
+    Measured,
+    Report,
+    Source,
+    Texts,
+    VariantInputs,
+    read_report,
+    write_report,
+)
 from f2gguf.quantize.report.tables import drift_rows, files_table, groups_table, worst_texts
-from f2gguf.quantize.source.facts import Facts
+from f2gguf.runtime.errors import InputError
 
 LANGUAGES = ("de", "en", "ja")
 TEXTS = tuple(
@@ -33,60 +47,73 @@ TEXTS = tuple(
     )
 )
 REFERENCE = np.random.default_rng(0).standard_normal((len(TEXTS), 16))
-RECIPE = {
-    "kind": "promoted",
-    "types": {"token_embd.weight": "Q8_0"},
-    "exponents": {"blk.0.attn_norm": [0.5, 0.25]},
-    "imatrix_sha256": "1" * 64,
-    "calibration_sha256": "2" * 64,
-    "n_calibration_texts": 311,
-    "versions": {"llama-cpp-python": "0.3.36"},
-    "lines": ["importance matrix over 311 texts", "1 tensor promoted: token_embd.weight to Q8_0"],
-}
+RECIPE = Recipe(
+    "Q4_0",
+    types={"token_embd.weight": "Q8_0"},
+    exponents={"blk.0.attn_norm": (0.5, 0.25)},
+    imatrix_sha256="1" * 64,
+    calibration_sha256="2" * 64,
+    n_calibration_texts=311,
+    versions={"llama-cpp-python": "0.3.36"},
+)
+LINES = ("importance matrix over 311 texts", "1 tensor promoted: token_embd.weight to Q8_0")
 
 
-def verdict_of(noise: float) -> dict[str, Any]:
+def verdict_of(noise: float, size_bytes: int, *, recipe: Recipe = RECIPE, max_drift: float = 0.02) -> Measured:
     """A real verdict: more noise, more drift; the texts of ja have three times as much."""
     rng = np.random.default_rng(1)
     scale = np.array([3.0 if text.language == "ja" else 1.0 for text in TEXTS])[:, None]
     candidate = REFERENCE + noise * scale * rng.standard_normal(REFERENCE.shape)
-    return judge(candidate, REFERENCE, TEXTS, dims=(4, 8, 16)).as_dict()
+    verdict = vars(judge(candidate, REFERENCE, TEXTS, dims=(4, 8, 16), max_drift=max_drift))
+    inputs = VariantInputs("f" * 64, max_drift)
+    return Measured(**verdict, size_bytes=size_bytes, recipe=recipe, recipe_lines=LINES, inputs=inputs)
 
 
-def file_of(name: str, size_bytes: int) -> dict[str, Any]:
-    return {"file": f"model-{name}.gguf", "size_bytes": size_bytes, "sha256": name.lower() * 8}
+def file_of(name: str, size_bytes: int) -> File:
+    return File(f"model-{name}.gguf", size_bytes, name.lower() * 8)
+
+
+def report_with(**changes: Any) -> Report:
+    """Q4_0 was repaired until it held the bound; Q2 is over it."""
+    report = Report(
+        model="a<b>&c",
+        made_with={"f2gguf": "0.1.0"},
+        source=Source(
+            repo="org/model",
+            revision="abc",
+            sha256="0" * 64,
+            architecture="qwen3",
+            n_parameters=1_000_000,
+            pooling="last",
+            prompts={"query": "Instruct: find\nQuery: ", "document": ""},
+            dims=(4, 8, 16),
+            max_tokens=512,
+            eos_token="<|im_end|>",
+            license="apache-2.0",
+            languages=LANGUAGES,
+            cache_bytes=2048,
+        ),
+        texts=Texts(len(TEXTS), "9" * 64, tuple(text.id for text in TEXTS), LANGUAGES, len(TEXTS), "8" * 64),
+        max_drift=0.02,
+        conversion=Conversion(NOT_CHECKED, why="no torch"),
+        files={"F16": file_of("F16", 2_000_000), "Q4_0": file_of("Q4_0", 600_000), "Q2": file_of("Q2", 400_000)},
+        variants={"Q4_0": verdict_of(0.03, 600_000), "Q2": verdict_of(0.3, 400_000, recipe=Recipe("Q2"))},
+        stock={"Q4_0": verdict_of(0.2, 562_500, recipe=Recipe("Q4_0"))},
+    )
+    return replace(report, **changes)
 
 
 @pytest.fixture
-def report() -> dict[str, Any]:
-    """Q4_0 was repaired until it held the bound; Q2 is over it."""
-    return {
-        "model": "a<b>&c",
-        "source": {"repo": "org/model", "revision": "abc", "sha256": "0" * 64, "n_parameters": 1_000_000},
-        "made_with": {"f2gguf": "0.1.0"},
-        "texts": {
-            "n": len(TEXTS),
-            "sha256": "9" * 64,
-            "ids": [text.id for text in TEXTS],
-            "languages": list(LANGUAGES),
-            "n_conversion": len(TEXTS),
-        },
-        "max_drift": 0.02,
-        "conversion": {"reference": NOT_CHECKED, "why": "no torch", "holds": None},
-        "files": {"F16": file_of("F16", 2_000_000), "Q4_0": file_of("Q4_0", 600_000), "Q2": file_of("Q2", 400_000)},
-        "variants": {"Q4_0": {**verdict_of(0.03), "recipe": RECIPE}, "Q2": verdict_of(0.3)},
-        "stock": {"Q4_0": {**verdict_of(0.2), "size_bytes": 562_500}},
-    }
+def report() -> Report:
+    return report_with()
 
 
-def without_extras(report: dict[str, Any]) -> dict[str, Any]:
-    """As a run without repairs leaves it: one variant, no stock figures, no recipe."""
-    plain = {key: value for key, value in report.items() if key != "stock"}
-    plain["variants"] = {"Q2": report["variants"]["Q2"]}
-    return plain
+def without_extras(**changes: Any) -> Report:
+    """As a run without repairs leaves it: one variant, no stock figures, no importance matrix."""
+    return report_with(stock={}, variants={"Q2": replace(verdict_of(0.3, 400_000, recipe=Recipe("Q2")), **changes)})
 
 
-def drawn(report: dict[str, Any], file_format: str = "svg") -> bytes:
+def drawn(report: Report, file_format: str = "svg") -> bytes:
     file = io.BytesIO()
     draw(report, file, file_format=file_format)
     return file.getvalue()
@@ -129,80 +156,104 @@ def test_verdict_keeps_every_texts_drift_in_their_order() -> None:
     assert verdict.as_dict()["drifts"] == [round(value, 6) for value in verdict.drifts]
 
 
-def test_a_repaired_file_stands_above_what_the_stock_recipe_gives(report: dict[str, Any]) -> None:
+def test_a_repaired_file_stands_above_what_the_stock_recipe_gives(report: Report) -> None:
     rows = drift_rows(report)
     assert [row[0] for row in rows] == ["F16", "Q4_0", "Q4_0 stock", "Q2"]
     assert [row[1] for row in rows] == ["2.0 MB", "600.0 kB", "562.5 kB", "400.0 kB"]
     assert [row[-1] for row in rows] == ["", "under 2%", "OVER 2%", "OVER 2%"]
 
 
-def test_bits_per_weight_are_the_files_bits_over_the_parameters(report: dict[str, Any]) -> None:
-    header, rows = files_table(report)
-    assert [row[header.index("bits per weight")] for row in rows] == ["16.00", "4.80", "4.50", "3.20"]
+def test_bits_per_weight_are_the_files_bits_over_the_parameters(report: Report) -> None:
+    table = files_table(report)
+    assert [row[table.header.index("bits per weight")] for row in table.rows] == ["16.00", "4.80", "4.50", "3.20"]
 
 
-def test_ndcg_is_shown_with_its_change(report: dict[str, Any]) -> None:
-    report["variants"]["Q2"] |= {"ndcg10": 0.45, "ndcg10_reference": 0.5}
-    header, rows = files_table(report)
-    assert [rows[i][header.index("change")] for i in (0, 3)] == ["", "-10.00%"]
+def test_ndcg_is_shown_with_its_change() -> None:
+    table = files_table(without_extras(ndcg10=0.45, ndcg10_reference=0.5))
+    assert [table.rows[i][table.header.index("change")] for i in (0, 1)] == ["", "-10.00%"]
 
 
-def test_groups_are_marked_as_the_verdict_names_them_the_worst_first(report: dict[str, Any]) -> None:
-    header, rows = groups_table(report, "language")
-    assert header == ("language", "texts", "Q4_0", "Q4_0 stock", "Q2")
-    assert rows[0][:2] == ["ja", "2"]
-    for row in rows:
+def test_what_was_not_measured_is_left_empty_and_is_no_nan(tmp_path: Path) -> None:
+    """A model that claims only languages without a query among the texts has no nDCG; strict parsers read no NaN."""
+    documents = [text for text in TEXTS if text.kind == "document"]
+    verdict = judge(REFERENCE[:3], REFERENCE[3:], documents)
+    assert (verdict.ndcg10, verdict.ndcg10_reference, verdict.top10_overlap) == (None, None, None)
+    nothing = {"ndcg10": None, "ndcg10_reference": None, "top10_overlap": None, "spearman": None}
+    report = without_extras(**nothing)
+    assert drift_rows(report)[1][-3:-1] == ["", ""]
+    assert "ndcg_at_10" not in model_card(report)
+    write_report(tmp_path, report)
+    assert "NaN" not in (tmp_path / "drift.json").read_text()
+
+
+def test_groups_are_marked_as_the_verdict_names_them_the_worst_first(report: Report) -> None:
+    table = groups_table(report, "language")
+    assert table.header == ("language", "texts", "Q4_0", "Q4_0 stock", "Q2")
+    assert table.rows[0][:2] == ["ja", "2"]
+    for row in table.rows:
         marked = [cell.endswith(" OVER") for cell in row[2:]]
-        means = [report["variants"]["Q4_0"], report["stock"]["Q4_0"], report["variants"]["Q2"]]
-        assert marked == [verdict["languages"][row[0]]["mean"] >= 0.02 for verdict in means]
+        verdicts = [report.variants["Q4_0"], report.stock["Q4_0"], report.variants["Q2"]]
+        assert marked == [verdict.languages[row[0]].mean >= 0.02 for verdict in verdicts]
+        assert marked == [any(f"language {row[0]} " in over for over in verdict.over) for verdict in verdicts]
 
 
-def test_worst_texts_begin_with_the_verdicts_worst(report: dict[str, Any]) -> None:
-    verdict = report["variants"]["Q2"]
-    _, rows = worst_texts(report, verdict)
-    assert rows[0] == [verdict["worst_text"], f"{verdict['worst']:.3%}"]
-    assert len(rows) == len(TEXTS)
+def test_worst_texts_begin_with_the_verdicts_worst(report: Report) -> None:
+    verdict, table = report.variants["Q2"], worst_texts(report, "Q2")
+    assert table.rows[0] == [verdict.worst_text, f"{verdict.worst:.3%}"]
+    assert len(table.rows) == len(TEXTS)
 
 
 @pytest.mark.parametrize("file_format", ["png", "svg"])
-def test_the_same_report_draws_the_same_bytes(report: dict[str, Any], file_format: str) -> None:
-    again = json.loads(json.dumps(report))  # as `quantize card` reads it: widths are strings
-    assert drawn(report, file_format) == drawn(again, file_format)
+def test_the_same_report_draws_the_same_bytes(report: Report, file_format: str, tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    stored = read_report(tmp_path)
+    write_report(tmp_path, stored)
+    assert drawn(stored, file_format) == drawn(read_report(tmp_path), file_format)
 
 
-def test_the_picture_names_every_variant_language_width_and_the_bound(report: dict[str, Any]) -> None:
+def test_a_report_is_read_as_it_was_written(report: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    stored = read_report(tmp_path)
+    assert stored.as_dict() == report.as_dict()
+    assert (stored.source, stored.texts, stored.files) == (report.source, report.texts, report.files)
+    assert stored.variants["Q4_0"].recipe == RECIPE
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"model": 1}', '{"model": "x", "variants": {"Q8_0": []}}', ""])
+def test_what_is_no_report_is_one_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "drift.json").write_text(content)
+    with pytest.raises(InputError, match=r"drift\.json: is no report .*quantize all"):
+        read_report(tmp_path)
+
+
+def test_the_picture_names_every_variant_language_width_and_the_bound(report: Report) -> None:
     found = words(drawn(report))
     assert {*LANGUAGES, "4", "8", "16", "bound, 2%", "stock recipe"} <= set(found)
     assert found.count("Q4_0") == found.count("Q2") == 3  # legend, row, point
 
 
-def test_points_at_one_place_all_keep_their_names(report: dict[str, Any]) -> None:
-    for name in ("Q3", "Q4_0", "Q5", "Q6", "Q7"):
-        report["variants"][name] = report["variants"]["Q2"]
-        report["files"][name] = report["files"]["Q2"]
-    report["stock"]["Q4_0"] = {**report["variants"]["Q2"], "size_bytes": report["files"]["Q2"]["size_bytes"]}
-    found = words(drawn(report))
-    assert all(found.count(name) == 3 for name in report["variants"])
+def test_points_at_one_place_all_keep_their_names(report: Report) -> None:
+    same = report.variants["Q2"]
+    names = ("Q2", "Q3", "Q4_0", "Q5", "Q6", "Q7")
+    found = words(drawn(replace(report, variants=dict.fromkeys(names, same), stock={"Q4_0": same})))
+    assert all(found.count(name) == 3 for name in names)
 
 
-def test_a_report_without_stock_recipe_and_widths_is_drawn(report: dict[str, Any]) -> None:
-    plain = without_extras(report)
-    plain["variants"]["Q2"]["dims"] = {"16": 0.5}
-    found = words(drawn(plain))
+def test_a_report_without_stock_recipe_and_widths_is_drawn() -> None:
+    found = words(drawn(without_extras(dims={16: 0.5})))
     assert "Every text's drift (mark: the mean)" in found
     assert not {"stock recipe", "Mean drift by Matryoshka dimension"} & set(found)
 
 
-def test_drifts_of_zero_and_below_are_drawn(report: dict[str, Any]) -> None:
+def test_drifts_of_zero_and_below_are_drawn() -> None:
     """Rounding makes 1 - cosine of equal vectors 0 or -0.000001, and the axis is logarithmic."""
-    verdict = {**judge(REFERENCE, REFERENCE, TEXTS, dims=(8, 16)).as_dict(), "mean": -1e-6}
-    verdict["drifts"][0] = -1e-6
-    plain = without_extras(report)
-    plain["variants"]["Q2"] = verdict
+    verdict = judge(REFERENCE, REFERENCE, TEXTS, dims=(8, 16))
+    drifts = (-1e-6, *verdict.drifts[1:])
+    plain = without_extras(mean=-1e-6, drifts=drifts, languages=verdict.languages, dims=verdict.dims)
     assert "0.0001%" in words(drawn(plain))
 
 
-def test_page_is_one_file_without_script(report: dict[str, Any]) -> None:
+def test_page_is_one_file_without_script(report: Report) -> None:
     text = report_html(report)
     page = Page(text)
     assert page.open == []
@@ -214,7 +265,7 @@ def test_page_is_one_file_without_script(report: dict[str, Any]) -> None:
     assert "@import" not in text
 
 
-def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report: dict[str, Any]) -> None:
+def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report: Report) -> None:
     page = Page(report_html(report))
     assert "1 of 2 variants hold the bound of 2%." in page.text
     assert "✓ Q4_0, under 2%" in page.text
@@ -222,33 +273,29 @@ def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report:
     assert [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)][:3] == ["h1", "h2", "h2"]
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     n_tables = sum(tag == "table" for tag, _ in page.tags)
-    assert n_tables == sum(tag == "caption" for tag, _ in page.tags) == 7  # files, 3 of groups, 2 of texts, source
+    assert n_tables == sum(tag == "caption" for tag, _ in page.tags) == 9  # files, 3 of groups, 2 of texts, 3 of origin
 
 
-def test_page_tells_recipe_worst_texts_and_origin(report: dict[str, Any]) -> None:
+def test_page_tells_recipe_worst_texts_and_origin(report: Report) -> None:
     text = Page(report_html(report)).text
-    for said in (*RECIPE["lines"], "token_embd.weight: Q8_0", "exponents 0.5 of activations", "1" * 64, "2" * 64):
+    for said in (*LINES, "token_embd.weight: Q8_0", "exponents 0.5 of activations", "1" * 64, "2" * 64):
         assert said in text
-    for said in ("org/model", "abc", "9" * 64, "f2gguf 0.1.0", "not checked (no torch)", "ja-document"):
+    for said in ("org/model", "abc", "9" * 64, "Made with f2gguf", "not checked (no torch)", "ja-document"):
         assert said in text
 
 
-def test_whatever_the_report_holds_is_escaped(report: dict[str, Any]) -> None:
-    report["texts"]["ids"][0] = "<script>alert(1)</script>"
-    report["variants"]["Q4_0"]["recipe"] = {**RECIPE, "lines": ["<img src=x>"]}
-    text = report_html(report)
+def test_whatever_the_report_holds_is_escaped(report: Report) -> None:
+    ids = ("<script>alert(1)</script>", *report.texts.ids[1:])
+    verdict = replace(report.variants["Q4_0"], recipe_lines=("<img src=x>",))
+    text = report_html(replace(report, texts=replace(report.texts, ids=ids), variants={"Q4_0": verdict}))
     assert "<script" not in text
     assert "<img" not in text
     assert "<h1>a&lt;b&gt;&amp;c</h1>" in text
     assert Page(text).open == []
 
 
-def test_the_same_report_gives_the_same_page(report: dict[str, Any]) -> None:
-    assert report_html(report) == report_html(json.loads(json.dumps(report)))
-
-
-def test_card_shows_picture_recipe_and_stock(report: dict[str, Any], nano_facts: Facts) -> None:
-    card = model_card(nano_facts, report)
+def test_card_shows_picture_recipe_and_stock(report: Report) -> None:
+    card = model_card(report)
     assert "](drift.png)" in card
     assert "| Q4_0 stock | 562.5 kB | 4.50 |" in card
     assert "- 1 tensor promoted: token_embd.weight to Q8_0" in card
@@ -256,17 +303,20 @@ def test_card_shows_picture_recipe_and_stock(report: dict[str, Any], nano_facts:
     assert "| ja | 2 | " in card
 
 
+@pytest.mark.parametrize("prompt", ["it's a query: ", 'say "query": ', "a\\b\nQuery: ", "$HOME `date` {x}: "])
+def test_curl_of_the_card_sends_any_prompt_as_it_is(report: Report, prompt: str) -> None:
+    card = model_card(replace(report, source=replace(report.source, prompts={"query": prompt})))
+    command = shlex.split(re.search(r"^(curl .*?)```", card, re.DOTALL | re.MULTILINE)[1].replace("\\\n", " "))  # type: ignore[index]
+    assert json.loads(command[command.index("-d") + 1])["input"] == f"{prompt}what is a GGUF file?"
+
+
 def test_without_matplotlib_the_extra_is_named_and_no_old_picture_stays(
-    report: dict[str, Any],
-    nano_facts: Facts,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "drift.json").write_text(json.dumps(report))
-    assert tmp_path / "drift.png" in write_release(nano_facts, tmp_path, report)
+    write_report(tmp_path, report)
+    assert tmp_path / "drift.png" in write_release(tmp_path, report)
     monkeypatch.setattr(report_plot, "find_spec", lambda _name: None)
-    paths = write_release(nano_facts, tmp_path, report)
+    paths = write_release(tmp_path, report)
     assert {path.name for path in paths} == {"README.md", "Modelfile", "report.html", "SHA256SUMS"}
     assert {path.name for path in tmp_path.iterdir()} == {"drift.json", *(path.name for path in paths)}
     assert "pip install 'f2gguf[plots]'" in capsys.readouterr().err
@@ -275,10 +325,10 @@ def test_without_matplotlib_the_extra_is_named_and_no_old_picture_stays(
         assert "drift.png" not in (tmp_path / name).read_text()
 
 
-def test_a_report_before_its_first_variant_still_has_page_and_card(report: dict[str, Any], nano_facts: Facts) -> None:
-    report |= {"variants": {}, "stock": {}, "files": {"F16": report["files"]["F16"]}}
+def test_a_report_before_its_first_variant_still_has_page_and_card() -> None:
+    report = report_with(variants={}, stock={}, files={"F16": file_of("F16", 2_000_000)})
     assert "0 of 0 variants" in Page(report_html(report)).text
-    assert "| F16 | 2.0 MB | 16.00 | reference |" in model_card(nano_facts, report)
+    assert "| F16 | 2.0 MB | 16.00 | reference |" in model_card(report)
 
 
 def test_card_of_a_report_of_another_shape_is_an_error_that_says_what_to_run(run: Run, tmp_path: Path) -> None:
@@ -287,5 +337,5 @@ def test_card_of_a_report_of_another_shape_is_an_error_that_says_what_to_run(run
     path.write_text('{"model": "f2llm-nano", "variants": {}, "files": {"F16": {}}}')
     process = run("quantize", "card", "f2llm-nano", "--out", tmp_path)
     assert process.returncode == 1
-    assert f"error: {path}: is damaged" in process.stderr
-    assert f"quantize all f2llm-nano --out {tmp_path}" in process.stderr
+    assert f"error: {path}: is no report" in process.stderr
+    assert "Run `quantize all`" in process.stderr

@@ -14,7 +14,7 @@ from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.quantize.convert.probes import PROBES, stamp_golden
 from f2gguf.quantize.convert.readback import checkpoint_ids
-from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NotGGUF, SelftestFailed, SelftestMissing
@@ -41,7 +41,7 @@ def overwrite(key: str, value: bytes, skip: int = 0) -> Damage:
 
 def other_prompt(path: Path) -> None:
     old = read_header(path).prompts["query"]
-    stamp(path, {"f2gguf.prompt.query": old.replace("question", "wishlist")})
+    fill_in(path, {"f2gguf.prompt.query": old.replace("question", "wishlist")})
 
 
 def swap_tokens(one: str, other: str) -> Damage:
@@ -240,9 +240,9 @@ def test_damaged_golden_values_are_refused(nano_f16: Path, tmp_path: Path, damag
 
 def test_stamp_keeps_an_arrays_length_and_type(nano_f16: Path, tmp_path: Path) -> None:
     path = copy_file(nano_f16, tmp_path)
-    stamp(path, {golden.KEY_COSINES: [0.5] * 16})
+    fill_in(path, {golden.KEY_COSINES: [0.5] * 16})
     assert read_header(path).values[golden.KEY_COSINES] == (0.5,) * 16
     assert path.stat().st_size == nano_f16.stat().st_size
     for key, numbers in ((golden.KEY_COSINES, [0.5] * 15), (golden.KEY_N_TOKENS, [0.5] * 16)):
         with pytest.raises(ValueError, match="do not fit"):
-            stamp(path, {key: numbers})
+            fill_in(path, {key: numbers})

@@ -66,18 +66,18 @@ def figures(*arguments: object) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def test_every_kind_of_reference_gives_the_same_drift(
+def test_every_kind_of_baseline_gives_the_same_drift(
     drifted: Path, nano_f16: Path, corpus: Path, reference: np.ndarray, api: Api, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "vectors.npy", reference)
     save_file({"embeddings": reference.astype(np.float16)}, tmp_path / "vectors.safetensors")
-    references = (nano_f16, "f2llm-nano", tmp_path / "vectors.npy", tmp_path / "vectors.safetensors", api.url)
-    found = [figures(drifted, "--corpus", corpus, "--against", against) for against in references]
-    assert (found[0]["n"], found[0]["n_queries"]) == (40, 20)
-    assert found[0]["mean"] > 0.001
-    for other in found[1:]:
-        assert other["mean"] == pytest.approx(found[0]["mean"], rel=0.01)
-        assert other["worst_text"] == found[0]["worst_text"]
+    baselines = (nano_f16, "f2llm-nano", tmp_path / "vectors.npy", tmp_path / "vectors.safetensors", api.url)
+    seen = [figures(drifted, "--corpus", corpus, "--against", against) for against in baselines]
+    assert (seen[0]["n"], seen[0]["n_queries"]) == (40, 20)
+    assert seen[0]["mean"] > 0.001
+    for other in seen[1:]:
+        assert other["mean"] == pytest.approx(seen[0]["mean"], rel=0.01)
+        assert other["worst_text"] == seen[0]["worst_text"]
 
 
 def test_over_the_bound_is_exit_3_and_the_worst_text_is_named(drifted: Path, nano_f16: Path, corpus: Path) -> None:
@@ -120,7 +120,7 @@ def test_vectors_that_embed_wrote_are_taken_and_their_ids_compared(
         ),
     ],
 )
-def test_stored_vectors_that_are_no_reference_are_refused(
+def test_stored_vectors_that_are_no_baseline_are_refused(
     spoil: Callable[[np.ndarray], np.ndarray], said: str, nano_f16: Path, corpus: Path, reference: np.ndarray
 ) -> None:
     path = corpus.with_name("vectors.npy")
@@ -149,14 +149,28 @@ def _cut(folder: Path) -> bytes:
     return (folder / "whole.npy").read_bytes()[:-100]
 
 
-@pytest.mark.parametrize("against", ["x.npy", "x.gguf", "f2llm-nan", "./x", "http://127.0.0.1:9/v1", "http://"])
-def test_a_bad_reference_is_said_before_anything_is_embedded(
+@pytest.mark.parametrize(
+    "against",
+    [
+        "x.npy",
+        "x.gguf",
+        "f2llm-nan",
+        "./x",
+        "http://127.0.0.1:9/v1",
+        "http://",
+        "http://[::1",
+        "http://:x",
+        "http://a b",
+        "a:9/v1",
+    ],
+)
+def test_a_bad_baseline_is_said_before_anything_is_embedded(
     against: str, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("f2gguf.evals.texts.embed_texts", None)  # would be called with a TypeError
     result = verify(nano_f16, "--against", against)
     assert result.exit_code in (1, 2)
-    assert result.stderr.startswith("error: ")
+    assert (result.stderr.startswith("error: "), "Traceback" in result.output) == (True, False)
     assert against.removeprefix("./") in result.stderr
 
 

@@ -5,29 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from f2gguf.runtime.cli import COLUMN, DEVICE, JSON, MODEL, POOLING, THREADS, require_model
+from f2gguf.runtime.cli import COLUMN, DEVICE, FORCE, JSON, MODEL, POOLING, THREADS, require_model
+
+_COUNT = click.IntRange(1)
+_PATH = click.Path(path_type=Path)
 
 
 @click.command()
 @MODEL
-@click.option("--work", default="documents,queries", show_default=True, help="Of documents, queries, input.")
+@click.option(
+    "--work", default="documents,queries", show_default=True, help="Workloads, of: documents, queries, input."
+)
 @click.option(
     "--texts",
     "n_texts",
     default=64,
     show_default=True,
-    type=click.IntRange(1),
-    help="Documents; queries are 4 times as many.",
+    type=_COUNT,
+    help="Number of documents; queries are 4 times as many.",
 )
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Measured rounds.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the texts.")
-@click.option("--input", "input_path", metavar="FILE", help="Documents of your own, as one more workload: input.")
+@click.option("--rounds", default=5, show_default=True, type=_COUNT, help="Number of measured rounds.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed that picks the benchmark texts."
+)
+@click.option("--input", "input_path", metavar="FILE", help="Your own documents, as one more workload: input.")
 @COLUMN
 @click.option("--llama-server", metavar="BINARY", help="Measure llama.cpp's server as well.")
-@click.option("--server-flags", default="", help="Further flags for it, in one string.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Measure sentence-transformers on this as well.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png, .svg or .json file.")
-@click.option("--force", is_flag=True, help="Overwrite the output file.")
+@click.option("--server-flags", default="", help="Further flags for llama-server, in one string.")
+@click.option("--checkpoint", type=_PATH, help="Measure sentence-transformers on this folder as well.")
+@click.option(
+    "--url", "urls", metavar="URL", multiple=True, help="Measure an OpenAI-compatible API as well; repeatable."
+)
+@click.option("--url-model", "url_models", metavar="NAME", multiple=True, help="Model that a URL is asked for.")
+@click.option(
+    "--api-key-env", "api_key_envs", metavar="NAME", multiple=True, help="Environment variable with the key of a URL."
+)
+@click.option("-o", "--output", type=_PATH, help="A .png, .svg or .json file to write.")
+@FORCE
 @POOLING
 @DEVICE
 @THREADS
@@ -43,6 +57,9 @@ def bench(
     llama_server: str | None,
     server_flags: str,
     checkpoint: Path | None,
+    urls: tuple[str, ...],
+    url_models: tuple[str, ...],
+    api_key_envs: tuple[str, ...],
     output: Path | None,
     force: bool,
     pooling: str | None,
@@ -50,13 +67,13 @@ def bench(
     n_threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure speed and memory against llama-cpp-python, llama-server and sentence-transformers.
+    """Measure speed and memory against llama-cpp-python, llama-server, sentence-transformers and any URL.
 
     All sides embed the same texts in turn, each in a process of its own: documents of 8 to 256 tokens, and queries of
-    4 to 16 behind the model's query prompt. --llama-server and --checkpoint add sides to f2gguf and Llama.embed.
+    4 to 16 behind the model's query prompt. --llama-server, --checkpoint and --url add sides to f2gguf and Llama.embed.
     """
     from f2gguf.evals.bench.report import json_text, report_lines, require_output, write_report
-    from f2gguf.evals.bench.run import run_bench, settle_sides
+    from f2gguf.evals.bench.run import choose_sides, run_bench
     from f2gguf.evals.bench.texts import make_workloads, require_work
     from f2gguf.runtime.hub.models import open_header
 
@@ -64,7 +81,7 @@ def bench(
     if output:
         require_output(output, force=force)
     header = open_header(require_model(model))
-    settings = settle_sides(
+    sides = choose_sides(
         header,
         pooling=pooling,
         device=device,
@@ -72,9 +89,12 @@ def bench(
         checkpoint=checkpoint,
         llama_server=llama_server,
         server_flags=server_flags,
+        urls=urls,
+        url_models=url_models,
+        api_key_envs=api_key_envs,
     )
     workloads = make_workloads(header, names, n_texts=n_texts, seed=seed, input_path=input_path, column=column)
-    report = run_bench(header, settings, workloads, rounds=rounds)
+    report = run_bench(header, sides, workloads, rounds=rounds)
     click.echo(json_text(report) if as_json else "\n".join(report_lines(report)))
     if output:
         write_report(output, report)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from f2gguf.evals.bench.sides import SideSettings
+from f2gguf.evals.bench.sides import SideSettings, send
 from f2gguf.runtime.errors import BenchFailed
 
 _MAIN = "from f2gguf.evals.bench.sides import main; main()"
+PATIENCE_S = 1.0
 _N_LINES = 5  # of what a side said last, in its error
 
 
@@ -28,75 +30,63 @@ class SideProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         command = [sys.executable, "-c", _MAIN, name, json.dumps(asdict(settings))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, text=True, encoding="utf-8", start_new_session=True, **pipes)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self._process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self.pid = self._process.pid
+        self._requests: Any = self._process.stdin
+        self._answers: Any = self._process.stdout
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or its last lines."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            raise BenchFailed(self._how_it_ended())
-        answer: dict[str, Any] = json.loads(line)
+        """Wait for the next answer. Raises `BenchFailed` with the side's own reason, or with how its process ended."""
+        try:
+            answer: dict[str, Any] = pickle.load(self._answers)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._failed(_how_it_ended(self._process.wait())) from error
         if "error" in answer:
-            raise BenchFailed(answer["error"] + self._last_lines())
+            raise self._failed(answer["error"])
         return answer
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise BenchFailed(self._how_it_ended()) from error
+        with contextlib.suppress(OSError):  # its process has ended, and `answer` says how
+            send(self._requests, request)
         return self.answer()
 
     def close(self) -> None:
         """End the process and whatever it started."""
+        with contextlib.suppress(OSError):  # a request that nobody reads any more
+            self._requests.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # an idle side ends itself, and waits for its server
+            self._process.wait(PATIENCE_S)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where all have ended
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            with contextlib.suppress(OSError):  # a request that nobody reads any more
-                stream.close()  # type: ignore[union-attr]
+        self._answers.close()
+        self._log.close()
 
-    def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
-        return f"{self.name}: its process ended early ({how}).{memory}{self._last_lines()}"
-
-    def _last_lines(self) -> str:
+    def _failed(self, reason: str) -> BenchFailed:
+        """The error of this side, which names it, and quotes what it said last."""
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", errors="replace").splitlines()
         last = [line.rstrip() for line in lines if line.strip()][-_N_LINES:]
-        return "".join(f"\n  {line}" for line in (["It said last:", *last] if last else []))
+        return BenchFailed("\n  ".join([f"{self.name}: {reason}", *(["It said last:", *last] if last else [])]))
+
+
+def _how_it_ended(code: int) -> str:
+    how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
+    return f"its process ended early ({how}).{memory}"
 
 
 @contextlib.contextmanager
-def started(names: Sequence[str], settings: SideSettings) -> Iterator[dict[str, SideProcess]]:
+def started(sides: Mapping[str, SideSettings]) -> Iterator[dict[str, SideProcess]]:
     """Start all sides, and end them all with the block."""
     with contextlib.ExitStack() as stack:
         processes = {}
-        with _interrupts_held_back():
-            for name in names:
-                processes[name] = SideProcess(name, settings)
-                stack.callback(processes[name].close)
-        yield processes
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Answer Ctrl-C behind the block: within `subprocess.Popen` it would leave a process that nobody ends."""
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
-    try:
-        yield
-    finally:
+        # within Popen, Ctrl-C would leave a process that nobody ends
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stack.callback(signal.signal, signal.SIGINT, before)
+        for name, settings in sides.items():
+            processes[name] = SideProcess(name, settings)
+            stack.callback(processes[name].close)
         signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
+        yield processes

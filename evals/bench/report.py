@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from f2gguf.evals.bench.machine import MATMUL_SIZE
 from f2gguf.evals.bench.sides import OURS
+from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import ExtraMissing, UnknownName
 from f2gguf.runtime.files import format_size, require_absent, write_text, writing
 
-_WORK_COLUMNS = ("texts/s", "tokens/s", "median s", "ours/theirs", "min cosine", "matmul peak")
-_MEMORY_COLUMNS = ("peak RSS", "ours/theirs")
+FORMATS = (".png", ".svg", ".json")
+_COLUMNS = ("", "texts/s", "tokens/s", "median s", "ours/theirs", "min cosine")
+_UNITS = {"queries": ("texts_per_s", "queries/s")}  # other workloads differ in length: tokens/s
+_THEIR_COLOUR = "#c3cad0"
+_PANEL_WIDTH, _BAR_HEIGHT = 3.6, 0.42  # inches
+_ROOM = 1.6  # of the longest bar, so that the words behind it fit
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report for people: a table a workload, memory, then what it was measured on."""
     lines = []
     for name, work in report["work"].items():
-        lines += [_work_title(name, work), *table(_WORK_COLUMNS, dict(_work_rows(work))), ""]
-    rows = {name: _memory_row(name, side) for name, side in report["sides"].items()}
-    lines += ["memory", *table(_MEMORY_COLUMNS, rows), ""]
-    facts = _facts(report)
-    width = max(len(label) for label, _ in facts)
-    return lines + [f"{label:<{width}}  {value}" for label, value in facts]
-
-
-def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lines of a table: `columns` above, then each row behind its name."""
-    first = max(map(len, rows))
-    widths = [max(map(len, column)) for column in zip(columns, *rows.values(), strict=True)]
-    return [
-        (f"  {name:<{first}}" + "".join(f"  {c:>{width}}" for c, width in zip(cells, widths, strict=True))).rstrip()
-        for name, cells in {"": columns, **rows}.items()
-    ]
+        rows = [[side, *_speed_cells(side, figures)] for side, figures in work["sides"].items()]
+        lines += [_work_title(name, work), text_table(_COLUMNS, rows), ""]
+    rows = [[name, *_memory_cells(name, side)] for name, side in report["sides"].items()]
+    return [*lines, text_table(["memory", "peak RSS", "ours/theirs"], rows), "", *_facts(report)]
 
 
 def json_text(report: dict[str, Any]) -> str:
@@ -45,8 +37,8 @@ def json_text(report: dict[str, Any]) -> str:
 
 def require_output(path: Path, *, force: bool) -> None:
     """Refuse an output of unknown format, one that exists, or one that needs what is missing, before the work."""
-    if path.suffix not in _WRITERS:
-        raise UnknownName("output format", path.suffix or path.name, _WRITERS, " The file's ending decides (-o).")
+    if path.suffix not in FORMATS:
+        raise UnknownName("output format", path.suffix or path.name, FORMATS, " The file's ending decides (-o).")
     if path.suffix != ".json" and not find_spec("matplotlib"):
         raise ExtraMissing(f"-o {path}: matplotlib is not installed. Run: pip install 'f2gguf[plots]'")
     require_absent(path, force=force)
@@ -54,25 +46,11 @@ def require_output(path: Path, *, force: bool) -> None:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the report in the format of the file's ending."""
-    _WRITERS[path.suffix](path, report)
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    write_text(path, json_text(report) + "\n")
-
-
-def _write_picture(path: Path, report: dict[str, Any]) -> None:
-    from f2gguf.evals.bench.picture import draw
-
+    if path.suffix == ".json":
+        write_text(path, json_text(report) + "\n")
+        return
     with writing(path) as part:
-        draw(report, part, file_format=path.suffix[1:])
-
-
-_WRITERS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
-    ".png": _write_picture,
-    ".svg": _write_picture,
-    ".json": _write_json,
-}
+        _draw(report, part, file_format=path.suffix[1:])
 
 
 def _work_title(name: str, work: dict[str, Any]) -> str:
@@ -82,49 +60,65 @@ def _work_title(name: str, work: dict[str, Any]) -> str:
     return f"{name}: {work['n_texts']:,} texts, {work['n_tokens']:,} tokens, {prompt}"
 
 
-def _work_rows(work: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for name, side in work["sides"].items():
-        yield (
-            name,
-            (
-                f"{side['texts_per_s']:,.1f}",
-                f"{side['tokens_per_s']:,.0f}",
-                f"{side['median_s']:.3f}",
-                "" if name == OURS else f"{side['ratio']:.2f}x",
-                "" if name == OURS else f"{side['min_cosine']:.7f}",
-                f"{side['matmul_share']:.0%}",
-            ),
-        )
+def _speed_cells(name: str, side: dict[str, Any]) -> list[str]:
+    ratios = ("", "") if name == OURS else (f"{side['ratio']:.2f}x", f"{side['min_cosine']:.7f}")
+    return [f"{side['texts_per_s']:,.1f}", f"{side['tokens_per_s']:,.0f}", f"{side['median_s']:.3f}", *ratios]
 
 
-def _memory_row(name: str, side: dict[str, Any]) -> tuple[str, str]:
+def _memory_cells(name: str, side: dict[str, Any]) -> tuple[str, str]:
     if side["peak_rss_bytes"] is None:
         return "not known here", ""
     return f"{side['peak_rss_bytes'] / 1e6:,.0f} MB", "" if name == OURS else f"{side['rss_ratio']:.0%}"
 
 
-def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    model, machine, cold = report["model"], report["machine"], report["cold_start"]
-    overheads = ", ".join(f"{name} {work['overhead']:.1%}" for name, work in report["work"].items())
-    facts = [
-        ("file", f"{model['path']} ({model['file_type']}, {format_size(model['size_bytes'])})"),
-        (
-            "machine",
-            f"{machine['cpu']}, {machine['n_physical_cores']} physical cores; {machine['n_threads']} threads used",
-        ),
-        ("llama.cpp", machine["llama_cpp_system_info"]),
-        ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
-        ("rounds", f"{report['rounds']} after a warm-up, the sides in turn; medians"),
-        (
-            "matmul peak",
-            f"{report['matmul_gflops']:,.0f} GFLOP/s: numpy, float32, {MATMUL_SIZE} x {MATMUL_SIZE}. A side's share "
-            f"counts {model['flops_per_token'] / 1e6:,.1f} MFLOP a token, the matrices of the layers",
-        ),
-        ("overhead", f"of f2gguf outside llama.cpp: {overheads} of the wall time"),
-        (
-            "cold start",
-            f"{cold['command_s']:.2f} s for `f2gguf embed` with one text, {cold['load_s']:.2f} s for loading the model "
-            f"alone: {cold['rest_s']:.2f} s more",
-        ),
-    ]
-    return facts + [(name, side["setup"]) for name, side in report["sides"].items()]
+def _facts(report: dict[str, Any]) -> list[str]:
+    model, machine = report["model"], report["machine"]
+    cores = f"{machine['n_physical_cores']} physical cores; {machine['n_threads']} threads used"
+    facts = {
+        "file": f"{model['path']} ({model['file_type']}, {format_size(model['size_bytes'])})",
+        "machine": f"{machine['cpu']}, {cores}",
+        "llama.cpp": machine["llama_cpp_system_info"],
+        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+        "rounds": f"{report['rounds']} after a warm-up, the sides in turn; medians",
+    }
+    facts |= {name: side["setup"] for name, side in report["sides"].items()}
+    width = max(map(len, facts))
+    return [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
+
+
+def _draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
+    """Horizontal bars, f2gguf's first: speed on every workload, and memory, the ratios beside the others' bars."""
+    from f2gguf.evals.plot import OURS_COLOUR, frame, picture
+
+    names, model, machine = list(report["sides"]), report["model"], report["machine"]
+    panels = list(_panels(report))
+    colours = [OURS_COLOUR if name == OURS else _THEIR_COLOUR for name in names]
+    size = (1.9 + _PANEL_WIDTH * len(panels), 0.95 + _BAR_HEIGHT * len(names))
+    with picture(path, size=size, file_format=file_format) as figure:
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, values, ratios) in zip(all_axes, panels, strict=True):
+            labels = [
+                f"{value:,.0f}   {ratio}" if value else "not known" for value, ratio in zip(values, ratios, strict=True)
+            ]
+            axes.bar_label(axes.barh(names, values, color=colours, height=0.62), labels=labels, padding=4)
+            frame(axes, title, "bottom")
+            axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, max(values) * _ROOM))  # the first side on top
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_visible(False)
+        title = f"{model['name']} {model['file_type']}, {machine['cpu']}, {machine['n_threads']} threads, sides in turn"
+        figure.suptitle(f"{title}, medians, rounds: {report['rounds']}\n", fontsize=9, x=0.005, ha="left")
+
+
+def _panels(report: dict[str, Any]) -> Iterator[tuple[str, list[float], list[str]]]:
+    """A title, and for every side a value and what it is of f2gguf's."""
+    for name, work in report["work"].items():
+        key, unit = _UNITS.get(name, ("tokens_per_s", "tokens/s"))
+        sides = work["sides"]
+        yield f"{name}, {unit}", [side[key] for side in sides.values()], _ratios(sides, "ratio", ".2f", "x")
+    sides = report["sides"]
+    megabytes = [(side["peak_rss_bytes"] or 0) / 1e6 for side in sides.values()]
+    yield "peak memory, MB", megabytes, _ratios(sides, "rss_ratio", ".0%")
+
+
+def _ratios(sides: dict[str, Any], key: str, shape: str, unit: str = "") -> list[str]:
+    return ["" if name == OURS else f"f2gguf {side[key] or 0:{shape}}{unit}" for name, side in sides.items()]

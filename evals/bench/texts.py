@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from f2gguf.runtime.console import say
@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 Tokenize = Callable[[str], NDArray[np.int32]]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Texts of `fewest` to `most` tokens, special tokens included, behind the model's prompt `prompt_name`."""
+class Kind(NamedTuple):
+    """Texts of `fewest` to `most` tokens, special tokens included, behind a prompt; `n_texts` for each of --texts."""
 
     fewest: int
     most: int
     prompt_name: str
-    n_texts: int  # for each of --texts
+    n_texts: int
 
 
 KINDS = {"documents": Kind(8, 256, "document", 1), "queries": Kind(4, 16, "query", 4)}
@@ -65,27 +64,33 @@ def make_workloads(
     """The workloads called `names`, the same ones for the same `seed`."""
     own = _read_input(input_path, column) if input_path is not None else []
     workloads = []
-    with _tokenizer(header) as (tokenize, model):
+    with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
+        tokenizer = Tokenizer(model, header, max_tokens=_NO_CUT)
+
+        def tokenize(text: str) -> NDArray[np.int32]:
+            return tokenizer(text)[0]
+
         for name in names:
             prompt = header.prompts.get(KINDS[name].prompt_name if name in KINDS else "document", "")
             most = header.max_tokens - (len(tokenize(prompt)) if prompt else 0)
             if name == INPUT:
                 texts = _fitting(own, tokenize, most)
             else:
-                texts = _made(KINDS[name], _words(model, tokenize), tokenize, most, n_texts=n_texts, seed=seed)
+                n_made = n_texts * KINDS[name].n_texts
+                texts = _made(KINDS[name], _words(model, tokenize), tokenize, most, n_texts=n_made, seed=seed)
             lengths = [len(tokenize(prompt + text)) for text in texts]
-            workloads.append(Workload(name, tuple(texts), prompt, sum(lengths), max(lengths)))
+            workloads.append(Workload(name, texts, prompt, sum(lengths), max(lengths)))
     return workloads
 
 
 def _made(
     kind: Kind, words: Sequence[str], tokenize: Tokenize, most: int, *, n_texts: int, seed: int
 ) -> tuple[str, ...]:
-    """`n_texts` for each of the kind's share, all different, of uniformly distributed lengths."""
+    """`n_texts` different texts of uniformly distributed lengths."""
     rng = np.random.default_rng(seed)
     most = max(min(kind.most, most), kind.fewest)
     texts: dict[str, None] = {}
-    while len(texts) < n_texts * kind.n_texts:
+    while len(texts) < n_texts:
         n_tokens = int(rng.integers(kind.fewest, most + 1))
         chosen = [words[i] for i in rng.integers(len(words), size=n_tokens)]
         while len(tokenize(" ".join(chosen))) > n_tokens:
@@ -118,11 +123,14 @@ def _read_input(path: str, column: str) -> tuple[str, ...]:
 def _fitting(texts: Sequence[str], tokenize: Tokenize, most: int) -> tuple[str, ...]:
     """Texts cut at the model's limit, each once: sides cut in ways of their own, and f2gguf embeds equal texts once."""
     cut = [_cut(text, tokenize, most) for text in texts]
-    if n_cut := sum(len(short) < len(text) for short, text in zip(cut, texts, strict=True)):
-        say(f"input: {n_cut} of {len(texts)} texts are longer than {most} tokens and were cut")
     different = {tokenize(text).tobytes(): text for text in cut}
-    if n_equal := len(texts) - len(different):
-        say(f"input: {n_equal} of {len(texts)} texts have the tokens of another one and were left out")
+    n_cut = sum(len(short) < len(text) for short, text in zip(cut, texts, strict=True))
+    for n, what in (
+        (n_cut, f"are longer than {most} tokens: the bench cuts them"),
+        (len(texts) - len(different), "have the tokens of another one: the bench leaves them out"),
+    ):
+        if n:
+            say(f"input: {n} of {len(texts)} texts {what}")
     return tuple(different.values())
 
 
@@ -130,10 +138,3 @@ def _cut(text: str, tokenize: Tokenize, most: int) -> str:
     while (n_tokens := len(tokenize(text))) > most:
         text = text[: len(text) * most // n_tokens]
     return text
-
-
-@contextmanager
-def _tokenizer(header: Header) -> Iterator[tuple[Tokenize, Model]]:
-    with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
-        tokenizer = Tokenizer(model, header, max_tokens=_NO_CUT)
-        yield lambda text: tokenizer(text)[0], model

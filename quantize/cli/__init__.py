@@ -13,6 +13,7 @@ from f2gguf.quantize.cli import push as cli_push
 from f2gguf.quantize.cli.options import (
     CALIBRATION,
     DEVICE,
+    FORCE,
     IMATRIX,
     JSON,
     LOCK,
@@ -21,13 +22,12 @@ from f2gguf.quantize.cli.options import (
     PATH,
     POOLING,
     STOCK,
+    facts_of,
     refuse_together,
-    settle,
-    settle_found,
 )
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands, progress
-from f2gguf.runtime.errors import InputError, OverBound, WrongUsage, parsing
+from f2gguf.runtime.errors import OverBound, WrongUsage
 from f2gguf.runtime.server.cli import serve
 
 
@@ -42,8 +42,8 @@ def quantize() -> None:
 
 @quantize.command("all")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="What to make besides F16.")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Where the models' folders go.")
+@click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="Variants to make besides F16.")
+@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that gets a folder for each model.")
 @MAX_DRIFT
 @MAX_SIZE
 @STOCK
@@ -52,32 +52,18 @@ def quantize() -> None:
 @POOLING
 @DEVICE
 @LOCK
-@click.option("--force", is_flag=True, help="Make everything again.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--force", is_flag=True, help="Make everything again, even what is there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @JSON
-def all_(
-    models: tuple[str, ...],
-    variants: str,
-    out: Path,
-    max_drift: float,
-    max_size: int | None,
-    stock: bool,
-    calibration: Path | None,
-    imatrix: Path | None,
-    pooling: str | None,
-    device: str,
-    lock_path: Path | None,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fetch, convert, calibrate, quantise, measure, write the card.
 
-    Without MODEL, the default of models.lock. Stopped at any point, the same command goes on from there. Variants whose
-    stock recipe is over the bound are repaired until they hold it. Exit code 3 where one drifts more all the same.
+    Without MODEL, the default of models.lock is made. The same command goes on after a run that was stopped. A variant
+    whose stock recipe is over the bound is repaired until it holds the bound. The exit code is 3 if a variant is over
+    the bound all the same.
     """
-    from f2gguf.evals.conversion import as_json as json_text
-    from f2gguf.quantize.pipeline import Job, make_release
+    from f2gguf.evals.drift import json_text
+    from f2gguf.quantize.pipeline import quantize_model
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.report.tables import report_lines
     from f2gguf.quantize.source.fetch import find_model
@@ -85,51 +71,42 @@ def all_(
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama.model import require_device
 
-    refuse_together(**{"--stock": stock, "--max-size": max_size, "--calibration": calibration, "--imatrix": imatrix})
-    lock = read_lock(lock_path)
-    chosen = [require_variant(name.strip()) for name in variants.split(",")]
-    require_device(device)
-    found = [find_model(model, lock) for model in models or [lock.default]]
+    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    lock = read_lock(options["lock"])
+    names = [require_variant(name.strip()) for name in variants.split(",")]
+    require_device(options["device"])
+    models = models or (lock.default,)
+    sources = [find_model(model, lock) for model in models]
+    _require_different_names([entry.name for entry, _ in sources], models)
     if dry_run:
-        for entry, folder in found:
-            click.echo("\n".join(_dry_run_lines(entry, folder, out, chosen)))
+        for entry, folder in sources:
+            click.echo("\n".join(_dry_run_lines(entry, folder, options["out"], names)))
         return
-    over = []
-    for entry, folder in found:
-        facts = settle_found(entry, folder, pooling=pooling)
-        job = Job(
-            facts,
-            out,
-            max_drift=max_drift,
-            device=device,
-            progress=progress,
-            force=force,
-            stock=stock,
-            max_size=max_size,
-            calibration=calibration,
-            imatrix=imatrix,
-        )
-        report = make_release(job, chosen)
-        over += [f"{job.name} {name}" for name in chosen if not report["variants"][name]["holds"]]
-        click.echo(json_text(report) if as_json else "\n".join(report_lines(report)))
-        for path in sorted(job.folder.iterdir()):
+    reports = []
+    for model in models:
+        report = quantize_model(model, variants=names, **options)
+        reports.append(report)
+        if not as_json:
+            click.echo("\n".join(report_lines(report)))
+        for path in sorted((options["out"] / report.model).iterdir()):
             click.echo(str(path), err=as_json)
+    if as_json:
+        documents = [report.as_dict() for report in reports]
+        click.echo(json_text(documents if len(documents) > 1 else documents[0]), nl=False)
+    over = [f"{report.model} {name}" for report in reports for name in names if not report.variants[name].holds]
     if over:
-        raise OverBound(
-            f"over the bound of {format_bound(max_drift)}: {', '.join(over)}. Every file was written, and says so."
-        )
+        bound = format_bound(options["max_drift"])
+        raise OverBound(f"over the bound of {bound}: {', '.join(over)}. Every file was written, and says so.")
 
 
 @click.command()
 @click.argument("model")
-@click.option("--dtype", default="f16", show_default=True, help="f16, bf16 or f32.")
-@click.option("-o", "--output", type=PATH, help="The file to write [default: NAME-DTYPE.gguf].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
+@click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: NAME-DTYPE.gguf].")
+@FORCE
 @POOLING
 @LOCK
-def convert(
-    model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock_path: Path | None
-) -> None:
+def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock: Path | None) -> None:
     """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
     from f2gguf.evals.texts import load_texts
     from f2gguf.quantize.convert.write import require_dtype
@@ -137,7 +114,7 @@ def convert(
     from f2gguf.runtime.files import require_absent, writing
 
     require_dtype(dtype)
-    facts = settle(model, pooling, lock_path)
+    facts = facts_of(model, pooling, lock)
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:
@@ -147,22 +124,15 @@ def convert(
 
 @click.command()
 @click.argument("model")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Where `quantize all` wrote.")
-@POOLING
-@LOCK
-def card(model: str, out: Path, pooling: str | None, lock_path: Path | None) -> None:
+@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+def card(model: str, out: Path) -> None:
     """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
-    from f2gguf.quantize.checkpoint.folder import read_json
+    from f2gguf.quantize.release.check import find_release
     from f2gguf.quantize.release.write import write_release
+    from f2gguf.quantize.report.report import read_report
 
-    facts = settle(model, pooling, lock_path)
-    path = out / facts.name / "drift.json"
-    if not path.exists():
-        raise WrongUsage(f"{path}: no such file. Measure the model first: quantize all {model} --out {out}")
-    report = read_json(path)
-    with parsing(path, InputError, f"Measure the model again: quantize all {model} --out {out}"):
-        paths = write_release(facts, path.parent, report)
-    for path in paths:
+    folder = find_release(model, out)
+    for path in write_release(folder, read_report(folder)):
         click.echo(str(path))
 
 
@@ -180,6 +150,14 @@ for command in (
 f2gguf.add_command(bench)
 f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
+
+
+def _require_different_names(names: list[str], models: tuple[str, ...]) -> None:
+    """Refuse two models that would be written to one folder."""
+    for i, name in enumerate(names):
+        if name.lower() in map(str.lower, names[:i]):
+            first = models[[earlier.lower() for earlier in names].index(name.lower())]
+            raise WrongUsage(f"{first} and {models[i]}: both are called {name}. Run them with different --out folders.")
 
 
 def _dry_run_lines(entry: Any, folder: Path | None, out: Path, variants: list[str]) -> list[str]:

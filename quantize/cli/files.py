@@ -12,6 +12,7 @@ import click
 from f2gguf.quantize.cli.options import (
     CALIBRATION,
     DEVICE,
+    FORCE,
     IMATRIX,
     JSON,
     LOCK,
@@ -20,9 +21,9 @@ from f2gguf.quantize.cli.options import (
     PATH,
     POOLING,
     STOCK,
+    facts_of,
     refuse_together,
     require_number,
-    settle,
 )
 from f2gguf.runtime.cli import COLUMN
 from f2gguf.runtime.console import progress, text_table
@@ -31,8 +32,8 @@ from f2gguf.runtime.errors import OverBound, WrongUsage
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.option("-o", "--output", type=PATH, help="The file to write [default: beside SOURCE].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
+@FORCE
 @CALIBRATION
 @DEVICE
 def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
@@ -45,24 +46,16 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        study_source(
-            source,
-            imatrix_path=path,
-            work=work,
-            calibration=calibration,
-            given_imatrix=None,
-            device=device,
-            progress=progress,
-        )
+        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device, progress=progress)
     click.echo(str(path))
 
 
 @click.command()
 @click.argument("source", type=PATH)
 @click.argument("name", metavar="VARIANT")
-@click.option("-o", "--output", type=PATH, help="The file to write [default: beside SOURCE].")
-@click.option("--force", is_flag=True, help="Overwrite the file.")
-@click.option("--recipe", "recipe_path", type=PATH, help="Make it by the recipe of this .gguf or .json file.")
+@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
+@FORCE
+@click.option("--recipe", type=PATH, help="Make the file by the recipe of this .gguf or .json file.")
 @MAX_DRIFT
 @MAX_SIZE
 @STOCK
@@ -70,63 +63,37 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @IMATRIX
 @DEVICE
 @JSON
-def variant(
-    source: Path,
-    name: str,
-    output: Path | None,
-    force: bool,
-    recipe_path: Path | None,
-    max_drift: float,
-    max_size: int | None,
-    stock: bool,
-    calibration: Path | None,
-    imatrix: Path | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, repaired until it holds the bound, and measured."""
-    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.make import Measurement, settle
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.repair.tensors import Weights
-    from f2gguf.runtime import Embedder
-    from f2gguf.runtime.files import require_absent
+    from f2gguf.runtime.files import require_absent, writing
 
-    choices = {"--max-size": max_size, "--calibration": calibration}
-    refuse_together(**{"--recipe": recipe_path, "--stock": stock, **choices})
-    refuse_together(**{"--stock": stock, **choices, "--imatrix": imatrix})
+    refuse_together(options, "recipe", "stock", "max_size", "calibration")
+    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
-    weights = Weights(source)  # no such file is said before its name is taken apart
+    weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
     require_absent(path, force=force)
     imatrix_path = path.with_suffix(".imatrix.gguf")
-    with _work_folder(path) as work:
-        options = {
-            "imatrix_path": imatrix_path,
-            "work": work,
-            "calibration": calibration,
-            "given_imatrix": imatrix,
-            "device": device,
-        }
-        if not (recipe_path or stock):
-            require_absent(imatrix_path, force=force or imatrix == imatrix_path)
-        chosen, used = _recipes(weights, name, recipe_path, stock, (max_drift, max_size), options)
-        with Embedder(source, device=device) as model:
-            texts = claimed_texts(load_texts(), model.header.languages)
-            with progress(f"measure {source.name}", len(texts)) as advance:
-                reference = embed_texts(model, texts, advance)
-        measurement = Measurement(texts, reference, max_drift, device, progress)
-        verdict = settle(weights, path, chosen, used, measurement=measurement)
-    _show_verdict(path, verdict.as_dict(), as_json)
-    for written in [path] if recipe_path or stock else [imatrix_path, path]:
+    needs_search = not (options["recipe"] or options["stock"])
+    if needs_search:
+        require_absent(imatrix_path, force=force or options["imatrix"] == imatrix_path)
+    with _work_folder(path) as work, writing(path) as part:
+        make = _searched if needs_search else _by_recipe
+        verdict = make(weights, name, part, imatrix_path, work, **options)
+    _show_verdict(path, verdict, as_json)
+    for written in [imatrix_path, path] if needs_search else [path]:
         click.echo(str(written), err=as_json)
     _require_bound(path, verdict)
 
 
 @click.command()
 @click.argument("candidate", type=PATH)
-@click.option("--against", required=True, metavar="FILE|MODEL|URL", help="The reference, as said above.")
-@click.option("--corpus", metavar="FILE", help="Texts of your own: .txt, .jsonl or .csv.")
+@click.option(
+    "--against", required=True, metavar="FILE|MODEL|URL", help="What to compare with: the four kinds named above."
+)
+@click.option("--corpus", metavar="FILE", help="Measure on your own texts: a .txt, .jsonl or .csv file.")
 @COLUMN
 @click.option(
     "--threshold",
@@ -134,40 +101,28 @@ def variant(
     type=click.FloatRange(-1, 1),
     multiple=True,
     callback=require_number,
-    help="A similarity at which you cut; again for more [default: quantiles].",
+    help="Similarity from which you count a pair; repeatable [default: quantiles of the scores].",
 )
-@click.option("--endpoint-model", metavar="NAME", help="The model that a URL is asked for.")
-@click.option("--api-key-env", metavar="NAME", help="Environment variable of a URL's key [default: OPENAI_API_KEY].")
+@click.option("--endpoint-model", metavar="NAME", help="Model that a URL is asked for.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with the key of a URL.")
 @MAX_DRIFT
 @POOLING
 @DEVICE
 @LOCK
 @JSON
 def verify(
-    candidate: Path,
-    against: str,
-    corpus: str | None,
-    column: str,
-    thresholds: tuple[float, ...],
-    endpoint_model: str | None,
-    api_key_env: str | None,
-    max_drift: float,
-    pooling: str | None,
-    device: str,
-    lock_path: Path | None,
-    as_json: bool,
+    candidate: Path, against: str, corpus: str | None, thresholds: tuple[float, ...], as_json: bool, **options: Any
 ) -> None:
-    """Measure the drift of a file against a reference.
+    """Measure the drift of a file against a baseline.
 
     --against takes another GGUF file; a MODEL, which transformers runs in float32, layer by layer where it does not fit
     the memory; a .npy or .safetensors file of vectors in the order of the texts; or the URL of an OpenAI-compatible
     endpoint. --corpus measures on texts of your own, and how far their similarity scores and thresholds move; rows with
-    "kind": "query" are queries.
+    "kind": "query" are queries. Without --api-key-env, $OPENAI_API_KEY is used, for OpenAI's own host alone.
     """
-    from f2gguf.evals.against import open_reference
-    from f2gguf.evals.conversion import as_json as json_text
+    from f2gguf.evals.against import open_baseline
     from f2gguf.evals.corpus import corpus_lines, judge_corpus, read_corpus
-    from f2gguf.evals.drift import judge
+    from f2gguf.evals.drift import json_text, judge
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
     from f2gguf.runtime import Embedder
     from f2gguf.runtime.gguf.header import read_header
@@ -176,35 +131,40 @@ def verify(
         raise WrongUsage("--threshold: is measured on texts of your own. Name them with --corpus.")
     header = read_header(candidate)
     header.require_pooling()
-    texts = read_corpus(corpus, column=column) if corpus else claimed_texts(load_texts(), header.languages)
-    reference = open_reference(
+    texts = claimed_texts(load_texts(), header.languages)
+    if corpus:
+        texts = read_corpus(corpus, column=options["column"])
+    baseline = open_baseline(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_reference(model, texts, pooling, lock_path),
-        device=device,
-        endpoint_model=endpoint_model,
-        api_key_env=api_key_env,
+        run_checkpoint=lambda model: _checkpoint_baseline(model, texts, options["pooling"], options["lock"]),
+        device=options["device"],
+        endpoint_model=options["endpoint_model"],
+        api_key_env=options["api_key_env"],
     )
-    with Embedder(candidate, device=device) as model, progress(f"measure {candidate.name}", len(texts)) as advance:
+    with (
+        Embedder(candidate, device=options["device"]) as model,
+        progress(f"measure {candidate.name}", len(texts)) as advance,
+    ):
         vectors = embed_texts(model, texts, advance)
     if corpus:
-        on_corpus = judge_corpus(vectors, reference(), texts, thresholds=thresholds, max_drift=max_drift)
+        on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=options["max_drift"])
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
-    verdict = judge(vectors, reference(), texts, dims=header.dims, max_drift=max_drift)
-    _show_verdict(candidate, verdict.as_dict(), as_json)
+    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=options["max_drift"])
+    _show_verdict(candidate, verdict, as_json)
     return _require_bound(candidate, verdict)
 
 
-def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path: Path | None) -> Any:
-    """The vectors of MODEL's checkpoint, as `open_reference` wants them."""
-    from f2gguf.evals.against import Reference
+def _checkpoint_baseline(model: str, texts: Any, pooling: str | None, lock: Path | None) -> Any:
+    """The vectors of MODEL's checkpoint, as `open_baseline` takes them."""
+    from f2gguf.evals.against import Baseline
     from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.convert.readback import reference_ids
 
     require_transformers()
-    facts = settle(model, pooling, lock_path)
+    facts = facts_of(model, pooling, lock)
     run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
     ids = reference_ids(facts, texts)
 
@@ -212,35 +172,69 @@ def _checkpoint_reference(model: str, texts: Any, pooling: str | None, lock_path
         with progress(f"run {facts.name}, {name}", len(texts)) as advance:
             return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
 
-    return Reference(facts.n_embd, vectors)
+    return Baseline(facts.n_embd, vectors)
 
 
 @contextlib.contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """Where a command keeps what another run of it goes on from; removed when it ends well."""
+    """Where a command keeps what a later run of it goes on from; no other run may use it; removed when it ends well."""
+    from f2gguf.runtime.files import locked
+
     folder = path.with_name(path.name + ".work")
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with locked(folder):
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _recipes(
-    weights: Any, variant: str, recipe_path: Path | None, stock: bool, bound: tuple[float, int | None], options: Any
-) -> tuple[Any, Any]:
-    """The recipes to try, and the importance matrix that they use."""
-    from f2gguf.quantize.repair.imatrix import read_imatrix
-    from f2gguf.quantize.repair.make import only
-    from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
-    from f2gguf.quantize.repair.search import recipes
+def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: Path, **options: Any) -> Any:
+    """Make `path` by the recipe that a search chooses; gives the verdict."""
+    from f2gguf.quantize.repair.search import make_within_bound
     from f2gguf.quantize.repair.study import study_source
 
-    if recipe_path:
-        recipe = read_recipe(recipe_path)
-        require_inputs(recipe, weights, variant, options["given_imatrix"], recipe_path)
-        return only(recipe), read_imatrix(options["given_imatrix"], weights) if recipe.imatrix_sha256 else {}
-    if stock:
-        return only(Recipe(variant)), {}
-    study = study_source(weights.header.path, progress=progress, **options)
-    return recipes(study, variant, max_drift=bound[0], max_size=bound[1]), study.imatrix
+    study = study_source(
+        weights.header.path,
+        imatrix_path=imatrix_path,
+        work=work,
+        calibration=options["calibration"],
+        own_imatrix=options["imatrix"],
+        device=options["device"],
+        progress=progress,
+    )
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
+    return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
+
+
+def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _work: Path, **options: Any) -> Any:
+    """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
+    from f2gguf.quantize.repair.imatrix import read_imatrix
+    from f2gguf.quantize.repair.make import make_measured
+    from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
+
+    recipe, imatrix = Recipe(variant), {}
+    if options["recipe"]:
+        recipe = read_recipe(options["recipe"])
+        require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])
+        imatrix = read_imatrix(options["imatrix"], weights) if recipe.imatrix_sha256 else {}
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
+    return make_measured(weights, path, recipe, imatrix, evaluation=evaluation)
+
+
+def _evaluation(source: Path, max_drift: float, device: str) -> Any:
+    """The evaluation texts that the model answers for, and the F16 file's vectors of them."""
+    from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
+    from f2gguf.quantize.repair.make import Evaluation
+    from f2gguf.runtime import Embedder
+
+    with Embedder(source, device=device) as model:
+        texts = claimed_texts(load_texts(), model.header.languages)
+        with progress(f"measure {source.name}", len(texts)) as advance:
+            reference = embed_texts(model, texts, advance)
+    return Evaluation(texts, reference, max_drift, device, progress)
 
 
 def _require_bound(path: Path, verdict: Any) -> None:
@@ -250,10 +244,10 @@ def _require_bound(path: Path, verdict: Any) -> None:
         raise OverBound(f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}.")
 
 
-def _show_verdict(path: Path, verdict: dict[str, Any], as_json: bool) -> None:
-    from f2gguf.evals.conversion import as_json as json_text
+def _show_verdict(path: Path, verdict: Any, as_json: bool) -> None:
+    from f2gguf.evals.drift import json_text
     from f2gguf.quantize.report.tables import COLUMNS, verdict_cells
     from f2gguf.runtime.files import format_size
 
     row = [path.name, format_size(path.stat().st_size), *verdict_cells(verdict)]
-    click.echo(json_text(verdict) if as_json else text_table(COLUMNS, [row]))
+    click.echo(json_text(verdict.as_dict()) if as_json else text_table(COLUMNS, [row]))

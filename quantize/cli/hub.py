@@ -13,20 +13,20 @@ from f2gguf.runtime.errors import CheckpointError, HubError, HubUnreachable, Rat
 @click.command()
 @click.argument("model")
 @LOCK
-def fetch(model: str, lock_path: Path | None) -> None:
+def fetch(model: str, lock: Path | None) -> None:
     """Download a checkpoint at its pinned revision, and print its folder."""
     from f2gguf.quantize.source.fetch import fetch as fetch_model
     from f2gguf.quantize.source.fetch import find_model
     from f2gguf.quantize.source.lock import read_lock
 
-    click.echo(str(fetch_model(*find_model(model, read_lock(lock_path)))))
+    click.echo(str(fetch_model(*find_model(model, read_lock(lock)))))
 
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--check", is_flag=True, help="Change nothing, and say what has moved.")
 @LOCK
-def lock(models: tuple[str, ...], check: bool, lock_path: Path | None) -> None:
+def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     """Pin models in models.lock: their commits, and their files' sizes and hashes.
 
     Without MODEL, all that come from the Hub. An entry keeps its revision, and gets the head of main where it has none;
@@ -36,7 +36,7 @@ def lock(models: tuple[str, ...], check: bool, lock_path: Path | None) -> None:
     from f2gguf.quantize.source.lock import read_lock
     from f2gguf.quantize.source.pin import check_model, find_targets, lock_model
 
-    known = read_lock(lock_path)
+    known = read_lock(lock)
     targets = find_targets(models, known)
     failed = []
     for target in targets:

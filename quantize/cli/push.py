@@ -36,7 +36,7 @@ def push(
     the bound is refused. What the Hub holds is not sent again: a push that was stopped goes on from there, and one of
     an unchanged release only reads it back.
     """
-    from f2gguf.evals.conversion import as_json as json_text
+    from f2gguf.evals.drift import json_text
     from f2gguf.quantize.release.check import find_release, read_release
     from f2gguf.quantize.release.plan import make_plan
     from f2gguf.quantize.release.push import push as push_release

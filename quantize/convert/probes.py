@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from f2gguf.quantize.convert.readback import checkpoint_ids
-from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.reserved import fill_in, golden_values
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf import golden
@@ -45,8 +45,8 @@ def add_golden(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_array(golden.KEY_PROMPTS, prompts)
     writer.add_array(golden.KEY_N_TOKENS, [len(tokens) for tokens in ids])
     writer.add_array(golden.KEY_TOKEN_IDS, np.concatenate(ids).tolist())
-    writer.add_array(golden.KEY_VECTORS, [0.0] * (len(PROBES) * facts.n_embd))
-    writer.add_array(golden.KEY_COSINES, [0.0] * len(PROBES))
+    for key, placeholders in golden_values(len(PROBES), facts.n_embd).items():
+        writer.add_array(key, placeholders)
 
 
 def stamp_golden(path: Path) -> int:
@@ -58,7 +58,7 @@ def stamp_golden(path: Path) -> int:
         vectors = model.probe_vectors()
     is_finite = np.isfinite(vectors).all(axis=1)
     vectors[~is_finite] = 0
-    stamp(path, {golden.KEY_VECTORS: vectors.ravel().tolist(), golden.KEY_COSINES: is_finite.astype(float).tolist()})
+    fill_in(path, {golden.KEY_VECTORS: vectors.ravel().tolist(), golden.KEY_COSINES: is_finite.astype(float).tolist()})
     return int(np.count_nonzero(~is_finite))
 
 

@@ -1,4 +1,7 @@
-"""Values that are known only after a file was written, put into its header in place: no other byte moves."""
+"""Header values that are known only after the tensors were written: room is reserved for them, then they are filled in.
+
+A file is written with placeholders of the same type and size, so that filling in moves no other byte.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from f2gguf.runtime.gguf import golden
+from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import read_header
 
 _FLOAT32 = 6  # GGUF specification, "enum gguf_metadata_value_type"
 Value = float | bool | str | Sequence[float]
 
+SOURCE_SHA256 = {keys.KEY_SOURCE_SHA256: "0" * 64}  # of an F16 file: the checkpoint is hashed while it is converted
+VERDICT: dict[str, bool | int | float | str] = {  # of a variant: it is measured once it is there
+    keys.KEY_MEAN_DRIFT: 0.0,
+    keys.KEY_UPPER_DRIFT: 0.0,
+    keys.KEY_HOLDS: False,
+}
 
-def stamp(path: Path, values: Mapping[str, Value]) -> None:
-    """Overwrite header values of the same type and size.
 
-    float32, bool, a string of the same length in bytes, or float32 in an array of the same length.
-    """
+def golden_values(n_texts: int, n_embd: int) -> dict[str, list[float]]:
+    """The golden vectors and cosines of a file, which it gives itself."""
+    return {golden.KEY_VECTORS: [0.0] * (n_texts * n_embd), golden.KEY_COSINES: [0.0] * n_texts}
+
+
+def fill_in(path: Path, values: Mapping[str, Value]) -> None:
+    """Overwrite header values: a number, a string of as many bytes, or as many numbers in an array."""
     header = read_header(path)
     with path.open("rb+") as file:
         for key, value in values.items():

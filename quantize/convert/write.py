@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from f2gguf.quantize.checkpoint.folder import StoredTensor
 from f2gguf.quantize.convert.probes import add_golden
-from f2gguf.quantize.convert.reserved import stamp
+from f2gguf.quantize.convert.reserved import SOURCE_SHA256, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
@@ -78,7 +78,7 @@ def convert(
             n_bytes = tensor.n_elements * _SIZE_BYTES[types[name]]
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.float16), n_bytes, raw_dtype=types[name])
         _write(writer, [(tensor, types[name]) for name, tensor in tensors.items()], pool, on_progress)
-        stamp(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
+        fill_in(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
     return Conversion(len(tensors), size_bytes, tuple(loss for loss in losses if loss.n_overflow or loss.n_zeroed))
 
 
@@ -241,7 +241,8 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     writer.add_string(keys.KEY_VERSION, version("f2gguf"))
-    writer.add_string(keys.KEY_SOURCE_SHA256, "0" * 64)  # stamped when the hash is there
+    for key, placeholder in SOURCE_SHA256.items():
+        writer.add_string(key, placeholder)
     _add(writer, keys.KEY_MAX_TOKENS, facts.max_tokens)
     writer.add_bool(keys.KEY_NORMALIZE, facts.checkpoint.is_normalized)
     writer.add_array(keys.KEY_MATRYOSHKA_DIMS, list(facts.dims))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from f2gguf.evals.drift import label
+from f2gguf.evals.drift import bound_label
 from f2gguf.quantize.release.check import CARD, Release
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import HubError, RepoMissing, RepoMoved, UnfitRelease, WrongUsage
@@ -184,5 +184,7 @@ def _card_diff(release: Release, listing: Listing | None, state: str) -> str:
 
 def _labels(report: dict[str, Any]) -> dict[str, str]:
     """What was measured of each file: "under 2%"."""
-    labels = {name: label(verdict) for name, verdict in report["variants"].items()} | {"F16": "reference"}
+    labels = {
+        name: bound_label(verdict["holds"], verdict["max_drift"]) for name, verdict in report["variants"].items()
+    } | {"F16": "reference"}
     return {file["file"]: labels[name] for name, file in report["files"].items()}

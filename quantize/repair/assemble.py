@@ -69,14 +69,15 @@ def assemble(
     plan = [(info, types[info.name]) for info in weights.header.tensors]
     head = _head(weights.header, plan, header)
     require_free_space(target.parent, len(head) + sum(size_as(*item) for item in plan), target.name)
-    with ThreadPoolExecutor(default_threads()) as pool, target.open("wb") as file:
+    n_threads = default_threads()
+    with ThreadPoolExecutor(n_threads) as pool, target.open("wb") as file:
         file.write(head)
         for info, kind in plan:
             scale, columns = (scales or {}).get(info.name, Scale()), (imatrix or {}).get(info.name)
             try:
                 if columns is not None and kind in WEIGHED:
                     _require_effect(scale.apply(weights.rows(info.name, slice(_N_COMPARED))), kind, columns)
-                for data in _quantized(pool, weights, info, kind, scale, columns):
+                for data in _quantized(pool, 2 * n_threads, weights, info, kind, scale, columns):
                     file.write(data.data)
             except QuantizationFailed as error:
                 raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
@@ -86,7 +87,13 @@ def assemble(
 
 
 def _quantized(
-    pool: ThreadPoolExecutor, weights: Weights, info: TensorInfo, kind: str, scale: Scale, imatrix: Rows | None
+    pool: ThreadPoolExecutor,
+    n_ahead: int,
+    weights: Weights,
+    info: TensorInfo,
+    kind: str,
+    scale: Scale,
+    imatrix: Rows | None,
 ) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes in order, a few chunks made while the one before is written."""
     n_rows, n_cols = shape_of(info)
@@ -99,7 +106,7 @@ def _quantized(
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     for first in range(0, n_rows, step):
         waiting.append(pool.submit(make, first))
-        if len(waiting) > 2 * default_threads():
+        if len(waiting) > n_ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -39,7 +39,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TypePlan:
     """What llama.cpp's quantiser says in a dry run."""
 
     variant: str
@@ -71,7 +71,7 @@ def require_variant(name: str) -> str:
     return exact[name.lower()]
 
 
-def plan_variant(source: Path, variant: str) -> Plan:
+def plan_variant(source: Path, variant: str) -> TypePlan:
     """Ask llama.cpp what it would write: nothing is."""
     infos = {tensor.name: tensor for tensor in read_header(source).tensors}
     lines = _dry_run(source, variant)
@@ -87,7 +87,7 @@ def plan_variant(source: Path, variant: str) -> Plan:
             new_type = new[1].upper() if new else old_type
             tensors.append(PlannedTensor(name, old_type, new_type, wanted.get(name)))
             size_bytes += size_as(infos[name], new_type)
-    return Plan(variant, tuple(tensors), size_bytes)
+    return TypePlan(variant, tuple(tensors), size_bytes)
 
 
 def _dry_run(source: Path, variant: str) -> list[str]:

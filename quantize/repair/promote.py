@@ -58,14 +58,13 @@ def errors(
     """Relative error of each tensor's products, in squares, for each of its `types`: sampled rows and activations."""
 
     def measure(name: str) -> tuple[str, dict[str, float]]:
-        found = (
-            _table_errors(weights, types[name])
-            if name == TOKEN_EMBD
-            else _errors(weights, activations, imatrix, scaled.get(name, Scale()), name, types[name])
-        )
+        if name == TOKEN_EMBD:
+            by_type = _table_errors(weights, types[name])
+        else:
+            by_type = _errors(weights, activations, imatrix, scaled.get(name, Scale()), name, types[name])
         if on_progress:
             on_progress(1)
-        return name, found
+        return name, by_type
 
     with ThreadPoolExecutor(default_threads()) as pool:
         return dict(pool.map(measure, types))
@@ -104,41 +103,46 @@ def possible_types(weights: Weights, types: Mapping[str, str], *, smallest: str)
 
 
 def choices(
-    weights: Weights, found: Mapping[str, Mapping[str, float]], types: Mapping[str, str], kinds: Mapping[str, float]
+    weights: Weights, errors: Mapping[str, Mapping[str, float]], types: Mapping[str, str], kinds: Mapping[str, float]
 ) -> Choices:
-    """Every tensor's choices with noise: that of its kind at `types` (`kinds`), shared out by the errors `found`."""
+    """Every tensor's choices with predicted noise.
+
+    A kind's measured noise (`kinds`, with tensors in `types`) is divided among its tensors in proportion to their
+    quantisation `errors`.
+    """
     totals: dict[str, float] = {}
-    for name in found:
-        totals[kind_of(name)] = totals.get(kind_of(name), 0.0) + found[name][types[name]]
+    for name in errors:
+        totals[kind_of(name)] = totals.get(kind_of(name), 0.0) + errors[name][types[name]]
     return {
         name: tuple(
             Choice(kind, size_as(weights.infos[name], kind), kinds[kind_of(name)] * error / totals[kind_of(name)])
             for kind, error in by_type.items()
         )
-        for name, by_type in found.items()
+        for name, by_type in errors.items()
     }
 
 
-def promote(options: Choices, wanted: float) -> dict[str, Choice]:
-    """The types with a sum of noise under `wanted`, at few bytes; everything at its best where that is not enough.
+def promote(options: Choices, allowed: float) -> dict[str, Choice]:
+    """The types with a sum of noise under `allowed`, at few bytes; everything at its best where that is not enough.
 
     Step by step, up by what saves most noise per byte, then down by what saves most bytes for the noise as far as there
     is room; once from each tensor's first choice and once from its smallest: the fewer bytes of the two.
     """
-    starts = {name: some[0] for name, some in options.items()}, _smallest(options)
-    return min((_promote(options, start, wanted) for start in starts), key=total_size)
+    starts = {name: some[0] for name, some in options.items()}, smallest(options)
+    return min((_promote(options, start, allowed) for start in starts), key=total_size)
 
 
-def _promote(options: Choices, start: Mapping[str, Choice], wanted: float) -> dict[str, Choice]:
+def _promote(options: Choices, start: Mapping[str, Choice], allowed: float) -> dict[str, Choice]:
     chosen = dict(start)
-    while total_noise(chosen) >= wanted and (step := _step_up(options, chosen)):
+    while total_noise(chosen) >= allowed and (step := _step_up(options, chosen)):
         chosen[step[0]] = step[1]
-    while step := _step_down(options, chosen, room=wanted - total_noise(chosen)):
+    while step := _step_down(options, chosen, room=allowed - total_noise(chosen)):
         chosen[step[0]] = step[1]
     return chosen
 
 
-def _smallest(options: Choices) -> dict[str, Choice]:
+def smallest(options: Choices) -> dict[str, Choice]:
+    """Each tensor's choice of the fewest bytes."""
     return {name: min(some, key=lambda choice: (choice.size_bytes, choice.noise)) for name, some in options.items()}
 
 
@@ -147,7 +151,7 @@ def fill(options: Choices, budget: int) -> dict[str, Choice] | None:
 
     None where even the smallest choices are larger.
     """
-    chosen = _smallest(options)
+    chosen = smallest(options)
     if total_size(chosen) > budget:
         return None
     while step := _step_up(options, chosen, room=budget - total_size(chosen)):

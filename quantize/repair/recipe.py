@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.repair.plan import Plan, require_variant
+from f2gguf.quantize.repair.plan import TypePlan, require_variant
 from f2gguf.quantize.repair.rescale import Exponents, places
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
@@ -38,11 +38,11 @@ class Recipe:
             return "promoted"
         return "rescaled" if self.exponents else "imatrix" if self.imatrix_sha256 else "stock"
 
-    def all_types(self, plan: Plan) -> dict[str, str]:
+    def all_types(self, plan: TypePlan) -> dict[str, str]:
         """The type of every tensor."""
         return {tensor.name: self.types.get(tensor.name, tensor.new_type) for tensor in plan.tensors}
 
-    def lines(self, plan: Plan | None = None) -> list[str]:
+    def lines(self, plan: TypePlan | None = None) -> list[str]:
         """The recipe for people."""
         lines = [f"llama.cpp's {self.variant} types" + (f", but for {len(self.types)} tensors" if self.types else "")]
         stock = {tensor.name: tensor.new_type for tensor in plan.tensors} if plan else {}

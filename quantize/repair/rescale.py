@@ -128,7 +128,7 @@ def scales(weights: Weights, imatrix: Imatrix, exponents: Mapping[str, Exponents
     for place in places(weights.header):
         if place.name not in exponents:
             continue
-        channels = factors(weights, imatrix, place, exponents[place.name])
+        channels = channels_of(weights, imatrix, place).factors(exponents[place.name])
         columns = place.to_reader(channels).astype(np.float32)
         for name in place.readers:
             found[name] = Scale(found[name].rows if name in found else None, columns)
@@ -146,31 +146,36 @@ def scaled_imatrix(imatrix: Imatrix, scaled: Mapping[str, Scale]) -> Imatrix:
     return {name: row / columns[name] ** 2 if name in columns else row for name, row in imatrix.items()}
 
 
-def factors(weights: Weights, imatrix: Imatrix, place: Place, exponents: Exponents) -> NDArray[np.float64]:
-    """Power of two by which each channel of `place` is multiplied in the readers, (n_channels,) float64.
+@dataclass(frozen=True)
+class Channels:
+    """What the factors of one place follow from, a figure for each channel, (n_channels,) float64."""
 
-    activation ** exponents[0] / weight ** exponents[1], over the median channel's: activation the root mean square of
-    the channel's values, weight that of its columns.
-    """
-    activation = place.to_writer(imatrix[place.readers[0]].astype(np.float64), np.mean) ** 0.5
-    squares = [weights.column_rms(name) ** 2 for name in place.readers]
-    weight = place.to_writer(np.mean(squares, axis=0), np.mean) ** 0.5
-    floors = [max(float(np.median(values)) * 1e-6, 1e-30) for values in (activation, weight)]
-    logs = exponents[0] * np.log2(np.maximum(activation, floors[0]))
-    logs -= exponents[1] * np.log2(np.maximum(weight, floors[1]))
-    found = 2.0 ** np.round(logs - np.median(logs))
-    return _within_range(weights, place, found)
+    activation: NDArray[np.float64]  # root mean square of the channel's values
+    weight: NDArray[np.float64]  # root mean square of its columns
+    largest: NDArray[np.float64]  # factor that neither makes rows too small for F16, nor columns too large
+
+    def factors(self, exponents: Exponents) -> NDArray[np.float64]:
+        """Power of two by which each channel is multiplied in the readers, (n_channels,) float64.
+
+        activation ** exponents[0] / weight ** exponents[1], over the median channel's.
+        """
+        floors = [max(float(np.median(values)) * 1e-6, 1e-30) for values in (self.activation, self.weight)]
+        logs = exponents[0] * np.log2(np.maximum(self.activation, floors[0]))
+        logs -= exponents[1] * np.log2(np.maximum(self.weight, floors[1]))
+        return np.minimum(2.0 ** np.round(logs - np.median(logs)), 2.0 ** np.floor(np.log2(self.largest)))
 
 
-def _within_range(weights: Weights, place: Place, found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`found`, kept from making rows too small, or columns too large, for F16."""
-    columns = np.max([np.abs(weights.rows(name)).max(axis=0) for name in place.readers], axis=0)
+def channels_of(weights: Weights, imatrix: Imatrix, place: Place) -> Channels:
+    """Read the place's matrices once."""
+    readers = [weights.column_stats(name) for name in place.readers]
+    squares = np.mean([mean_squares for mean_squares, _ in readers], axis=0)
+    columns = np.max([highest for _, highest in readers], axis=0)
     largest = np.maximum(_LARGEST_COLUMN / np.maximum(place.to_writer(columns, np.max), 1e-30), 1)
     writer = place.writers[0]
     if len(weights.infos[writer].shape) == 2:
-        rows = np.abs(weights.rows(writer)).max(axis=1)
-        largest = np.minimum(largest, np.maximum(rows / _SMALLEST_ROW, 1))
-    return np.minimum(found, 2.0 ** np.floor(np.log2(largest)))
+        largest = np.minimum(largest, np.maximum(weights.row_max(writer) / _SMALLEST_ROW, 1))
+    activation = place.to_writer(imatrix[place.readers[0]].astype(np.float64), np.mean) ** 0.5
+    return Channels(activation, place.to_writer(squares, np.mean) ** 0.5, largest)
 
 
 class _Trial:
@@ -179,25 +184,23 @@ class _Trial:
     def __init__(
         self, weights: Weights, activations: Activations, imatrix: Imatrix, types: Mapping[str, str], place: Place
     ) -> None:
-        self._weights, self._imatrix, self._types, self._place = weights, imatrix, types, place
+        self._imatrix, self._types, self._place = imatrix, types, place
+        self._channels = channels_of(weights, imatrix, place)
         self._inputs = activations.inputs(place.readers[0])
         self._rows = {name: weights.sample(name, N_ROWS) for name in place.readers}
-        self._wanted = {name: self._inputs @ rows.T for name, rows in self._rows.items()}
+        self._exact = {name: self._inputs @ rows.T for name, rows in self._rows.items()}
 
     def error(self, exponents: Exponents) -> float:
         """Error of the readers' products over their size, in squares, summed over the readers."""
-        columns = self._place.to_reader(factors(self._weights, self._imatrix, self._place, exponents)).astype(
-            np.float32
-        )
+        columns = self._place.to_reader(self._channels.factors(exponents)).astype(np.float32)
         total = 0.0
         for name, rows in self._rows.items():
             kind = self._types[name]
             stored = as_stored(rows * columns, kind, self._imatrix[name] / columns**2)
-            given = as_multiplied(self._inputs / columns, kind) @ stored.T
-            total += relative_error(given, self._wanted[name])
+            total += relative_error(as_multiplied(self._inputs / columns, kind) @ stored.T, self._exact[name])
         return total
 
 
-def relative_error(given: Rows, wanted: Rows) -> float:
+def relative_error(products: Rows, exact: Rows) -> float:
     """Sum of squared differences over the sum of squares."""
-    return float(np.square(given - wanted, dtype=np.float64).sum() / np.square(wanted, dtype=np.float64).sum())
+    return float(np.square(products - exact, dtype=np.float64).sum() / np.square(exact, dtype=np.float64).sum())

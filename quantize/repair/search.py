@@ -1,32 +1,23 @@
-"""From a bound to a recipe: importance matrix, scales, then more bits where they save most, measured at every step.
+"""From a bound to a file: importance matrix, scales, then more bits where they save most, measured at every step.
 
-All figures here are of the calibration texts. Of the evaluation texts nothing is seen but, after a verdict over the
-bound, by how much: the search is then repeated with a bound that is smaller by as much, twice at most.
+All figures here are of the calibration texts. The search never sees evaluation texts. When the verdict on a file misses
+the bound, the search learns only by how much, and is repeated with a bound that is stricter by as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
+from f2gguf.evals.drift import Verdict
+from f2gguf.quantize.repair import promote, rescale
 from f2gguf.quantize.repair.assemble import WEIGHED
-from f2gguf.quantize.repair.make import Recipes
-from f2gguf.quantize.repair.promote import (
-    LADDER,
-    Choice,
-    Choices,
-    choices,
-    errors,
-    fill,
-    noise,
-    possible_types,
-    promote,
-    total_noise,
-    total_size,
-)
+from f2gguf.quantize.repair.make import Evaluation, make_measured
+from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, kind_of
-from f2gguf.quantize.repair.rescale import places, scales, search
-from f2gguf.quantize.repair.study import Drift, Study
+from f2gguf.quantize.repair.study import CalibrationDrift, Study
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import OutOfReach
 from f2gguf.runtime.files import format_bound, format_size
@@ -35,124 +26,163 @@ MARGIN = 0.9  # of the bound, for calibration texts: the verdict is over others
 MAX_VERDICTS = 3
 WORTH = 0.95  # scales must leave at most so much of the drift without them
 CLOSE = 0.85  # of what is allowed: near enough, few bytes are left to win
-MAX_ROUNDS = 6
+MAX_PROMOTIONS = 6
 N_PROBE_TEXTS = 48  # with which the kinds of tensors are compared
+
+
+@dataclass(frozen=True)
+class Made:
+    """A recipe, and the verdict on the file that was made by it."""
+
+    recipe: Recipe
+    verdict: Verdict
+
+
+def make_within_bound(
+    study: Study,
+    variant: str,
+    path: Path,
+    *,
+    evaluation: Evaluation,
+    max_size: int | None = None,
+    there: Made | None = None,
+) -> Made:
+    """Make `path` by the recipe that holds the bound at the least bytes: search, make, judge, and tighten if need be.
+
+    With `max_size` (bytes of the whole file) it is the recipe of the least drift within that size. `there` is what
+    `path` holds already: it is not made again. Raises `OutOfReach` where no file of this variant is as small.
+    """
+    search, allowed = Search(study, variant), MARGIN * evaluation.max_drift
+    for _ in range(MAX_VERDICTS):
+        recipe = search.within_size(max_size, allowed) if max_size else search.under(allowed)
+        if there is None or there.recipe != recipe:
+            verdict = make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation)
+            there = Made(recipe, verdict)
+        if there.verdict.holds or max_size:
+            break
+        highest, bound = there.verdict.highest, evaluation.max_drift
+        say(f"  {variant}: the verdict is {highest:.2%} at worst, over {format_bound(bound)}")
+        allowed *= MARGIN * bound / highest
+    assert there is not None
+    return there
 
 
 @dataclass(frozen=True)
 class Candidate:
     recipe: Recipe
-    drift: Drift
+    drift: CalibrationDrift
 
 
-def recipes(study: Study, variant: str, *, max_drift: float, max_size: int | None = None) -> Recipes:
-    """The recipe of `variant` that holds the bound at the least bytes, by calibration texts, until a verdict agrees.
+@dataclass(frozen=True)
+class Search:
+    """The search for recipes of one variant; what was measured on the way is measured once."""
 
-    With `max_size` (bytes of the whole file): the recipe of the least drift within it. Raises `OutOfReach` where no
-    file of this variant is as small.
-    """
-    start = _at_stock_size(study, variant)
-    if max_size is not None:
-        yield _within(study, start, max_size, max_drift)
-        return
-    wanted = MARGIN * max_drift
-    for _ in range(MAX_VERDICTS):
-        verdict = yield start.recipe if start.drift.worst < wanted else _promoted(study, start, wanted)
-        if verdict.holds:
-            return
-        say(f"  {variant}: the verdict is {verdict.highest:.2%} at worst, over {format_bound(max_drift)}")
-        wanted *= MARGIN * max_drift / verdict.highest
+    study: Study
+    variant: str
 
+    @cached_property
+    def start(self) -> Candidate:
+        """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
+        study, stock = self.study, Recipe(self.variant)
+        types = study.types(stock)
+        plain = study.recipe(self.variant) if set(WEIGHED) & set(types.values()) else stock
+        with study.progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
+            exponents = rescale.search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
+        best = self._measured(plain)
+        if exponents:
+            scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents))
+            best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
+        return best
 
-def _at_stock_size(study: Study, variant: str) -> Candidate:
-    """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
-    types = study.types(Recipe(variant))
-    plain = study.recipe(variant) if set(WEIGHED) & set(types.values()) else Recipe(variant)
-    with study.progress(f"scales {variant}", len(places(study.weights.header))) as advance:
-        exponents = search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
-    best = _measured(study, plain)
-    if exponents:
-        scaled = _measured(study, replace(study.recipe(variant), exponents=exponents))
-        best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
-    return best
+    @cached_property
+    def choices(self) -> Choices:
+        """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
+        study, recipe = self.study, self.start.recipe
+        types = study.types(recipe)
+        smallest = "Q8_0" if self.variant == "Q8_0" else LADDER[0]
+        possible = promote.possible_types(study.weights, types, smallest=smallest)
+        scales = rescale.scales(study.weights, study.imatrix, recipe.exponents)
+        with study.progress("errors of every type", len(possible)) as advance:
+            errors = promote.errors(
+                study.weights, study.activations, study.imatrix, scales, possible, on_progress=advance
+            )
+        kinds = sorted(set(map(kind_of, possible)))
+        return promote.choices(study.weights, errors, types, {kind: noise(self._alone(kind)) for kind in kinds})
 
+    def under(self, allowed: float) -> Recipe:
+        """The smallest recipe whose drift is under `allowed`; the best there is where none is.
 
-def _promoted(study: Study, start: Candidate, wanted: float) -> Recipe:
-    """Predict, promote, measure, correct, until the drift is close under `wanted`; the smallest that was under it."""
-    say(f"  {start.recipe.variant}: {start.drift.worst:.2%} at worst, not under {wanted:.2%}: promoting tensors")
-    options = _choices(study, start.recipe)
-    last, chosen = start, {name: choice[0] for name, choice in options.items()}
-    held: Candidate | None = None
-    for _ in range(MAX_ROUNDS):
-        allowed = noise(last.drift.mean * wanted / last.drift.worst)
-        chosen = promote(options, total_noise(chosen) * allowed / noise(last.drift.mean))
-        last = _measured(study, _with_types(study, start.recipe, chosen))
-        if last.drift.worst < wanted and (held is None or _size(study, last) < _size(study, held)):
-            held = last
-        elif held:
-            break
-        if CLOSE * wanted < last.drift.worst < wanted:
-            break
-    return (held or last).recipe
+        Predict, promote, measure, correct, until the drift is close under `allowed`.
+        """
+        if self.start.drift.worst < allowed:
+            return self.start.recipe
+        say(f"  {self.variant}: {self.start.drift.worst:.2%} at worst, not under {allowed:.2%}: promoting tensors")
+        last, chosen = self.start, {name: choice[0] for name, choice in self.choices.items()}
+        best: Candidate | None = None
+        for _ in range(MAX_PROMOTIONS):
+            chosen = promote.promote(self.choices, _allowed_noise(last, chosen, allowed))
+            last = self._measured(self._with_types(chosen))
+            if last.drift.worst < allowed and (best is None or self._size(last) < self._size(best)):
+                best = last
+            elif best:
+                break
+            if CLOSE * allowed < last.drift.worst < allowed:
+                break
+        return (best or last).recipe
 
+    def within_size(self, max_size: int, allowed: float) -> Recipe:
+        """The recipe of the least drift within `max_size` bytes: bytes go where they save most."""
+        tensors = self.study.weights.header.tensors
+        fixed = self._head_bytes + sum(tensor.size_bytes for tensor in tensors if tensor.name not in self.choices)
+        chosen = promote.fill(self.choices, max_size - fixed)
+        if chosen is None:
+            least = fixed + total_size(promote.smallest(self.choices))
+            raise OutOfReach(
+                f"{self.study.weights.header.path}: no {self.variant} of {format_size(max_size)} (--max-size): with "
+                f"the fewest bits for every weight it takes {format_size(least)}."
+            )
+        best = self._measured(self._with_types(chosen))
+        if self._size(self.start) <= max_size and self.start.drift.mean < best.drift.mean:
+            best = self.start
+        if best.drift.worst >= allowed:
+            needed = promote.promote(self.choices, _allowed_noise(best, chosen, allowed))
+            size = format_size(fixed + total_size(needed))
+            say(f"  the bound may not hold at this size; by prediction it takes {size}")
+        return best.recipe
 
-def _within(study: Study, start: Candidate, max_size: int, max_drift: float) -> Recipe:
-    """The least drift within `max_size`: bytes go where they save most."""
-    options = _choices(study, start.recipe)
-    fixed = _head_bytes(study) + sum(t.size_bytes for t in study.weights.header.tensors if t.name not in options)
-    chosen = fill(options, max_size - fixed)
-    if chosen is None:
-        least = fixed + total_size({name: min(some, key=lambda c: c.size_bytes) for name, some in options.items()})
-        raise OutOfReach(
-            f"{study.weights.header.path}: no {start.recipe.variant} of {format_size(max_size)} (--max-size): with the "
-            f"fewest bits for every weight it takes {format_size(least)}."
-        )
-    best = _measured(study, _with_types(study, start.recipe, chosen))
-    if _head_bytes(study) + _size(study, start) <= max_size and start.drift.mean < best.drift.mean:
-        best = start
-    if best.drift.worst >= MARGIN * max_drift:
-        allowed = noise(best.drift.mean * MARGIN * max_drift / best.drift.worst)
-        predicted = promote(options, total_noise(chosen) * allowed / noise(best.drift.mean))
+    def _alone(self, kind: str) -> float:
+        """The mean drift where only tensors of one kind are quantised."""
+        recipe = self.start.recipe
+        types = self.study.types(recipe)
+        tensors = self.study.weights.header.tensors
+        only = {tensor.name: types[tensor.name] if kind_of(tensor.name) == kind else tensor.type for tensor in tensors}
+        return self.study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
+
+    def _with_types(self, chosen: Mapping[str, Choice]) -> Recipe:
+        stock = {tensor.name: tensor.new_type for tensor in self.study.plan(self.variant).tensors}
+        types = {name: choice.kind for name, choice in chosen.items() if choice.kind != stock[name]}
+        return replace(self.start.recipe, types=types)
+
+    def _measured(self, recipe: Recipe) -> Candidate:
+        drift = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
+        candidate = Candidate(recipe, drift)
         say(
-            f"  the bound of {format_bound(max_drift)} may not hold at this size; by prediction it takes "
-            f"{format_size(fixed + total_size(predicted))}"
+            f"  {self.variant}, {recipe.kind}: {format_size(self._size(candidate))}; calibration texts drift "
+            f"{drift.mean:.3%}, at worst {drift.worst:.3%}"
         )
-    return best.recipe
+        return candidate
+
+    def _size(self, candidate: Candidate) -> int:
+        """About the bytes of the whole file."""
+        return self._head_bytes + self.study.size_bytes(candidate.recipe)
+
+    @property
+    def _head_bytes(self) -> int:
+        """About what stands before the tensors, the recipe included."""
+        return self.study.weights.header.tensors[0].begin + 1_000 + 60 * len(self.study.weights.infos)
 
 
-def _choices(study: Study, recipe: Recipe) -> Choices:
-    """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
-    types = study.types(recipe)
-    possible = possible_types(study.weights, types, smallest="Q8_0" if recipe.variant == "Q8_0" else LADDER[0])
-    scaled = scales(study.weights, study.imatrix, recipe.exponents)
-    with study.progress("errors of every type", len(possible)) as advance:
-        found = errors(study.weights, study.activations, study.imatrix, scaled, possible, on_progress=advance)
-    kinds = {kind: noise(_alone(study, recipe, types, kind)) for kind in sorted(set(map(kind_of, possible)))}
-    return choices(study.weights, found, types, kinds)
-
-
-def _alone(study: Study, recipe: Recipe, types: Mapping[str, str], kind: str) -> float:
-    """The mean drift where only tensors of one kind are quantised."""
-    only = {t.name: types[t.name] if kind_of(t.name) == kind else t.type for t in study.weights.header.tensors}
-    return study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
-
-
-def _with_types(study: Study, recipe: Recipe, chosen: Mapping[str, Choice]) -> Recipe:
-    stock = {tensor.name: tensor.new_type for tensor in study.plan(recipe.variant).tensors}
-    return replace(recipe, types={name: c.kind for name, c in chosen.items() if c.kind != stock[name]})
-
-
-def _measured(study: Study, recipe: Recipe) -> Candidate:
-    drift = study.measure(recipe, study.types(recipe), f"try {recipe.variant}")
-    size, name = format_size(_head_bytes(study) + study.size_bytes(recipe)), f"{recipe.variant}, {recipe.kind}"
-    say(f"  {name}: {size}; calibration texts drift {drift.mean:.3%}, at worst {drift.worst:.3%}")
-    return Candidate(recipe, drift)
-
-
-def _size(study: Study, candidate: Candidate) -> int:
-    return study.size_bytes(candidate.recipe)
-
-
-def _head_bytes(study: Study) -> int:
-    """About what stands before the tensors, the recipe included."""
-    return study.weights.header.tensors[0].begin + 1_000 + 60 * len(study.weights.infos)
+def _allowed_noise(last: Candidate, chosen: Mapping[str, Choice], allowed: float) -> float:
+    """The predicted noise at which `last`, made of `chosen`, would drift by `allowed` at worst."""
+    mean, worst = last.drift.mean, last.drift.worst
+    return total_noise(chosen) * noise(mean * allowed / worst) / noise(mean)

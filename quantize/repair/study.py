@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from f2gguf.evals.drift import bound_means, drift
+from f2gguf.evals.drift import drift, highest_mean
 from f2gguf.evals.texts import EvalText, embed_texts, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix
 from f2gguf.quantize.repair.calibration import MAX_TOKENS, load_calibration
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.make import make
-from f2gguf.quantize.repair.plan import Plan, plan_variant
+from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.quantize.repair.tensors import Rows, Weights, size_as
 from f2gguf.runtime import Embedder
@@ -27,11 +27,11 @@ from f2gguf.runtime.files import sha256_file, write_text, writing
 
 
 @dataclass(frozen=True)
-class Drift:
-    """Of a candidate on the calibration texts; fractions."""
+class CalibrationDrift:
+    """How far a candidate drifts on the calibration texts; fractions."""
 
     mean: float
-    worst: float  # the highest of what the bound is over: upper end of the mean, mean of a language, mean of a kind
+    worst: float  # the highest of what the bound is about: upper end of the mean, mean of a language, mean of a kind
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Study:
     work: Path  # where candidates are made and results are kept
     device: str
     progress: Progress
-    _plans: dict[str, Plan] = field(default_factory=dict)
+    _plans: dict[str, TypePlan] = field(default_factory=dict)
 
     @cached_property
     def _source_sha256(self) -> str:
@@ -57,7 +57,7 @@ class Study:
     def imatrix_sha256(self) -> str:
         return sha256_file(self.imatrix_path)
 
-    def plan(self, variant: str) -> Plan:
+    def plan(self, variant: str) -> TypePlan:
         """llama.cpp's own types for `variant`."""
         if variant not in self._plans:
             self._plans[variant] = plan_variant(self.weights.header.path, variant)
@@ -76,12 +76,15 @@ class Study:
         n_texts, sha256 = len(self.texts), texts_sha256(self.texts)
         return Recipe(variant, {}, {}, self.imatrix_sha256, calibration_sha256=sha256, n_calibration_texts=n_texts)
 
-    def measure(self, recipe: Recipe, types: Mapping[str, str], label: str, *, n_texts: int | None = None) -> Drift:
+    def measure(
+        self, recipe: Recipe, types: Mapping[str, str], label: str, *, n_texts: int | None = None
+    ) -> CalibrationDrift:
         """The drift of a file with tensors of `types` and all else of `recipe`, on all texts or `n_texts` of them.
 
         What was measured before, in an earlier run too, is not measured again.
         """
-        asked = [self._source_sha256, recipe.to_header(), sorted(types.items()), n_texts]
+        inputs = [self._source_sha256, self.imatrix_sha256, texts_sha256(self.texts)]
+        asked = [*inputs, recipe.to_header(), sorted(types.items()), n_texts]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = self.work / "measured.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -89,7 +92,7 @@ class Study:
             step = max(1, len(self.texts) // n_texts) if n_texts else 1
             known[key] = self._measure(recipe, types, slice(None, None, step), label)
             write_text(path, json.dumps(known))
-        return Drift(*known[key])
+        return CalibrationDrift(*known[key])
 
     def _measure(self, recipe: Recipe, types: Mapping[str, str], chosen: slice, label: str) -> tuple[float, float]:
         path, texts = self.work / "candidate.gguf", self.texts[chosen]
@@ -100,7 +103,7 @@ class Study:
                 warnings.simplefilter("ignore", TruncationWarning)  # texts are cut to be quick
                 drifts = drift(embed_texts(model, texts, advance), self.reference[chosen])
         path.unlink()
-        return float(drifts.mean()), max(bound_means(drifts, texts).values())
+        return float(drifts.mean()), highest_mean(drifts, texts)
 
 
 def study_source(
@@ -109,27 +112,27 @@ def study_source(
     imatrix_path: Path,
     work: Path,
     calibration: Path | None,
-    given_imatrix: Path | None,
     device: str,
     progress: Progress,
+    own_imatrix: Path | None = None,
 ) -> Study:
-    """Run the calibration texts through `source`, write the importance matrix (or the given one) to `imatrix_path`.
+    """Run the calibration texts through `source`, and write the importance matrix to `imatrix_path`.
 
-    A run that was stopped goes on from what is in `work`.
+    `own_imatrix` is a file of the user's own that takes its place. A run that was stopped goes on from `work`.
     """
     weights = Weights(source)
     texts = load_calibration(calibration, weights.header.languages)
-    if given_imatrix:
-        read_imatrix(given_imatrix, weights)  # is refused before the work, if it must be
+    if own_imatrix:
+        read_imatrix(own_imatrix, weights)  # a wrong one is refused before the work
     work.mkdir(parents=True, exist_ok=True)
     with progress("calibrate", len(texts)) as advance:
         state_path = work / "activations.npz"
         activations, reference = collect(source, texts, device=device, state_path=state_path, on_progress=advance)
-    if given_imatrix is None:
+    if own_imatrix is None:
         write_imatrix(imatrix_path, activations, weights.header, texts)
-    elif given_imatrix.resolve() != imatrix_path.resolve():
+    elif own_imatrix.resolve() != imatrix_path.resolve():
         with writing(imatrix_path) as part:
-            shutil.copyfile(given_imatrix, part)
+            shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
     imatrix = read_imatrix(imatrix_path, weights)
     return Study(weights, imatrix, imatrix_path, activations, texts, reference, work, device, progress)

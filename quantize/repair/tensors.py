@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
+_BLOCK_ELEMENTS = 1 << 22
 
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
@@ -44,9 +46,23 @@ class Weights:
         """About `n_rows` rows, evenly spread over the matrix."""
         return self.rows(name, slice(None, None, max(1, shape_of(self.infos[name])[0] // n_rows)))
 
-    def column_rms(self, name: str) -> NDArray[np.float64]:
-        """Root mean square of each column, (n_cols,)."""
-        return np.asarray(np.sqrt(np.square(self.rows(name)).mean(axis=0, dtype=np.float64)))
+    def column_stats(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Mean square and largest magnitude of each column, (n_cols,) each; a few rows are in memory at a time."""
+        n_rows, n_cols = shape_of(self.infos[name])
+        squares, highest = np.zeros(n_cols), np.zeros(n_cols, dtype=np.float32)
+        for rows in self._row_blocks(name):
+            squares += np.square(rows).sum(axis=0, dtype=np.float64)
+            highest = np.maximum(highest, np.abs(rows).max(axis=0))
+        return squares / n_rows, highest
+
+    def row_max(self, name: str) -> NDArray[np.float32]:
+        """Largest magnitude of each row, (n_rows,)."""
+        return np.concatenate([np.abs(rows).max(axis=1) for rows in self._row_blocks(name)])
+
+    def _row_blocks(self, name: str) -> Iterator[Rows]:
+        n_rows, n_cols = shape_of(self.infos[name])
+        step = max(1, _BLOCK_ELEMENTS // n_cols)
+        return (self.rows(name, slice(first, first + step)) for first in range(0, n_rows, step))
 
     def _stored(self, name: str) -> NDArray[Any]:
         info = self.infos[name]

@@ -1,25 +1,16 @@
-"""drift.json as one page to look at: no outside file, no script, light and dark, made of the report alone."""
+"""report.html of a release: the report as one page without scripts or outside files, in light and dark."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from typing import Any
 
-from f2gguf.evals.drift import label, percent
+from f2gguf.evals.drift import percent
 from f2gguf.quantize.report.picture import can_draw, draw
-from f2gguf.quantize.report.tables import (
-    STOCK_NOTE,
-    Table,
-    conversion_sentence,
-    dims_table,
-    files_table,
-    groups_table,
-    over_lines,
-    recipe_lines,
-    worst_texts,
-)
+from f2gguf.quantize.report.report import Report
+from f2gguf.quantize.report.sections import PICTURE, Block, Bullets, Details, Heading, Paragraph, Picture, sections
+from f2gguf.quantize.report.tables import Table
 from f2gguf.runtime.files import format_bound
 
 _STYLE = """
@@ -62,18 +53,16 @@ th:first-child, .facts td { text-align: left }
 """.strip()
 
 
-def report_html(report: dict[str, Any]) -> str:
-    """The page, the same for the same report; without matplotlib it says which extra draws the figure."""
-    measured = _measured(report) if report["variants"] else []
-    body = "\n".join([*_verdict(report), *measured, *_provenance(report)])
-    title = escape(f"{report['model']}: measured drift")
+def report_html(report: Report) -> str:
+    """The page, the same for the same report; without matplotlib it says which extra draws the picture."""
+    body = "\n".join([*_verdicts(report), *_html(report, sections(report))])
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
+<title>{escape(report.model)}: measured drift</title>
 <style>
 {_STYLE}
 </style>
@@ -87,112 +76,69 @@ def report_html(report: dict[str, Any]) -> str:
 """
 
 
-def _verdict(report: dict[str, Any]) -> Iterator[str]:
+def _verdicts(report: Report) -> Iterator[str]:
     """What holds and what does not, before anything else."""
-    variants, bound = report["variants"], format_bound(report["max_drift"])
-    n_holding = sum(verdict["holds"] for verdict in variants.values())
-    kind = "holds" if n_holding == len(variants) else "over"
-    yield f"<h1>{escape(report['model'])}</h1>"
-    yield f'<p class="headline {kind}">{n_holding} of {len(variants)} variants hold the bound of {bound}.</p>'
+    n_holding = sum(verdict.holds for verdict in report.variants.values())
+    kind = "holds" if n_holding == len(report.variants) else "over"
+    bound = format_bound(report.max_drift)
+    yield f"<h1>{escape(report.model)}</h1>"
+    yield f'<p class="headline {kind}">{n_holding} of {len(report.variants)} variants hold the bound of {bound}.</p>'
     yield '<ul class="verdicts">'
-    for name, verdict in variants.items():
-        kind, sign = ("holds", "✓") if verdict["holds"] else ("over", "✗")
+    for name, verdict in report.variants.items():
+        kind, sign = ("holds", "✓") if verdict.holds else ("over", "✗")
         yield (
-            f'<li class="{kind}"><b>{sign} {escape(name)}, {escape(label(verdict))}</b> '
-            f"<strong>{percent(verdict['mean'])}</strong> "
-            f"<span>mean drift; its 95% interval ends at {percent(verdict['upper'])}</span></li>"
+            f'<li class="{kind}"><b>{sign} {escape(name)}, {escape(verdict.label)}</b> '
+            f"<strong>{percent(verdict.mean)}</strong> "
+            f"<span>mean drift; its 95% interval ends at {percent(verdict.upper)}</span></li>"
         )
     yield "</ul>"
-    yield from (f'<p class="over">{escape(line)}.</p>' for line in over_lines(report))
-    yield (
-        f'<p class="soft">Drift is 1 - cosine to the F16 file\'s vector, over {report["texts"]["n"]} texts '
-        f"({escape(', '.join(report['texts']['languages']))}). The bound holds when the upper end of the mean's 95% "
-        f"interval, and the mean of every language and kind of text, are under {bound}.</p>"
-    )
 
 
-def _measured(report: dict[str, Any]) -> Iterator[str]:
-    yield "<h2>Files</h2>"
-    yield _table("Size and drift of every file", files_table(report))
-    if report.get("stock"):
-        yield f'<p class="soft">{escape(STOCK_NOTE)}</p>'
-    yield from _figure(report)
-    yield from _recipes(report)
-    yield "<h2>Where it drifts</h2>"
-    yield _table("Mean drift by language, the worst first", groups_table(report, "language"))
-    yield _table("Mean drift by kind of text", groups_table(report, "kind"))
-    yield _table("Mean drift by Matryoshka dimension", dims_table(report))
-    yield "<h2>The worst texts</h2>"
-    yield '<div class="columns">'
-    for name, verdict in report["variants"].items():
-        yield _table(f"Of {name}", worst_texts(report, verdict))
-    yield "</div>"
+def _html(report: Report, blocks: Iterable[Block]) -> Iterator[str]:
+    for block in blocks:
+        match block:
+            case Heading(text):
+                yield f"<h2>{escape(text)}</h2>"
+            case Paragraph(text, is_warning):
+                yield f'<p class="{"over" if is_warning else "soft"}">{escape(text)}</p>'
+            case Picture():
+                yield _picture(report)
+            case Table():
+                yield _table(block)
+            case Bullets(title, lines):
+                heading = f"<h3>{escape(title)}</h3>" if title else ""
+                yield f"{heading}<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+            case Details(summary, inner):
+                yield f"<details><summary>{escape(summary)}</summary>"
+                yield from _html(report, inner)
+                yield "</details>"
 
 
-def _figure(report: dict[str, Any]) -> Iterator[str]:
-    yield "<h2>Picture</h2>"
+def _picture(report: Report) -> str:
     if not can_draw(report):
-        yield "<p>Not drawn: matplotlib is not installed. Run: <code>pip install 'f2gguf[plots]'</code></p>"
-        return
+        return "<p>Not drawn: matplotlib is not installed. Run: <code>pip install 'f2gguf[plots]'</code></p>"
     drawn = io.BytesIO()
     draw(report, drawn, file_format="svg")
     svg = drawn.getvalue().decode()
-    words = "Drift of every text, size against drift, and mean drift by dimension and language; the tables say the same"
-    yield '<figure><div class="scroll figure" tabindex="0" role="group" aria-label="Picture, which scrolls sideways">'
-    yield svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{words}"', 1).strip()
-    yield f"</div><figcaption>{words}.</figcaption></figure>"
-
-
-def _recipes(report: dict[str, Any]) -> Iterator[str]:
-    recipes = recipe_lines(report)
-    if not recipes:
-        return
-    yield "<h2>How they were made</h2>"
-    for name, lines in recipes.items():
-        recipe = report["variants"][name]["recipe"]
-        yield f"<h3>{escape(name)}: {escape(recipe['kind'])}</h3>"
-        yield f"<ul>{_items(lines)}</ul>"
-        details = [f"{tensor}: {kind}" for tensor, kind in recipe.get("types", {}).items()]
-        details += [
-            f"{place}: exponents {a} of activations, {w} of weights"
-            for place, (a, w) in recipe.get("exponents", {}).items()
-        ]
-        if details:
-            yield "<details><summary>Every tensor whose type differs, and the exponents of every re-scaling"
-            yield f"</summary><ul>{_items(details)}</ul></details>"
-
-
-def _provenance(report: dict[str, Any]) -> Iterator[str]:
-    source, texts = report["source"], report["texts"]
-    facts = {
-        "source": source["repo"] or report["model"],
-        "revision": source["revision"] or "none",
-        "checkpoint's SHA-256": source["sha256"],
-        "parameters": f"{source['n_parameters']:,}",
-        "conversion": conversion_sentence(report),
-        "evaluation texts": f"{texts['n']} of {texts['n_conversion']}, SHA-256 {texts['sha256']}",
-    }
-    for name, verdict in report["variants"].items():
-        recipe = verdict.get("recipe", {})
-        if "calibration_sha256" in recipe:
-            facts[f"{name}'s calibration"] = f"{recipe['n_calibration_texts']} texts, {recipe['calibration_sha256']}"
-        if "imatrix_sha256" in recipe:
-            facts[f"{name}'s importance matrix"] = recipe["imatrix_sha256"]
-    facts["made with"] = ", ".join(f"{name} {number}" for name, number in report["made_with"].items())
-    facts |= {file["file"]: f"SHA-256 {file['sha256']}" for file in report["files"].values()}
-    yield "<h2>Where it comes from</h2>"
-    yield _table("Source, texts, versions and checksums", (("", ""), [list(fact) for fact in facts.items()]), "facts")
-
-
-def _table(caption: str, table: Table, kind: str = "figures") -> str:
-    """A table that scrolls by itself and by the keyboard; the first cell of a row is its header."""
-    header, rows = table
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    body = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in rows)
+    words = f"{PICTURE}; the tables say the same"
+    picture = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{words}"', 1).strip()
     return (
-        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(caption)}"><table class="{kind}">'
-        f"<caption>{escape(caption)}</caption>{top}\n<tbody>\n{body}\n</tbody></table></div>"
+        '<figure><div class="scroll figure" tabindex="0" role="group" aria-label="Picture, which scrolls sideways">'
+        f"{picture}</div><figcaption>{words}.</figcaption></figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    """A table that scrolls by itself and by the keyboard; the first cell of a row is its header."""
+    has_header = any(table.header)
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    top = f"<thead><tr>{head}</tr></thead>" if has_header else ""
+    body = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
+    caption = escape(table.caption)
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{caption}">'
+        f'<table class="{"figures" if has_header else "facts"}"><caption>{caption}</caption>{top}\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -201,7 +147,3 @@ def _cells(row: Sequence[str]) -> Iterator[str]:
     for cell in row[1:]:
         kind = ' class="over"' if "OVER" in cell else ""
         yield f"<td{kind}>{escape(cell)}</td>"
-
-
-def _items(lines: Iterable[str]) -> str:
-    return "".join(f"<li>{escape(line)}</li>" for line in lines)

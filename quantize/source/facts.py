@@ -36,6 +36,15 @@ class Facts:
     def n_embd(self) -> int:
         return self.checkpoint.count("hidden_size")
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one token's keys and values in F16; none for models that see a text at once."""
+        values = self.architecture.facts(self.checkpoint)
+        if "attention.head_count_kv" not in values:
+            return 0
+        width = values["attention.key_length"] + values["attention.value_length"]
+        return int(2 * values["block_count"] * values["attention.head_count_kv"] * width)
+
 
 def settle_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
     """Bring lock and checkpoint together; `pooling` is the user's word for a checkpoint that does not state it.

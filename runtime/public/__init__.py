@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from f2gguf.evals.drift import Verdict as Verdict
     from f2gguf.evals.drift import judge as judge
     from f2gguf.evals.mteb.encoder import F2ggufEncoder as F2ggufEncoder
+    from f2gguf.quantize.pipeline import quantize_model as quantize_model
+    from f2gguf.quantize.report.report import Report as Report
     from f2gguf.runtime.embedder import Embedder as Embedder
     from f2gguf.runtime.embedder import Embeddings as Embeddings
     from f2gguf.runtime.errors import *  # noqa: F403
@@ -21,6 +23,8 @@ PUBLIC = {
     "Embeddings": "f2gguf.runtime.embedder",
     "judge": "f2gguf.evals.drift",
     "Verdict": "f2gguf.evals.drift",
+    "quantize_model": "f2gguf.quantize.pipeline",
+    "Report": "f2gguf.quantize.report.report",
     "F2ggufEncoder": "f2gguf.evals.mteb.encoder",
 }
 ERRORS = {

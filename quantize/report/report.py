@@ -1,0 +1,191 @@
+"""drift.json, typed: what the files of a release were made from, and what was measured of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from f2gguf.evals.conversion import ConversionCheck
+from f2gguf.evals.drift import Verdict, json_text, rounded
+from f2gguf.quantize.repair.recipe import Recipe
+from f2gguf.runtime.errors import InputError
+from f2gguf.runtime.files import sha256_file, write_text
+
+FILE_NAME = "drift.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the F16 file is made from: the checkpoint, and every fact that its header and the card state."""
+
+    repo: str | None
+    revision: str | None
+    sha256: str  # over every file of the checkpoint that shapes the result
+    architecture: str
+    n_parameters: int
+    pooling: str
+    prompts: Mapping[str, str]
+    dims: tuple[int, ...]  # Matryoshka widths, the full one last
+    max_tokens: int
+    eos_token: str
+    license: str | None
+    languages: tuple[str, ...]
+    cache_bytes: int  # of one token's keys and values in F16; 0 for models that see a text at once
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The evaluation texts: those that the model is judged on, and how many gate 1 compares."""
+
+    n: int
+    sha256: str
+    ids: tuple[str, ...]
+    languages: tuple[str, ...]
+    n_conversion: int
+    conversion_sha256: str
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the release, as its bytes were when it was measured."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Conversion(ConversionCheck):
+    """Gate 1, and how many of the texts stock llama.cpp splits differently."""
+
+    n_stock_tokenizer_differs: int = 0
+
+
+@dataclass(frozen=True)
+class VariantInputs:
+    """What a variant is made from. When any of it changes, the variant is made and measured again."""
+
+    f16_sha256: str
+    max_drift: float
+    max_size: int | None = None  # bytes
+    stock: bool = False  # llama.cpp's plain recipe, whatever it drifts
+    calibration_sha256: str | None = None  # of the texts that the recipe is chosen with
+    imatrix_sha256: str | None = None  # of an importance matrix of the user's own
+
+
+@dataclass(frozen=True)
+class Measured(Verdict):
+    """The verdict on a file, and how the file was made."""
+
+    size_bytes: int
+    recipe: Recipe
+    recipe_lines: tuple[str, ...]  # the recipe in words
+    inputs: VariantInputs
+
+    def as_dict(self) -> dict[str, Any]:
+        document = super().as_dict()
+        return {**document, "recipe": {"kind": self.recipe.kind, **document["recipe"]}}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured of one model. drift.json holds it under the same names."""
+
+    model: str
+    made_with: Mapping[str, str]
+    source: Source
+    texts: Texts
+    max_drift: float
+    conversion: Conversion | None = None
+    files: Mapping[str, File] = field(default_factory=dict)  # 'F16', then the variants
+    imatrix: File | None = None
+    stock: Mapping[str, Measured] = field(default_factory=dict)  # llama.cpp's own recipes, where another one was chosen
+    variants: Mapping[str, Measured] = field(default_factory=dict)
+
+    @property
+    def named_verdicts(self) -> dict[str, Measured]:
+        """Everything measured by its name in tables: Q4_0, then "Q4_0 stock" where another recipe was chosen."""
+        named = {}
+        for variant, verdict in self.variants.items():
+            named[variant] = verdict
+            if variant in self.stock:
+                named[f"{variant} stock"] = self.stock[variant]
+        return named
+
+    @property
+    def recommended(self) -> str:
+        """The first usual variant that holds its bound; F16 where none does."""
+        from f2gguf.runtime.hub.models import recommended
+
+        verdicts = {name: {"holds": verdict.holds} for name, verdict in self.variants.items()}
+        return recommended({"files": self.files, "variants": verdicts})
+
+    def origin_changes(self, other: Report) -> list[str]:
+        """What the F16 files of both are made from and judged on, where it differs: the names of those facts."""
+        versions = [] if self.made_with == other.made_with else ["made_with"]
+        return [*differing(self.source, other.source), *differing(self.texts, other.texts), *versions]
+
+    def with_variant(self, name: str, file: File, verdict: Measured) -> Report:
+        """The report with one variant more, the largest first."""
+        files = {**self.files, name: file}
+        variants = {**self.variants, name: verdict}
+        order = sorted(variants, key=lambda variant: -files[variant].size_bytes)
+        return replace(
+            self,
+            files={variant: files[variant] for variant in ("F16", *order)},
+            variants={variant: variants[variant] for variant in order},
+        )
+
+    def without_variants(self, names: set[str]) -> Report:
+        """The report without the variants `names`."""
+        return replace(
+            self,
+            files={name: file for name, file in self.files.items() if name not in names},
+            variants={name: verdict for name, verdict in self.variants.items() if name not in names},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, figures rounded to a millionth."""
+        return {
+            **rounded(asdict(self)),
+            "conversion": self.conversion.as_dict() if self.conversion else None,
+            "stock": {name: verdict.as_dict() for name, verdict in self.stock.items()},
+            "variants": {name: verdict.as_dict() for name, verdict in self.variants.items()},
+        }
+
+
+def differing(ours: Any, theirs: Any) -> list[str]:
+    """The fields in which two dataclasses of one type differ."""
+    return [item.name for item in fields(ours) if getattr(ours, item.name) != getattr(theirs, item.name)]
+
+
+def described(path: Path, *, name: str | None = None) -> File:
+    """A file of the release as it is now; `name` is what it will be called."""
+    return File(name or path.name, path.stat().st_size, sha256_file(path))
+
+
+def write_report(folder: Path, report: Report) -> None:
+    write_text(folder / FILE_NAME, json_text(report.as_dict()))
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a release; `InputError` where there is none, or one that this version cannot read."""
+    from pydantic import TypeAdapter, ValidationError
+
+    path = folder / FILE_NAME
+    try:
+        return TypeAdapter(Report).validate_python(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        reason = f"{where}: {first['msg']}"
+    except FileNotFoundError:
+        reason = "no such file"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise InputError(
+        f"{path}: is no report that this f2gguf can read ({reason}). Run `quantize all` for the model again."
+    )

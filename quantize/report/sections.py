@@ -1,0 +1,162 @@
+"""What the card and the page both say of a report, as a list of blocks; each of them renders the blocks its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from f2gguf.quantize.report.report import Measured, Report
+from f2gguf.quantize.report.tables import (
+    Table,
+    conversion_sentence,
+    dims_table,
+    files_table,
+    groups_table,
+    over_lines,
+    worst_texts,
+)
+from f2gguf.runtime.files import format_bound
+
+PICTURE = "Drift of every text, size against drift, and mean drift by dimension and language"
+_DEVICES_GB = (0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 128)
+_MODEL_SHARE = 0.8  # of a device's memory
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    is_warning: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    title: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The picture of the report, which needs matplotlib."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is shown only to those who ask for it."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = Heading | Paragraph | Bullets | Picture | Details | Table
+
+
+def sections(report: Report) -> Iterator[Block]:
+    """Everything measured, in reading order."""
+    yield Heading("Files")
+    yield _files(report)
+    yield Paragraph(_files_note(report))
+    yield Paragraph(_measurement(report))
+    yield from (Paragraph(f"{line}.", is_warning=True) for line in over_lines(report))
+    if report.variants:
+        yield Picture()
+        yield Heading("Where it drifts")
+        if len(report.source.dims) > 1:
+            yield dims_table(report)
+        yield groups_table(report, "kind")
+        yield Details("Mean drift by language", [groups_table(report, "language")])
+        yield Details("The texts that drift most", [worst_texts(report, name) for name in report.variants])
+        yield Heading("How they were made")
+        for name, verdict in report.variants.items():
+            yield from _recipe(name, verdict)
+    yield Heading("Where it comes from")
+    yield Table("The model", ("", ""), _properties(report))
+    yield Table("Source, texts and versions", ("", ""), _provenance(report))
+    yield Table("Checksums", ("file", "SHA-256"), [[file.file, file.sha256] for file in report.files.values()])
+
+
+def _files(report: Report) -> Table:
+    """The table of sizes and drifts, with the memory that a file fits in, and the beginning of its hash."""
+    table = files_table(report)
+    rows = []
+    for row in table.rows:
+        file = report.files.get(row[0])  # llama.cpp's own recipes were measured, and not kept
+        rows.append([*row, _fits_in(report, file.size_bytes), file.sha256[:12]] if file else [*row, "", ""])
+    return Table(table.caption, (*table.header, "fits in", "SHA-256"), rows)
+
+
+def _fits_in(report: Report, size_bytes: int) -> str:
+    needed = size_bytes + report.source.max_tokens * report.source.cache_bytes
+    fitting = (f"{size:g} GB" for size in _DEVICES_GB if needed <= _MODEL_SHARE * size * 1e9)
+    return next(fitting, f"{needed / 1e9:.0f} GB")
+
+
+def _files_note(report: Report) -> str:
+    cache, max_tokens = report.source.cache_bytes, report.source.max_tokens
+    of_tokens = f" and {cache / 1000:.1f} MB for every 1,000 tokens of a text (keys and values)" if cache else ""
+    stock = '"stock" is what llama.cpp\'s own recipe for the variant gives, measured on the same texts. '
+    return (
+        f'{stock if report.stock else ""}"Fits in" is computed: the file\'s size{of_tokens}, for a text of '
+        f"{max_tokens:,} tokens, is at most {_MODEL_SHARE:.0%} of that memory."
+    )
+
+
+def _measurement(report: Report) -> str:
+    n_stock = report.conversion.n_stock_tokenizer_differs if report.conversion else 0
+    stock = (
+        f" Stock llama.cpp leaves out the checkpoint's own text normaliser and splits {n_stock} of the test strings "
+        "(such as decomposed Unicode) differently; f2gguf runs it."
+    )
+    return (
+        f"Drift is 1 - cosine to the F16 file's vector, over {report.texts.n} texts in the model's languages "
+        f"({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, edge cases. The "
+        "bound holds when the upper end of the mean's 95% interval, and the mean of every language and kind, are under "
+        f"{format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}.{stock if n_stock else ''}"
+    )
+
+
+def _recipe(name: str, verdict: Measured) -> Iterator[Block]:
+    yield Bullets(f"{name}: {verdict.recipe.kind}", verdict.recipe_lines)
+    details = [f"{tensor}: {kind}" for tensor, kind in verdict.recipe.types.items()]
+    details += [
+        f"{place}: exponents {activation} of activations, {weight} of weights"
+        for place, (activation, weight) in verdict.recipe.exponents.items()
+    ]
+    if details:
+        yield Details(f"{name}: every tensor whose type differs, and every re-scaling", [Bullets("", details)])
+
+
+def _properties(report: Report) -> list[list[str]]:
+    source = report.source
+    return [
+        ["Architecture", source.architecture],
+        ["Parameters", f"{source.n_parameters:,}"],
+        ["Dimensions", ", ".join(map(str, source.dims))],
+        ["Pooling", source.pooling],
+        ["Longest input", f"{source.max_tokens:,} tokens"],
+        ["Closing token", source.eos_token],
+        ["Licence", source.license or "see the base model"],
+    ]
+
+
+def _provenance(report: Report) -> list[list[str]]:
+    """What the files' bytes and figures follow from."""
+    source, texts = report.source, report.texts
+    rows = [
+        ["Source", source.repo or "a checkpoint folder"],
+        ["Commit", source.revision or "not stated"],
+        ["SHA-256 of the checkpoint's files", source.sha256],
+        ["Evaluation texts", f"{texts.n} of {texts.n_conversion}, SHA-256 {texts.sha256}"],
+    ]
+    for name, verdict in report.variants.items():
+        recipe = verdict.recipe
+        if recipe.calibration_sha256:
+            words = f"{recipe.n_calibration_texts} texts, SHA-256 {recipe.calibration_sha256}"
+            rows.append([f"{name}'s calibration", words])
+        if recipe.imatrix_sha256:
+            rows.append([f"{name}'s importance matrix", f"SHA-256 {recipe.imatrix_sha256}"])
+    return rows + [[f"Made with {name}", number] for name, number in report.made_with.items()]

@@ -1,0 +1,232 @@
+"""A stage of `quantize all` is done again when, and only when, what it is made from has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import edit_json, edit_tensors, tiny_tensors, write_tiny
+from conftest import facts_of
+from f2gguf.evals.texts import load_texts
+from f2gguf.quantize import pipeline
+from f2gguf.quantize.pipeline import Job, make_release
+from f2gguf.quantize.repair import search
+from f2gguf.quantize.report import picture
+from f2gguf.quantize.report.report import Report
+from f2gguf.quantize.source.facts import Facts
+from f2gguf.runtime.errors import OutputError, WrongUsage
+
+SOME = {
+    "repo": "org/tiny",
+    "revision": "a" * 40,
+    "license": "mit",
+    "languages": ("en", "de"),
+    "max_tokens": 512,
+    "matryoshka_dims": (16,),
+    "prompts": {"title": "title: "},
+}
+CONVERT, GATE_1, MAKE = "convert", "gate 1", "make Q8_0"
+ALL = {CONVERT, GATE_1, MAKE}
+TEXTS = tuple(text for text in load_texts() if text.kind != "long" and text.language in ("en", "de", "und"))[:24]
+Change = Callable[
+    [Path], dict[str, Any]
+]  # of the checkpoint's folder; gives what else is stated, or options of the job
+
+
+def facts_stated(folder: Path, **stated: Any) -> Facts:
+    return facts_of(folder, **{**SOME, **stated})
+
+
+class Runs:
+    """Runs of `quantize all` on one checkpoint and one folder, and the stages that each did."""
+
+    def __init__(self, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.out, self.stages = folder, out, set[str]()
+        monkeypatch.setattr(pipeline, "load_texts", lambda: TEXTS)
+        monkeypatch.setattr(picture, "find_spec", lambda _name: None)  # drawing would take most of the time
+        self._spy(monkeypatch, pipeline, "convert", lambda *_: CONVERT)
+        self._spy(monkeypatch, pipeline, "check_conversion", lambda *_: GATE_1)
+        for module in (pipeline, search):
+            self._spy(
+                monkeypatch, module, "make_measured", lambda _weights, _path, recipe, *_: f"make {recipe.variant}"
+            )
+
+    def _spy(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stage: Callable[..., str]) -> None:
+        real = getattr(module, name)
+
+        def spied(*arguments: Any, **options: Any) -> Any:
+            self.stages.add(stage(*arguments))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, spied)
+
+    def __call__(self, *, variants: tuple[str, ...] = ("Q8_0",), **changes: Any) -> Report:
+        """One run with the facts and options in `changes`; `stages` are those that it did."""
+        self.stages.clear()
+        fields = Job.__dataclass_fields__
+        options = {"max_drift": 1.9, "stock": True} | {name: changes.pop(name) for name in fields if name in changes}
+        pooling = changes.pop("pooling", None)
+        facts = facts_stated(self.folder, **changes)
+        job = Job(replace(facts, pooling=pooling or facts.pooling), self.out, device="cpu", **options)
+        return make_release(job, variants)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and the release of a first run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runs = Runs(write_tiny(folder / "tiny"), folder / "dist", monkeypatch)
+        runs()
+        assert runs.stages == ALL
+    return folder
+
+
+@pytest.fixture
+def runs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    shutil.copytree(finished, tmp_path / "copy")
+    return Runs(tmp_path / "copy" / "tiny", tmp_path / "copy" / "dist", monkeypatch)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    edit_tensors(folder, norm__weight=tiny_tensors(seed=1)["norm.weight"])
+    return {}
+
+
+def tokenizer(folder: Path) -> dict[str, Any]:
+    edit_json(folder / "tokenizer_config.json", chat_template="{{ x }}")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        pytest.param(lambda _: {}, set(), id="nothing"),
+        pytest.param(weights, ALL, id="weights"),
+        pytest.param(tokenizer, ALL, id="tokenizer"),
+        pytest.param(lambda _: {"revision": "b" * 40}, ALL, id="revision"),
+        pytest.param(lambda _: {"license": "apache-2.0"}, ALL, id="license"),
+        pytest.param(lambda _: {"languages": ("en",)}, ALL, id="languages"),
+        pytest.param(lambda _: {"max_tokens": 256}, ALL, id="max_tokens"),
+        pytest.param(lambda _: {"matryoshka_dims": (8, 16)}, ALL, id="dims"),
+        pytest.param(lambda _: {"prompts": {"title": "Title: "}}, ALL, id="prompts"),
+        pytest.param(lambda _: {"pooling": "mean"}, ALL, id="pooling"),
+        pytest.param(lambda _: {"force": True}, ALL, id="force"),
+        pytest.param(lambda _: {"max_drift": 1.8}, {MAKE}, id="max_drift"),
+        pytest.param(lambda _: {"stock": False, "max_size": 10**7}, {MAKE}, id="max_size"),
+        pytest.param(lambda _: {"variants": ("Q8_0", "Q4_0")}, {"make Q4_0"}, id="another variant"),
+    ],
+)
+def test_a_changed_fact_repeats_just_its_stages(runs: Runs, change: Change, stages: set[str]) -> None:
+    runs(**change(runs.folder))
+    assert runs.stages == stages
+
+
+def test_changed_texts_and_versions_repeat_everything(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_texts", lambda: TEXTS[1:])
+    runs()
+    assert runs.stages == ALL
+    monkeypatch.setattr(pipeline, "made_with", lambda: {"f2gguf": "0.0.1"})
+    runs()
+    assert runs.stages == ALL
+
+
+def test_calibration_and_importance_matrix_are_inputs_of_variants(runs: Runs, tmp_path: Path) -> None:
+    """With another bound llama.cpp's own recipe is not measured again, and the recipe in use is looked for anew."""
+    report = runs(stock=False, variants=("Q4_0",))
+    assert runs.stages == {"make Q4_0"}
+    assert set(report.variants) == {"Q8_0", "Q4_0"}, "what was not asked for stays"
+    runs(stock=False, variants=("Q4_0",))
+    assert runs.stages == set()
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": f"A text of our own, number {i}."}) + "\n" for i in range(70)))
+    runs(stock=False, variants=("Q4_0",), calibration=own)
+    assert runs.stages == {"make Q4_0"}
+    imatrix = shutil.copy(runs.out / "tiny" / "tiny.imatrix.gguf", tmp_path / "own.gguf")
+    report = runs(stock=False, variants=("Q4_0",), imatrix=Path(imatrix))
+    assert runs.stages == {"make Q4_0"}
+    assert report.variants["Q4_0"].inputs.imatrix_sha256
+
+
+def test_another_bound_leaves_no_variant_of_the_old_one_in_the_list(runs: Runs) -> None:
+    runs(variants=("Q8_0", "Q4_0"))
+    report = runs(max_drift=1.5)
+    assert runs.stages == {MAKE}
+    assert set(report.variants) == {"Q8_0"}
+    assert {verdict.max_drift for verdict in report.variants.values()} == {1.5}
+    assert "Q4_0" not in (runs.out / "tiny" / "SHA256SUMS").read_text()
+
+
+def test_a_file_that_is_gone_is_listed_nowhere(runs: Runs) -> None:
+    runs(variants=("Q8_0", "Q4_0"))
+    (runs.out / "tiny" / "tiny-Q8_0.gguf").unlink()
+    report = runs(variants=("Q4_0",))
+    assert runs.stages == set()
+    assert set(report.files) == {"F16", "Q4_0"}
+    for name in ("drift.json", "README.md", "SHA256SUMS", "report.html", "Modelfile"):
+        assert "Q8_0" not in (runs.out / "tiny" / name).read_text()
+
+
+def test_a_f16_file_that_is_gone_is_made_again_and_variants_of_the_same_bytes_stay(runs: Runs) -> None:
+    (runs.out / "tiny" / "tiny-F16.gguf").unlink()
+    report = runs()
+    assert runs.stages == {CONVERT, GATE_1}
+    assert set(report.files) == {"F16", "Q8_0"}
+
+
+def test_a_report_that_is_gone_or_of_another_kind_means_a_first_run(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs.out / "tiny" / "drift.json"
+    path.write_text("[]")
+    runs()
+    assert runs.stages == ALL
+    assert "is no report" in capsys.readouterr().err
+    path.unlink()
+    runs()
+    assert runs.stages == ALL
+
+
+def test_a_conversion_that_was_not_checked_is_checked_when_it_can_be(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr("f2gguf.evals.full_precision.find_spec", lambda _name: None)
+        assert runs(force=True).conversion.holds is None  # type: ignore[union-attr]
+        runs()
+        assert runs.stages == set()
+    assert runs().conversion.holds  # type: ignore[union-attr]
+    assert runs.stages == {CONVERT, GATE_1}, "the file has the same bytes, so the variant stays"
+
+
+def test_header_and_card_say_the_same_pooling(runs: Runs) -> None:
+    """`--pooling last`, then `--pooling mean`: header, report and card follow."""
+    report = runs(pooling="mean")
+    assert report.source.pooling == "mean"
+    assert "| Pooling | mean |" in (runs.out / "tiny" / "README.md").read_text()
+
+
+def test_a_folder_of_another_repository_is_not_overwritten(runs: Runs) -> None:
+    with pytest.raises(WrongUsage, match="holds the release of org/tiny, and this model comes from other/tiny"):
+        runs(repo="other/tiny")
+    assert runs(repo="other/tiny", force=True).source.repo == "other/tiny"
+
+
+def test_a_second_run_in_one_folder_is_told_so_at_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = []
+
+    def second(*_: Any) -> Any:
+        with pytest.raises(OutputError, match="another run is at work") as refusal:
+            runs()
+        messages.append(str(refusal.value))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_start", second)
+    with pytest.raises(KeyboardInterrupt):
+        runs()
+    assert messages[0].startswith(f"{runs.out / 'tiny'}: ")
