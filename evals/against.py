@@ -15,7 +15,7 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import InputError, WrongUsage, parsing
 from f2gguf.runtime.gguf.header import Header, read_header
-from f2gguf.runtime.llama.engine import is_usable
+from f2gguf.runtime.llama.engine import unusable
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]
@@ -138,6 +138,6 @@ _READERS: dict[str, Callable[[Path], tuple[Vectors, list[Any]]]] = {
 
 def _usable(name: str, vectors: Vectors, texts: Sequence[EvalText]) -> Vectors:
     """`vectors`, or `InputError` with the texts whose vector is not finite, or zero."""
-    if bad := [text.id for text, good in zip(texts, is_usable(vectors), strict=True) if not good]:
+    if bad := [texts[i].id for i in unusable(vectors)]:
         raise InputError(f"{name}: {len(bad)} of {len(texts)} texts have no finite vector: {', '.join(bad[:5])}.")
     return vectors

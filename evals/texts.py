@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NoVector, TruncationWarning
+from f2gguf.runtime.llama.encoder import add_prompt
 from numpy.typing import NDArray
 
 PATH = Path(__file__).with_name("texts.jsonl")
@@ -87,9 +88,9 @@ def embed_texts(
 ) -> NDArray[np.float32]:
     """Vectors as a user gets them: queries with the query prompt, all else as documents, (n_texts, n_embd) float32."""
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
-    queries = np.array([text.kind == "query" for text in texts], dtype=bool)
-    for rows, encode in ((queries, model.encode_query), (~queries, model.encode_document)):
-        chosen = [text for text, wanted in zip(texts, rows, strict=True) if wanted]
+    for are_queries, encode in ((True, model.encode_query), (False, model.encode_document)):
+        rows = [i for i, text in enumerate(texts) if (text.kind == "query") == are_queries]
+        chosen = [texts[i] for i in rows]
         if chosen:
             with warnings.catch_warnings(), _naming(chosen):
                 if any(text.kind == "long" for text in chosen):  # which are there to be cut
@@ -110,5 +111,4 @@ def _naming(texts: Sequence[EvalText]) -> Iterator[None]:
 
 def prompted(text: EvalText, prompts: dict[str, str]) -> str:
     """The text with the prompt of its kind in front, as `embed_texts` embeds it."""
-    prompt = prompts.get("query" if text.kind == "query" else "document", "")
-    return text.text if text.text.startswith(prompt) else prompt + text.text
+    return add_prompt(text.text, prompts.get("query" if text.kind == "query" else "document", ""))

@@ -10,24 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import (
-    Closed,
-    F2ggufError,
-    NoVector,
-    TextError,
-    TruncationWarning,
-    UnknownDims,
-    UnknownName,
-    WrongUsage,
-)
+from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.context import Watch
-from f2gguf.runtime.llama.engine import Engine, Settings, is_usable, normalized
-from f2gguf.runtime.llama.model import default_threads
-from f2gguf.runtime.llama.packing import Ids, shared_length, unique
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.encoder import Encoder
+from f2gguf.runtime.llama.engine import ComputeSettings, unusable
+from f2gguf.runtime.llama.library import default_threads
+from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
@@ -55,9 +46,10 @@ class Embedder:
 
     Everything it must know stands in the file's header. `pooling` and `max_tokens` state what a file from elsewhere
     does not. `n_threads` is the number of physical cores unless given, `n_gpu_layers` all of them (-1). With
-    `deterministic` every text is a batch of its own, so that a quantised file gives it the same bytes in any company.
-    Many threads may share one Embedder. With `selftest` the file's golden texts are embedded first, and must give what
-    its maker measured. `watch` is shown the tensors of llama.cpp's graph that it wants.
+    `deterministic` every text is a batch of its own: a quantised file gives a text the same bytes, whatever else is
+    embedded with it or was embedded before. Many threads may share one Embedder. With `selftest` the file's golden
+    texts are embedded first, and must give what its maker measured. `watch` is shown the tensors of llama.cpp's graph
+    that it wants.
 
     A file of the Hub is fetched once, verified, and used from its cache without a request from then on, until
     `f2gguf pull` updates it; a `Path`, and a string that is one, is never looked up there.
@@ -82,12 +74,11 @@ class Embedder:
     ) -> None:
         self.header: Header = open_header(path)
         self.pooling = self.header.require_pooling(pooling)
-        self.truncate_dim = self._require_dim(truncate_dim)
-        self.max_seq_length = self._require_max_tokens(max_tokens)  # in tokens, special tokens included
-        settings = Settings(device, n_gpu_layers, n_threads or default_threads(), self.pooling, deterministic)
-        engine = Engine(self.header, settings, overrides=load_overrides(self.header), watch=watch)
-        tokenizer = Tokenizer(engine.model, self.header, max_tokens=self.max_seq_length)
-        self._parts: tuple[Engine, Tokenizer] | None = (engine, tokenizer)
+        self.header.require_width(truncate_dim)
+        self.truncate_dim = truncate_dim
+        self.max_seq_length = self.header.require_max_tokens(max_tokens)  # in tokens, special tokens included
+        settings = ComputeSettings(device, n_gpu_layers, n_threads or default_threads(), self.pooling, deterministic)
+        self._encoder: Encoder | None = Encoder(self.header, settings, max_tokens=self.max_seq_length, watch=watch)
         self._warned = False
         log.info("%s", self.description)
         if selftest:
@@ -96,19 +87,19 @@ class Embedder:
     @property
     def description(self) -> str:
         """File, device, threads and way of computing, in one line."""
-        return f"{self.header.path.name}: {self.parts[0].description}"
+        return f"{self.header.path.name}: {self.encoder.description}"
 
     @property
-    def parts(self) -> tuple[Engine, Tokenizer]:
-        """What `embed` is made of, for whoever batches by other rules. Raises `Closed` after `close`."""
-        if self._parts is None:
+    def encoder(self) -> Encoder:
+        """The steps that `embed` takes, for whoever batches by other rules. Raises `Closed` after `close`."""
+        if self._encoder is None:
             raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
-        return self._parts
+        return self._encoder
 
     @property
     def compute_seconds(self) -> float:
         """Time spent inside llama.cpp so far; what is left of the wall time is f2gguf's own."""
-        return self.parts[0].compute_seconds
+        return self.encoder.compute_seconds
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -124,7 +115,7 @@ class Embedder:
 
     def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
-        return self.parts[1](text)[0]
+        return self.encoder.tokenize(_texts_of(text)).ids[0]
 
     def encode(
         self,
@@ -169,19 +160,15 @@ class Embedder:
         carries all others) for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for an
         untrained width.
         """
-        engine, tokenizer = self.parts
-        width = self._require_dim(truncate_dim) or self.get_sentence_embedding_dimension()
+        encoder = self.encoder
+        width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
-        prefix = prompt if prompt is not None else self._prompt_of(prompt_name)
-        given = [sentences] if isinstance(sentences, str) else sentences
-        texts = [text if text.startswith(prefix) else prefix + text for text in given]
-        ids, truncated = self._tokenize(tokenizer, texts)
-        rows = compute(engine, ids, tokenizer(prefix)[0] if prefix else None, on_progress=on_progress)[:, :width]
-        if self.header.is_normalized if normalize_embeddings is None else normalize_embeddings:
-            rows = normalized(rows)
-        n_tokens = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-        return self._require_vectors(Embeddings(rows.astype(precision, copy=False), n_tokens, truncated))
+        tokens = encoder.tokenize(_texts_of(sentences), prompt if prompt is not None else self._prompt_of(prompt_name))
+        self._warn_of_cuts(tokens.truncated)
+        rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
+        vectors = encoder.finish(rows, width=width, normalize=normalize_embeddings).astype(precision, copy=False)
+        return self._require_vectors(Embeddings(vectors, tokens.lengths, tokens.truncated))
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Vectors:
         """`encode` with the model's query prompt, where it has one."""
@@ -203,17 +190,17 @@ class Embedder:
 
         Raises `SelftestMissing` for a file without them.
         """
-        return selftest(self.parts[0])
+        return selftest(self.encoder)
 
     def probe_vectors(self) -> NDArray[np.float32]:
         """L2-normalised vectors of the golden texts' token ids, NaN rows where there is none, (n_texts, n_embd)."""
-        return probe_vectors(self.parts[0], golden_of(self.header))
+        return probe_vectors(self.encoder, golden_of(self.header))
 
     def close(self, *, wait: bool = True) -> None:
         """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
-        if self._parts:
-            engine, self._parts = self._parts[0], None
-            engine.close(wait=wait)
+        if self._encoder:
+            encoder, self._encoder = self._encoder, None
+            encoder.close(wait=wait)
 
     def __enter__(self) -> Embedder:
         return self
@@ -241,49 +228,21 @@ class Embedder:
             raise UnknownName(f"prompt of {self.header.path}", prompt_name, self.prompts, hint)
         return self.prompts[prompt_name]
 
-    def _require_dim(self, truncate_dim: int | None) -> int | None:
-        dims = self.header.dims
-        if truncate_dim is None or truncate_dim in dims or truncate_dim == self.header.n_embd:
-            return truncate_dim
-        trained = f"was trained for {', '.join(map(str, dims))}" if len(dims) > 1 else f"gives only {dims[0]}"
-        raise UnknownDims(f"{truncate_dim} dimensions: {self.header.name} {trained} (--dims, truncate_dim).")
-
-    def _require_max_tokens(self, max_tokens: int | None) -> int:
-        limit = self.header.max_tokens
-        if max_tokens is None:
-            return limit
-        if not 2 <= max_tokens <= self.header.n_ctx_train:
-            raise WrongUsage(
-                f"max_tokens is {max_tokens}: {self.header.name} takes 2 to {self.header.n_ctx_train} (--max-tokens)."
-            )
-        return max_tokens
-
-    def _tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[Ids], NDArray[np.bool_]]:
-        ids = []
-        truncated = np.zeros(len(texts), dtype=np.bool_)
-        for i, text in enumerate(texts):
-            try:
-                tokens, truncated[i] = tokenizer(text)
-            except TextError as error:
-                raise TextError(f"text {i + 1} of {len(texts)}: {error}") from error
-            ids.append(tokens)
+    def _warn_of_cuts(self, truncated: NDArray[np.bool_]) -> None:
         if truncated.any() and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{truncated.sum()} of {len(texts)} texts are longer than {self.max_seq_length} tokens and were cut",
-                TruncationWarning,
-                stacklevel=4,
-            )
-        return ids, truncated
+            n_cut, most = truncated.sum(), self.max_seq_length
+            words = f"{n_cut} of {len(truncated)} texts are longer than {most} tokens and were cut"
+            warnings.warn(words, TruncationWarning, stacklevel=4)
 
     def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
         vectors = embeddings.vectors
-        good = is_usable(vectors)
-        if good.all():
+        bad = unusable(vectors)
+        if not bad:
             return embeddings
-        bad = np.flatnonzero(~good).tolist()
-        shown = ", ".join(str(i + 1) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        good = np.delete(np.arange(len(vectors)), bad)
+        shown = ", ".join(str(i + 1) for i in bad[:5]) + ", ..." * (len(bad) > 5)
         raise NoVector(
             f"{self.header.path}: {len(bad)} of {len(vectors)} texts (number {shown}) have no finite vector, neither "
             "alone nor in higher precision. Take them out, or use a variant of higher precision.",
@@ -292,17 +251,11 @@ class Embedder:
         )
 
 
-def compute(
-    engine: Engine, texts: Sequence[Ids], prompt: Ids | None, *, on_progress: Callable[[int], None] | None = None
-) -> NDArray[np.float32]:
-    """Raw vectors of token ids, (n_texts, n_embd); equal ones are computed once, and so is what all begin with.
-
-    `prompt` are the ids of the prompt that all texts have, or None.
-    """
-    different, index = unique(texts)
-    counts = np.bincount(index, minlength=len(different))
-    return engine.embed(
-        different,
-        n_shared=shared_length(different if prompt is None else [*different, prompt]),
-        on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
-    )[index]
+def _texts_of(sentences: Any) -> list[str]:
+    """The texts as a list. Raises `TextError` for what is no string, such as the NaN of an empty cell."""
+    texts = [sentences] if isinstance(sentences, str) else list(sentences)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise TextError(f"text {i + 1} of {len(texts)}: is no text, but {text!r:.40} of type {kind}. Pass strings.")
+    return texts

@@ -15,9 +15,9 @@ import numpy as np
 from f2gguf.runtime.errors import SelftestFailed
 from f2gguf.runtime.gguf.golden import Golden, require_golden
 from f2gguf.runtime.gguf.header import POOLING_IDS
-from f2gguf.runtime.llama.engine import Engine, Rows, normalized
-from f2gguf.runtime.llama.packing import Ids, leading_length, shared_length
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.encoder import Encoder, normalized
+from f2gguf.runtime.llama.engine import Rows
+from f2gguf.runtime.llama.packing import Ids, leading_length
 from numpy.typing import NDArray
 
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
@@ -31,7 +31,7 @@ _AGAIN = "Download the file again, or make it again with `quantize all`."
 
 @dataclass(frozen=True)
 class Fault:
-    """What a check (one of CHECKS) found, and the next step."""
+    """What is wrong by a check (one of CHECKS), and the next step."""
 
     check: str
     message: str
@@ -56,10 +56,10 @@ class Selftest:
 
     def lines(self) -> list[str]:
         """The outcome for people: a line a check, then the cosines."""
-        found = {fault.check: fault.message for fault in self.faults}
+        messages = {fault.check: fault.message for fault in self.faults}
         width = max(map(len, CHECKS))
         return [
-            *(f"{check:<{width}}  {found.get(check, 'ok')}" for check in CHECKS),
+            *(f"{check:<{width}}  {messages.get(check, 'ok')}" for check in CHECKS),
             f"{'cosine':<{width}}  at least {self.min_cosine:.6f} with the reference over {self.n_texts} texts, "
             f"{self.maker_min_cosine:.6f} where it was made; {self.device}",
         ]
@@ -70,14 +70,14 @@ class Selftest:
         return {**asdict(self), "path": str(self.path), "min_cosine": cosine, "holds": not self.faults}
 
 
-def selftest(engine: Engine) -> Selftest:
+def selftest(encoder: Encoder) -> Selftest:
     """Compare token ids and vectors of the probes with the header's; `SelftestMissing` where it has none."""
-    golden = require_golden(engine.header)
-    cosines = golden.cosines_of(probe_vectors(engine, golden))
-    faults = [*_token_faults(engine, golden), *_vector_faults(engine, golden, cosines)]
+    golden = require_golden(encoder.header)
+    cosines = golden.cosines_of(probe_vectors(encoder, golden))
+    faults = [*_token_faults(encoder, golden), *_vector_faults(encoder, golden, cosines)]
     return Selftest(
-        path=engine.header.path,
-        device=engine.description,
+        path=encoder.header.path,
+        device=encoder.description,
         n_texts=len(golden.texts),
         min_cosine=float(cosines[golden.is_compared].min()),
         maker_min_cosine=float(golden.cosines[golden.is_compared].min()),
@@ -85,7 +85,7 @@ def selftest(engine: Engine) -> Selftest:
     )
 
 
-def probe_vectors(engine: Engine, golden: Golden) -> Rows:
+def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
     """L2-normalised vectors of the maker's token ids, NaN rows where there is none, (n_texts, n_embd) float32.
 
     Texts of one prompt go together, so that what they share is computed as in a user's call.
@@ -93,38 +93,38 @@ def probe_vectors(engine: Engine, golden: Golden) -> Rows:
     vectors = np.empty_like(golden.vectors)
     for name in dict.fromkeys(golden.prompts):
         rows = [i for i, prompt in enumerate(golden.prompts) if prompt == name]
-        ids = [golden.ids[i] for i in rows]
-        vectors[rows] = engine.embed(ids, n_shared=shared_length(ids), on_batch=lambda _: None)
+        vectors[rows] = encoder.compute([golden.ids[i] for i in rows])
     return normalized(vectors)
 
 
-def _token_faults(engine: Engine, golden: Golden) -> Iterator[Fault]:
-    header = engine.header
-    tokenizer = Tokenizer(engine.model, header, max_tokens=header.max_tokens)
-    pairs = zip(golden.prompts, golden.texts, strict=True)
-    found = [tokenizer(header.prompts.get(name, "") + text)[0] for name, text in pairs]
-    differing = [i for i, ids in enumerate(found) if not np.array_equal(ids, golden.ids[i])]
-    closing = [i for i in differing if _differs_only_at_the_end(found[i], golden.ids[i])]
+def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
+    header = encoder.header
+    here = [
+        encoder.tokenize([text], header.prompts.get(name, ""), max_tokens=header.max_tokens).ids[0]
+        for name, text in zip(golden.prompts, golden.texts, strict=True)
+    ]
+    differing = [i for i, ids in enumerate(here) if not np.array_equal(ids, golden.ids[i])]
+    closing = [i for i in differing if _differs_only_at_the_end(here[i], golden.ids[i])]
     others = [i for i in differing if i not in closing]
     if closing:
-        ids, wanted = found[closing[0]], golden.ids[closing[0]]
+        ids, makers = here[closing[0]], golden.ids[closing[0]]
         yield Fault(
             "closing token",
-            f"{len(closing)} of {len(found)} texts end with the token {ids[-1]} instead of {wanted[-1]}, as where "
+            f"{len(closing)} of {len(here)} texts end with the token {ids[-1]} instead of {makers[-1]}, as where "
             f"tokenizer.ggml.add_eos_token is false. {_AGAIN}",
         )
     if others:
         names = {golden.prompts[i] for i in others}
         is_prompt = "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]
-        where = _first_difference(others, found, golden)
+        where = _first_difference(others[0], here[others[0]], golden)
         if is_prompt:
             yield Fault("prompt", " ".join(_prompt_words(name, header.prompts) for name in sorted(names)) + where)
         else:
-            yield Fault("tokenizer", f"{len(others)} of {len(found)} texts are split differently.{where}")
+            yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
 
 
-def _differs_only_at_the_end(found: Ids, wanted: Ids) -> bool:
-    return abs(len(found) - len(wanted)) <= 1 and np.array_equal(found[: len(wanted) - 1], wanted[:-1])
+def _differs_only_at_the_end(here: Ids, makers: Ids) -> bool:
+    return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
 
 
 def _prompt_words(name: str, prompts: dict[str, str]) -> str:
@@ -132,11 +132,10 @@ def _prompt_words(name: str, prompts: dict[str, str]) -> str:
     return f"The {name} prompt {state}."
 
 
-def _first_difference(texts: list[int], found: list[Ids], golden: Golden) -> str:
-    i = texts[0]
-    at = leading_length(found[i], golden.ids[i])
+def _first_difference(i: int, here: Ids, golden: Golden) -> str:
+    at = leading_length(here, golden.ids[i])
     return (
-        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {found[i][at : at + 3].tolist()} instead "
+        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {here[at : at + 3].tolist()} instead "
         f"of {golden.ids[i][at : at + 3].tolist()}. {_AGAIN}"
     )
 
@@ -145,13 +144,13 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _vector_faults(engine: Engine, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
+def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
     bad = _below_floor(golden, cosines)
     if not len(bad):
         return
-    pooling = engine.settings.pooling
+    pooling = encoder.settings.pooling
     for other in POOLING_IDS:
-        if other != pooling and not len(_below_floor(golden, _cosines_by(engine, golden, other))):
+        if other != pooling and not len(_below_floor(golden, _cosines_by(encoder, golden, other))):
             yield Fault(
                 "pooling",
                 f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}",
@@ -163,8 +162,8 @@ def _vector_faults(engine: Engine, golden: Golden, cosines: NDArray[np.float64])
         "vectors",
         f"{len(bad)} of {len(cosines)} texts are off, at worst text {i + 1} ({_shown(golden.texts[i])}): {value}, "
         f"where the maker had {golden.cosines[i]:.6f} and {_floors(golden)[i]:.6f} is the least allowed. "
-        f"Computed on {engine.description}. "
-        + ("Try --device cpu." if engine.model.offloaded else f"The weights are damaged. {_AGAIN}"),
+        f"Computed on {encoder.description}. "
+        + ("Try --device cpu." if encoder.is_offloaded else f"The weights are damaged. {_AGAIN}"),
     )
 
 
@@ -178,7 +177,7 @@ def _floors(golden: Golden) -> NDArray[np.float64]:
     return np.asarray(golden.cosines - TOLERANCE - DRIFT_SHARE * (1 - golden.cosines), dtype=np.float64)
 
 
-def _cosines_by(engine: Engine, golden: Golden, pooling: str) -> NDArray[np.float64]:
-    settings = replace(engine.settings, pooling=pooling)
-    with contextlib.closing(Engine(engine.header, settings, overrides=load_overrides(engine.header))) as other:
+def _cosines_by(encoder: Encoder, golden: Golden, pooling: str) -> NDArray[np.float64]:
+    settings = replace(encoder.settings, pooling=pooling)
+    with contextlib.closing(Encoder(encoder.header, settings, max_tokens=encoder.max_tokens)) as other:
         return golden.cosines_of(probe_vectors(other, golden))

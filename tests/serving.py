@@ -20,7 +20,7 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.server.app import create_app
 from f2gguf.runtime.server.batching import Compute
 from f2gguf.runtime.server.metrics import Metrics
-from f2gguf.runtime.server.models import ServedModel, Settings
+from f2gguf.runtime.server.models import Limits, ServedModel
 
 COMMAND = "from f2gguf.quantize.cli import f2gguf; f2gguf(prog_name='f2gguf')"
 
@@ -66,11 +66,11 @@ def serving_process(*arguments: str | Path, is_real: bool = False, **environment
 
 @contextlib.contextmanager
 def serving_thread(
-    embedder: Embedder, settings: Settings | None = None, *, compute: Compute | None = None
+    embedder: Embedder, limits: Limits | None = None, *, compute: Compute | None = None
 ) -> Iterator[str]:
     """The app under the name 'nano', in a thread; its URL. `compute` stands in for the model's own."""
-    settings, metrics = settings or Settings(), Metrics()
-    app = create_app([ServedModel("nano", embedder, settings, metrics, compute=compute)], settings, metrics)
+    limits, metrics = limits or Limits(), Metrics()
+    app = create_app([ServedModel("nano", embedder, limits, metrics, compute=compute)], limits, metrics)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -16,7 +16,7 @@ import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
-from f2gguf.runtime.llama.model import _backends
+from f2gguf.runtime.llama.library import backends
 from safetensors import safe_open
 
 DOCUMENTS = ["an archiver for zip files", "a chess engine", "a database server"]
@@ -115,7 +115,7 @@ def test_ctrl_c_is_answered_at_once_and_leaves_nothing(nano_f16: Path, tmp_path:
 
 def test_threads_are_the_processors_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" if sys.platform == "linux" else ""
-    code += "from f2gguf.runtime.llama.model import default_threads; print(default_threads())"
+    code += "from f2gguf.runtime.llama.library import default_threads; print(default_threads())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 <= int(process.stdout) <= (1 if sys.platform == "linux" else os.cpu_count() or 1)
 
@@ -220,7 +220,7 @@ def test_mistakes_get_one_clear_error(
     assert sorted(bad_files.iterdir()) == before
 
 
-@pytest.mark.skipif("CUDA" in _backends(), reason="this build has CUDA")
+@pytest.mark.skipif("CUDA" in backends(), reason="this build has CUDA")
 def test_missing_device_says_how_to_reinstall(run: Run, nano_f16: Path) -> None:
     process = run("f2gguf", "embed", "-m", nano_f16, "--device", "cuda", "a")
     assert process.returncode == 1

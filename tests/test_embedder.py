@@ -130,6 +130,12 @@ def test_lone_surrogate_is_named_with_its_text(nano: Embedder) -> None:
         nano.encode(["fine", "ab\ud83d"])
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), 5, [1, 2], b"text"])
+def test_what_is_no_text_is_named_with_its_number_and_type(nano: Embedder, value: object) -> None:
+    with pytest.raises(TextError, match=f"text 2 of 2: is no text, but .* of type {type(value).__name__}"):
+        nano.encode(["fine", value])  # type: ignore[list-item]
+
+
 def test_unknown_prompt_is_refused_with_the_known_ones(nano: Embedder) -> None:
     with pytest.raises(UnknownName, match=r"Did you mean 'query'\? Known: query, document"):
         nano.encode("a", prompt_name="querry")

@@ -71,22 +71,39 @@ def test_what_comes_after_a_poisoned_text_is_sound(poisoned: Embedder) -> None:
     assert drift(poisoned.encode(TEXTS), before).max() < 1e-6
 
 
+def with_larger_values(source: Path, folder: Path, factor: float) -> Path:
+    """Values of one layer `factor` times larger, undone by the matrix behind them: the same function."""
+
+    def grow(weights: np.ndarray) -> None:
+        weights *= factor
+
+    def shrink(weights: np.ndarray) -> None:
+        weights /= factor
+
+    grown = edited(source, folder / "grown.gguf", "blk.1.attn_v.weight", grow)
+    return edited(grown, folder / "large.gguf", "blk.1.attn_output.weight", shrink)
+
+
 def test_a_text_that_overflows_a_16_bit_cache_is_retried_in_higher_precision(
     f32_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Values a million times larger, undone by the matrix behind them: the same function, too large for F16."""
-
-    def grow(weights: np.ndarray) -> None:
-        weights *= 2.0**20
-
-    def shrink(weights: np.ndarray) -> None:
-        weights *= 2.0**-20
-
-    grown = edited(f32_file, tmp_path / "grown.gguf", "blk.1.attn_v.weight", grow)
-    large = edited(grown, tmp_path / "large.gguf", "blk.1.attn_output.weight", shrink)
+    large = with_larger_values(f32_file, tmp_path, 2.0**20)  # too large for F16
     with Embedder(f32_file) as sound, Embedder(large) as model, caplog.at_level(logging.WARNING, "f2gguf"):
         assert drift(model.encode(TEXTS[:9]), sound.encode(TEXTS[:9])).max() < 1e-6
     assert "only with an F32 KV cache" in caplog.text
+
+
+def test_deterministic_vectors_do_not_depend_on_texts_that_overflowed_before(
+    f32_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = with_larger_values(f32_file, tmp_path, 13_500.0)  # so that some texts overflow F16, and others do not
+    with Embedder(large, deterministic=True) as model, caplog.at_level(logging.WARNING, "f2gguf"):
+        forward = np.stack([model.encode(text) for text in TEXTS])
+        n_overflowed = len(caplog.records)
+    with Embedder(large, deterministic=True) as model:
+        backward = np.stack([model.encode(text) for text in TEXTS[::-1]])
+    assert 0 < n_overflowed < len(TEXTS)
+    np.testing.assert_array_equal(forward, backward[::-1])
 
 
 def test_a_zero_vector_is_never_returned(f32_file: Path, tmp_path: Path) -> None:

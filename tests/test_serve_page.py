@@ -20,7 +20,7 @@ from conftest import Release
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.describe import drift_of
 from f2gguf.runtime.gguf.header import read_header
-from f2gguf.runtime.server.models import Settings
+from f2gguf.runtime.server.models import Limits
 from serving import Served, serving_process, serving_thread
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -353,7 +353,7 @@ def test_every_text_can_be_read(page: Page, served: Served, scheme: str) -> None
 
 
 def test_keys_are_asked_for_and_kept_in_the_tab(page: Page, nano: Embedder) -> None:
-    with serving_thread(nano, Settings(api_keys=("secret-key",))) as url:
+    with serving_thread(nano, Limits(api_keys=("secret-key",))) as url:
         page.open(url)
         page.until(lambda: page.text("server") == "This server wants a key.")
         assert not page.shows("main")
@@ -381,12 +381,12 @@ def test_keys_are_asked_for_and_kept_in_the_tab(page: Page, nano: Embedder) -> N
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (Settings(max_requests=0), "The server is busy. Try again in 1 s."),
-        (Settings(max_body_bytes=100), "more than the server takes at once"),
-        (Settings(max_texts=1), "It says: 4 texts: a request may have 1."),
+        (Limits(max_requests=0), "The server is busy. Try again in 1 s."),
+        (Limits(max_body_bytes=100), "more than the server takes at once"),
+        (Limits(max_texts=1), "It says: 4 texts: a request may have 1."),
     ],
 )
-def test_refusals_are_told_in_words(page: Page, nano: Embedder, settings: Settings, words: str) -> None:
+def test_refusals_are_told_in_words(page: Page, nano: Embedder, settings: Limits, words: str) -> None:
     with serving_thread(nano, settings) as url:
         page.open(url)
         for form in ("compare", "search"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.server.models import Settings
+from f2gguf.runtime.server.models import Limits
 from serving import figure, serving_thread
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -39,8 +39,8 @@ def words(path: str, answer: httpx.Response) -> str:
 
 @pytest.fixture(scope="module")
 def url(nano: Embedder) -> Iterator[str]:
-    settings = Settings(max_body_bytes=100_000, max_texts=50, max_request_tokens=3000, body_timeout_s=0.5)
-    with serving_thread(nano, settings) as url:
+    limits = Limits(max_body_bytes=100_000, max_texts=50, max_request_tokens=3000, body_timeout_s=0.5)
+    with serving_thread(nano, limits) as url:
         yield url
 
 
@@ -148,13 +148,13 @@ def test_a_prompt_does_not_go_before_token_ids(url: str) -> None:
 
 @pytest.mark.parametrize("header", [{"Authorization": "Bearer two"}, {"X-API-Key": "one"}])
 def test_any_of_the_keys_lets_in(nano: Embedder, header: dict[str, str]) -> None:
-    with serving_thread(nano, Settings(api_keys=("one", "two"))) as url:
+    with serving_thread(nano, Limits(api_keys=("one", "two"))) as url:
         assert httpx.get(f"{url}/v1/models", headers=header).status_code == 200
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer on"}, {"X-API-Key": ""}, {"Authorization": "one"}])
 def test_nobody_comes_in_without_a_key(nano: Embedder, header: dict[str, str]) -> None:
-    with serving_thread(nano, Settings(api_keys=("one", "two"))) as url:
+    with serving_thread(nano, Limits(api_keys=("one", "two"))) as url:
         for path, body in BODIES.items():
             answer = httpx.post(url + path, json=body, headers=header)
             assert answer.status_code == 401
@@ -166,7 +166,7 @@ def test_nobody_comes_in_without_a_key(nano: Embedder, header: dict[str, str]) -
 def test_pages_of_other_origins_are_let_in_only_where_told(nano: Embedder, url: str) -> None:
     asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in httpx.options(f"{url}/embed", headers=asking).headers
-    with serving_thread(nano, Settings(cors_origins=("http://page",), api_keys=("one",))) as told:
+    with serving_thread(nano, Limits(cors_origins=("http://page",), api_keys=("one",))) as told:
         assert httpx.options(f"{told}/embed", headers=asking).headers["access-control-allow-origin"] == "http://page"
         refused = httpx.options(f"{told}/embed", headers={**asking, "Origin": "http://other"})
         assert "access-control-allow-origin" not in refused.headers
@@ -200,7 +200,7 @@ def wait_for(url: str, name: str, value: float) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_full_queue_is_a_429_that_says_when_to_come_again(nano: Embedder, slow: Slow, path: str) -> None:
-    with serving_thread(nano, Settings(max_waiting_tokens=10), compute=slow) as url, ThreadPoolExecutor(2) as clients:
+    with serving_thread(nano, Limits(max_waiting_tokens=10), compute=slow) as url, ThreadPoolExecutor(2) as clients:
         first = clients.submit(httpx.post, url + path, json=BODIES[path], timeout=30)
         wait_for(url, 'f2gguf_queue_seconds_count{model="nano"}', 1)
         second = clients.submit(httpx.post, url + path, json=BODIES[path], timeout=30)
@@ -214,7 +214,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(nano: Embedder, slow
 
 
 def test_more_requests_than_are_allowed_are_a_429(nano: Embedder, slow: Slow) -> None:
-    with serving_thread(nano, Settings(max_requests=1), compute=slow) as url, ThreadPoolExecutor(1) as clients:
+    with serving_thread(nano, Limits(max_requests=1), compute=slow) as url, ThreadPoolExecutor(1) as clients:
         first = clients.submit(httpx.post, f"{url}/embed", json=BODIES["/embed"], timeout=30)
         wait_for(url, 'f2gguf_queue_seconds_count{model="nano"}', 1)
         refused = httpx.post(f"{url}/embed", json=BODIES["/embed"])
@@ -241,15 +241,13 @@ POISONED = {"/v1/embeddings": 422, "/embed": 424, "/api/embed": 422}
 @pytest.mark.parametrize("path", BODIES)
 def test_a_text_without_a_vector_fails_alone_and_is_counted(nano: Embedder, path: str) -> None:
     """In the same step as texts of others, which get their vectors."""
-    from f2gguf.runtime.embedder import compute
-
     poison = nano.tokenize(" zebra")[0]
     began, may_go_on = Event(), Event()
 
     def faulty(texts: list[Ids], prompt: Ids | None) -> np.ndarray:
         began.set()
         may_go_on.wait(20)
-        rows = compute(nano.parts[0], texts, prompt)
+        rows = nano.encoder.compute(texts, prompt)
         rows[[poison in ids for ids in texts]] = np.nan
         return rows
 

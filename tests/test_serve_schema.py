@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.server.models import Settings
+from f2gguf.runtime.server.models import Limits
 from hypothesis import HealthCheck, given, settings
 from serving import serving_thread
 
@@ -25,7 +25,7 @@ ASKED = ("/v1/embeddings", "/embed", "/similarity", "/tokenize", "/api/embed", "
 
 @pytest.fixture(scope="module")
 def schema(nano: Embedder) -> Iterator[Any]:
-    with serving_thread(nano, Settings(max_body_bytes=100_000)) as url:
+    with serving_thread(nano, Limits(max_body_bytes=100_000)) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 

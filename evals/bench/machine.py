@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.evals.bench.sides import LLAMA_SERVER, TRANSFORMERS, SideSettings
-from f2gguf.runtime.llama.model import default_threads
+from f2gguf.runtime.llama.library import default_threads
 
 
 def machine_facts(settings: SideSettings) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from f2gguf.evals.endpoint import open_endpoint, require_client, shown_url
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.engine import is_usable
-from f2gguf.runtime.llama.model import default_threads, require_device
+from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.library import default_threads, require_device
 from numpy.typing import NDArray
 
 N_CTX = 512  # room of the other sides; more where a text is longer
@@ -120,7 +120,7 @@ def _min_cosine(name: str, ours: NDArray[np.float32], theirs: NDArray[np.float32
         raise BenchFailed(
             f"{name}: gives vectors of shape {theirs.shape}, f2gguf of {ours.shape}: these are different models."
         )
-    if not is_usable(theirs).all():
+    if unusable(theirs):
         raise BenchFailed(f"{name}: gives vectors that are not finite, or zero. Try --device cpu, or another file.")
     return float(1 - drift(theirs, ours).max())
 

@@ -12,7 +12,7 @@ from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import GGUFError, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
+from f2gguf.runtime.llama.tokenizer import open_tokenizer
 from f2gguf.runtime.tables import read_texts
 from numpy.typing import NDArray
 
@@ -33,7 +33,6 @@ INPUT = "input"  # the texts of --input, as documents
 _WORD = re.compile("[Ġ▁][a-z]{2,}")  # a token that starts a word: 'Ġ' in byte-level BPE, U+2581 in the other tokenizers
 _N_WORDS = 4096  # as many of the vocabulary's first words, which are its most frequent
 _FEWEST_WORDS = 100
-_NO_CUT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def make_workloads(
     """The workloads called `names`, the same ones for the same `seed`."""
     own = _read_input(input_path, column) if input_path is not None else []
     workloads = []
-    with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
-        tokenizer = Tokenizer(model, header, max_tokens=_NO_CUT)
+    with open_tokenizer(header) as tokenizer:
 
         def tokenize(text: str) -> NDArray[np.int32]:
             return tokenizer(text)[0]
@@ -77,7 +75,7 @@ def make_workloads(
                 texts = _fitting(own, tokenize, most)
             else:
                 n_made = n_texts * KINDS[name].n_texts
-                texts = _made(KINDS[name], _words(model, tokenize), tokenize, most, n_texts=n_made, seed=seed)
+                texts = _made(KINDS[name], _words(tokenizer.model, tokenize), tokenize, most, n_texts=n_made, seed=seed)
             lengths = [len(tokenize(prompt + text)) for text in texts]
             workloads.append(Workload(name, texts, prompt, sum(lengths), max(lengths)))
     return workloads

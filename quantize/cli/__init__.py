@@ -69,7 +69,7 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     from f2gguf.quantize.source.fetch import find_model
     from f2gguf.quantize.source.lock import read_lock
     from f2gguf.runtime.files import format_bound
-    from f2gguf.runtime.llama.model import require_device
+    from f2gguf.runtime.llama.library import require_device
 
     refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     lock = read_lock(options["lock"])

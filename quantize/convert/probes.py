@@ -10,6 +10,7 @@ from f2gguf.quantize.convert.reserved import fill_in, golden_values
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf import golden
+from f2gguf.runtime.llama.encoder import add_prompt
 from gguf import GGUFWriter
 
 # The name of a prompt, where the model has one, and the text. Those without a prompt tell a changed prompt from a
@@ -39,7 +40,7 @@ PROBES = (
 def add_golden(writer: GGUFWriter, facts: Facts) -> None:
     """Add the probes with their token ids by the checkpoint's own tokenizer, and room for what follows."""
     prompts = [name if name in facts.prompts else "" for name, _ in PROBES]
-    samples = [facts.prompts.get(name, "") + text for name, text in PROBES]
+    samples = [add_prompt(text, facts.prompts.get(name, "")) for name, text in PROBES]
     ids = checkpoint_ids(facts, samples, max_tokens=facts.max_tokens)
     writer.add_array(golden.KEY_TEXTS, [text for _, text in PROBES])
     writer.add_array(golden.KEY_PROMPTS, prompts)

@@ -13,10 +13,8 @@ from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import PART_SUFFIX
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.model import Model
-from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides
-from numpy.typing import NDArray
-
-_NO_LIMIT = 1 << 30
+from f2gguf.runtime.llama.packing import Ids, leading_length
+from f2gguf.runtime.llama.tokenizer import open_tokenizer
 
 
 def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
@@ -33,24 +31,23 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
     prompts = dict(facts.prompts)
     samples = [*HOSTILE, *(prompted(text, prompts) for text in texts)]
     expected = checkpoint_ids(facts, samples)
-    with Model(path, vocab_only=True, overrides=load_overrides(header)) as model:
-        tokenizer = Tokenizer(model, header, max_tokens=_NO_LIMIT)
-        for sample, wanted in zip(samples, expected, strict=True):
-            found, _ = tokenizer(sample)
-            if not np.array_equal(found, wanted):
-                raise ConversionMismatch(f"{name}: {_first_difference(sample, found, wanted)}")
+    with open_tokenizer(header) as tokenizer:
+        for sample, right in zip(samples, expected, strict=True):
+            ids, _ = tokenizer(sample)
+            if not np.array_equal(ids, right):
+                raise ConversionMismatch(f"{name}: {_first_difference(sample, ids, right)}")
     with Model(path, vocab_only=True) as stock:
         pairs = zip(samples, expected, strict=True)
-        return [sample for sample, wanted in pairs if not np.array_equal(stock.tokenize(sample), wanted)]
+        return [sample for sample, right in pairs if not np.array_equal(stock.tokenize(sample), right)]
 
 
-def reference_ids(facts: Facts, texts: Sequence[EvalText]) -> list[NDArray[np.int32]]:
+def reference_ids(facts: Facts, texts: Sequence[EvalText]) -> list[Ids]:
     """Token ids that the checkpoint itself sees of each text: prompt in front, cut to the longest input."""
     prompts = dict(facts.prompts)
     return checkpoint_ids(facts, [prompted(text, prompts) for text in texts], max_tokens=facts.max_tokens)
 
 
-def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | None = None) -> list[NDArray[np.int32]]:
+def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | None = None) -> list[Ids]:
     """Token ids by the checkpoint's own tokenizer, with the closing token that models.lock adds where it adds none.
 
     Longer texts than `max_tokens` are cut, the special tokens kept.
@@ -62,12 +59,10 @@ def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | No
     return [np.array(tokenizer.encode(sample).ids + closing, dtype=np.int32) for sample in samples]
 
 
-def _first_difference(text: str, found: NDArray[np.int32], wanted: NDArray[np.int32]) -> str:
-    n = min(len(found), len(wanted))
-    same = np.flatnonzero(found[:n] != wanted[:n])
-    at = int(same[0]) if len(same) else n
+def _first_difference(text: str, ids: Ids, right: Ids) -> str:
+    at = leading_length(ids, right)
     shown = text if len(text) <= 80 else text[:77] + "..."
     return (
         f"llama.cpp splits {shown!r} differently from the checkpoint's tokenizer: at token {at + 1} it has "
-        f"{found[at : at + 5].tolist()}, tokenizer.json {wanted[at : at + 5].tolist()}. Please report this text."
+        f"{ids[at : at + 5].tolist()}, tokenizer.json {right[at : at + 5].tolist()}. Please report this text."
     )

@@ -13,7 +13,7 @@ from f2gguf.quantize.repair.tensors import size_as
 from f2gguf.runtime.errors import QuantizationFailed, UnknownName
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.gguf.header import read_header
-from f2gguf.runtime.llama import model as llama
+from f2gguf.runtime.llama import library as llama
 from f2gguf.runtime.llama.worker import interruptible
 
 # name of a variant -> llama.cpp's file type

@@ -18,7 +18,7 @@ from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.recipe import kind_of
 from f2gguf.quantize.repair.rescale import N_ROWS, relative_error
 from f2gguf.quantize.repair.tensors import Weights, as_multiplied, as_stored, fits, shape_of, size_as
-from f2gguf.runtime.llama.model import default_threads
+from f2gguf.runtime.llama.library import default_threads
 
 # From the smallest to the largest; which of them a tensor can take depends on its rows.
 LADDER = ("Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")

@@ -16,7 +16,7 @@ from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.header import KEY_RECIPE, read_header
-from f2gguf.runtime.llama.model import ggml_build
+from f2gguf.runtime.llama.library import ggml_build
 
 
 @dataclass(frozen=True)

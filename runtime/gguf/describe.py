@@ -25,7 +25,7 @@ _PATHS = {
 
 
 @dataclass(frozen=True)
-class Drift:
+class StatedDrift:
     """What a file states of its measurement: mean of 1 - cosine, the upper end of its interval, and the verdict."""
 
     mean: float
@@ -35,10 +35,10 @@ class Drift:
     n_texts: int
 
 
-def drift_of(header: Header) -> Drift | None:
+def drift_of(header: Header) -> StatedDrift | None:
     """None for a file that was not measured."""
     values = header.values
-    return Drift(*(values[key] for key in _DRIFT_KEYS)) if all(key in values for key in _DRIFT_KEYS) else None
+    return StatedDrift(*(values[key] for key in _DRIFT_KEYS)) if all(key in values for key in _DRIFT_KEYS) else None
 
 
 def is_reference(header: Header) -> bool:

@@ -9,12 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownName
+from f2gguf.runtime.errors import (
+    NotAnEmbeddingModel,
+    NotGGUF,
+    PoolingMissing,
+    UnknownDims,
+    UnknownName,
+    WrongUsage,
+)
 from f2gguf.runtime.gguf.golden import golden_flaw
 from f2gguf.runtime.gguf.reader import Reader, TensorInfo
 
 # Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them. Those of the
-# golden vectors stand in runtime/golden.py.
+# golden vectors stand in runtime/gguf/golden.py.
 KEY_VERSION = "f2gguf.version"
 KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
@@ -134,6 +141,23 @@ class Header:
                 "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls)."
             )
         return self.pooling
+
+    def require_width(self, truncate_dim: int | None) -> int:
+        """`truncate_dim`, or the full width for None. Raises `UnknownDims` for a width that was not trained."""
+        if truncate_dim is None or truncate_dim in (*self.dims, self.n_embd):
+            return self.n_embd if truncate_dim is None else truncate_dim
+        trained = (
+            f"was trained for {', '.join(map(str, self.dims))}" if len(self.dims) > 1 else f"gives only {self.dims[0]}"
+        )
+        raise UnknownDims(f"{truncate_dim} dimensions: {self.name} {trained} (--dims, truncate_dim).")
+
+    def require_max_tokens(self, max_tokens: int | None) -> int:
+        """`max_tokens`, or the header's for None. Raises `WrongUsage` for more than the model takes."""
+        if max_tokens is None:
+            return self.max_tokens
+        if not 2 <= max_tokens <= self.n_ctx_train:
+            raise WrongUsage(f"max_tokens is {max_tokens}: {self.name} takes 2 to {self.n_ctx_train} (--max-tokens).")
+        return max_tokens
 
     def takes_last_tokens(self, pooling: str | None) -> bool:
         """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""

@@ -12,7 +12,8 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.gguf.header import POOLING_IDS
-from f2gguf.runtime.llama.model import Model, captured_errors
+from f2gguf.runtime.llama.library import captured_errors
+from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, leading_length
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama import model as llama
 from f2gguf.runtime.llama.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing, Watch
+from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, pack
+from f2gguf.runtime.llama.tokenizer import load_overrides
 from f2gguf.runtime.llama.worker import Worker
 from numpy.typing import NDArray
 
@@ -24,7 +25,7 @@ log = logging.getLogger("f2gguf")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComputeSettings:
     """How to compute: what a user chooses when opening a file."""
 
     device: str
@@ -34,29 +35,20 @@ class Settings:
     deterministic: bool
 
 
-def is_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """Which rows are vectors that may be returned: finite and not zero, (n_rows,)."""
-    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
-
-
-def normalized(rows: Rows) -> Rows:
-    """Rows of length 1. The sum of squares is float64: large finite rows have a length too."""
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    return np.asarray(rows / norms[:, None], dtype=np.float32)
+def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
+    """Indices of the rows that must not be returned: not finite, or zero."""
+    return [int(i) for i in np.flatnonzero(~(np.isfinite(rows).all(axis=1) & rows.any(axis=1)))]
 
 
 class Engine:
     """A model in memory and the context that runs it; every call into llama.cpp is made by one worker thread."""
 
-    def __init__(
-        self, header: Header, settings: Settings, *, overrides: dict[str, bool], watch: Watch | None = None
-    ) -> None:
+    def __init__(self, header: Header, settings: ComputeSettings, *, watch: Watch | None = None) -> None:
         self.header = header
         self.settings = settings
         self._watch = watch
         self._context_type = LastTokenContext if header.takes_last_tokens(settings.pooling) else Context
-        self.model = self._load(settings.device, overrides)
-        self._overrides = overrides
+        self.model = self._load(settings.device)
         self._needs_f32 = False  # an F16 KV cache, and flash attention, were too small for a text
         self._contexts: dict[bool, Context] = {}  # with flash attention or without -> the context
         self._past_seconds = 0.0
@@ -98,21 +90,20 @@ class Engine:
         """Free the context behind every call that came before; the model goes with its last user."""
         self._worker.close(self._drop_contexts, wait=wait)
 
-    def _load(self, device: str, overrides: dict[str, bool]) -> llama.Model:
-        layers = self.settings.n_gpu_layers
-        return llama.Model(self.header.path, device=device, n_gpu_layers=layers, overrides=overrides)
+    def _load(self, device: str) -> Model:
+        overrides = load_overrides(self.header)
+        return Model(self.header.path, device=device, n_gpu_layers=self.settings.n_gpu_layers, overrides=overrides)
 
     def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
         """Vectors of one batch. Texts without a finite vector are halved down to single ones and tried again."""
         rows = self._run(texts, n_shared)
-        bad = np.flatnonzero(~is_usable(rows))
-        if not len(bad):
+        bad = unusable(rows)
+        if not bad:
             return rows
         self._drop_contexts()  # what it computed stays in its memory, and 0 * NaN is NaN for whoever comes next
         if len(texts) == 1:
             return self._retry(texts[0])
-        halves = np.array_split(bad, 2) if len(bad) > 1 else [bad]
-        for half in halves:
+        for half in filter(len, np.array_split(bad, 2)):
             rows[half] = self._embed([texts[i] for i in half], 0)
         return rows
 
@@ -145,20 +136,21 @@ class Engine:
             context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
-            if is_usable(row).all():
+            if not unusable(row):
                 log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
-                self._needs_f32 = model is self.model  # then the next text may need it as well
+                # The next text may need it as well; but its bytes must not depend on this one where that was asked for.
+                self._needs_f32 = model is self.model and not self.settings.deterministic
                 return row
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
 
-    def _retries(self) -> Iterator[tuple[str, llama.Model]]:
+    def _retries(self) -> Iterator[tuple[str, Model]]:
         yield "with an F32 KV cache", self.model
         if self.model.offloaded:
-            cpu = self._load("cpu", self._overrides)
+            cpu = self._load("cpu")
             yield "with an F32 KV cache on the CPU", cpu
             cpu.close()
 
-    def _new_context(self, model: llama.Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
+    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
         return self._context_type(
             model,
             n_ctx=-(-n_tokens // _CTX_STEP) * _CTX_STEP,

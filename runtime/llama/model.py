@@ -1,108 +1,23 @@
-"""The thin layer over llama-cpp-python's C functions: logs, devices, threads, a model."""
+"""A .gguf file that llama.cpp has loaded: its weights and its vocabulary."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import re
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from f2gguf.runtime.errors import DeviceMissing, GGUFError, TextError, UnknownName
+from f2gguf.runtime.errors import GGUFError, TextError
+from f2gguf.runtime.llama.library import captured_errors, log_to, require_device
 from f2gguf.runtime.llama.worker import interruptible
-from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
-for _name in ("ggml_version", "ggml_commit"):
-    getattr(libggml, _name).restype = ctypes.c_char_p
-# device -> names of the ggml backend that drives it, and the build flag that brings it
-DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "auto": ((), ""),
-    "cpu": ((), ""),
-    "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
-    "cuda": (("CUDA",), "-DGGML_CUDA=on"),
-}
-ERROR = 4  # ggml_log_level
-
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
-
-_sinks: list[Callable[[int, str], None]] = []
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    line = text.decode("utf-8", errors="replace")
-    for sink in list(_sinks):
-        sink(level, line)
-
-
-llama_cpp.llama_log_set(_on_log, ctypes.c_void_p())
-llama_cpp.llama_backend_init()
-
-
-def ggml_build() -> str:
-    """Version and commit of the ggml that llama.cpp was compiled with."""
-    return f"{libggml.ggml_version().decode()} ({libggml.ggml_commit().decode()})"
-
-
-@contextlib.contextmanager
-def log_to(sink: Callable[[int, str], None]) -> Iterator[None]:
-    """Send llama.cpp's log fragments (level, text) to `sink` while the block runs."""
-    _sinks.append(sink)
-    try:
-        yield
-    finally:
-        _sinks.remove(sink)
-
-
-@contextlib.contextmanager
-def captured_errors() -> Iterator[list[str]]:
-    """Collect what llama.cpp logs as errors while the block runs."""
-    lines: list[str] = []
-    with log_to(lambda level, text: lines.append(text.strip()) if level == ERROR else None):
-        yield lines
-
-
-def require_device(device: str) -> None:
-    """Raise `UnknownName` for no device, `DeviceMissing` where this build of llama.cpp lacks it."""
-    if device not in DEVICES:
-        raise UnknownName("device", device, DEVICES)
-    names, flag = DEVICES[device]
-    if names and not set(names) & set(_backends()):
-        raise DeviceMissing(
-            f"--device {device}: this build of llama.cpp has only: {', '.join(_backends())}. Reinstall with\n"
-            f'  CMAKE_ARGS="{flag}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
-        )
-
-
-def default_threads() -> int:
-    """Number of physical cores that this process may run on: two threads of one core only get in each other's way.
-
-    macOS: the performance cores. A container's CPU quota counts where it is less.
-    """
-    if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
-        return int(asked.stdout) if asked.stdout.strip().isdigit() else os.cpu_count() or 1
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    processors = os.sched_getaffinity(0)
-    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in processors)
-    n_cores = len({path.read_text() for path in siblings if path.exists()}) or len(processors)
-    return max(1, min(n_cores, _cpu_quota() or n_cores))
-
-
-def _cpu_quota() -> int | None:
-    """Processors' worth of time that a container may use (cgroup 2), rounded up; None without a limit."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
-    return None if quota == "max" else -(-int(quota) // int(period))
 
 
 class Model:
@@ -125,7 +40,7 @@ class Model:
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
-        kept = kv_overrides(overrides or {})
+        kept = _kv_overrides(overrides or {})
         params.kv_overrides = kept
         lines: list[str] = []
         with captured_errors() as errors, log_to(lambda _, text: lines.append(text)):
@@ -190,22 +105,11 @@ class Model:
         self.close()
 
 
-def kv_overrides(values: Mapping[str, Any]) -> Any:
-    """A C array of llama_model_kv_override, ended by an empty key: header values to add or replace.
-
-    bool, float and str (up to 127 bytes) keep their type; llama.cpp stores an int as uint32.
-    """
+def _kv_overrides(values: Mapping[str, bool]) -> Any:
+    """A C array of llama_model_kv_override, ended by an empty key: header values to add or replace."""
     array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for slot, (key, value) in zip(array, values.items(), strict=False):
-        slot.key = key.encode()
-        if isinstance(value, bool):
-            slot.tag, slot.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
-            slot.tag, slot.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
-        elif isinstance(value, float):
-            slot.tag, slot.value.val_f64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        else:
-            slot.tag, slot.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, str(value).encode()
+        slot.key, slot.tag, slot.value.val_bool = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
     return array
 
 
@@ -216,13 +120,3 @@ def _has_amx() -> bool:
     https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
     """
     return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
-
-
-def _backends() -> list[str]:
-    libggml.ggml_backend_reg_count.restype = ctypes.c_size_t
-    libggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
-    libggml.ggml_backend_reg_get.restype = ctypes.c_void_p
-    libggml.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
-    libggml.ggml_backend_reg_name.restype = ctypes.c_char_p
-    count = libggml.ggml_backend_reg_count()
-    return [libggml.ggml_backend_reg_name(libggml.ggml_backend_reg_get(i)).decode() for i in range(count)]

@@ -8,16 +8,17 @@ gives llama.cpp text on which nothing is left to normalise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError, parsing
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
-from numpy.typing import NDArray
+from f2gguf.runtime.llama.packing import Ids
 
 Normalize = Callable[[str], str]
 
@@ -27,23 +28,22 @@ _UNKNOWN = "[UNK]"
 
 
 class Tokenizer:
-    """Token ids of texts, cut to `max_tokens` with the closing special token (EOS or [SEP]) kept."""
+    """Token ids of texts. A text that is cut to `max_tokens` keeps its closing special token (EOS or [SEP])."""
 
-    def __init__(self, model: Model, header: Header, *, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._model = model
+    def __init__(self, model: Model, header: Header) -> None:
+        self.model = model
         self._n_closing = int(model.closes_texts)
         self._normalize = _normalizer(header, model)
         longest_first = sorted(header.special_tokens, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
-    def __call__(self, text: str) -> tuple[NDArray[np.int32], bool]:
+    def __call__(self, text: str, *, max_tokens: int | None = None) -> tuple[Ids, bool]:
         """Ids of `text` with special tokens, (n_tokens,) int32, and whether it was cut.
 
         Raises `TextError` for what is no valid text, or has no token.
         """
         try:
-            ids = self._model.tokenize(self.normalize(text))
+            ids = self.model.tokenize(self.normalize(text))
         except UnicodeEncodeError as error:
             raise TextError(
                 f"character {error.start + 1} is a lone surrogate ({text[error.start]!r}), which no text can hold. "
@@ -51,31 +51,31 @@ class Tokenizer:
             ) from error
         if not len(ids):
             raise TextError("the text is empty, and this model has no special token that could stand for it.")
-        return self._cut(ids)
+        return self._cut(ids, max_tokens)
 
-    def complete(self, ids: Sequence[int]) -> tuple[NDArray[np.int32], bool]:
+    def complete(self, ids: Sequence[int], *, max_tokens: int | None = None) -> tuple[Ids, bool]:
         """Ids that somebody else's tokenizer gave, with the special tokens that they lack, and whether they were cut.
 
         Raises `TextError` for no ids, or one that is not in the vocabulary.
         """
         if not ids:
             raise TextError("the list of token ids is empty.")
-        n_vocab = self._model.n_vocab
+        n_vocab = self.model.n_vocab
         if wrong := [token for token in ids if not 0 <= token < n_vocab]:
             raise TextError(f"there is no token {wrong[0]}: this model has {n_vocab:,}, from 0.")
         whole = np.array(ids, dtype=np.int32)
-        special = self._model.tokenize("")
+        special = self.model.tokenize("")
         opening, closing = np.split(special, [len(special) - self._n_closing])
         if not np.array_equal(whole[: len(opening)], opening):
             whole = np.concatenate([opening, whole])
         if not np.array_equal(whole[-1:], closing):
             whole = np.concatenate([whole, closing])
-        return self._cut(whole)
+        return self._cut(whole, max_tokens)
 
-    def _cut(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], bool]:
-        if len(ids) <= self.max_tokens:
+    def _cut(self, ids: Ids, max_tokens: int | None) -> tuple[Ids, bool]:
+        if max_tokens is None or len(ids) <= max_tokens:
             return ids, False
-        kept = self.max_tokens - self._n_closing
+        kept = max_tokens - self._n_closing
         return np.concatenate([ids[:kept], ids[len(ids) - self._n_closing :]]), True
 
     def normalize(self, text: str) -> str:
@@ -85,6 +85,13 @@ class Tokenizer:
             return text
         parts = self._specials.split(text) if self._specials else [text]
         return "".join(part if i % 2 else self._normalize(part) for i, part in enumerate(parts))
+
+
+@contextlib.contextmanager
+def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
+    """The tokenizer of a file, of which only the vocabulary is loaded."""
+    with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
+        yield Tokenizer(model, header)
 
 
 def normalizer_spec(header: Header) -> dict[str, Any] | None:

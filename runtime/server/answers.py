@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from f2gguf.runtime.llama.encoder import Input
 from f2gguf.runtime.llama.engine import Rows
 from starlette.responses import Response
-
-Input = str | Sequence[int]  # a text, or the ids of its tokens
 
 _SHOWN_INDICES = 256  # in a header; clients and proxies take a few kB
 

@@ -19,7 +19,7 @@ from f2gguf.runtime.server import tei as server_tei
 from f2gguf.runtime.server.answers import Refused, json_response
 from f2gguf.runtime.server.guard import Drain, Guard
 from f2gguf.runtime.server.metrics import Metrics
-from f2gguf.runtime.server.models import Models, ServedModel, Settings
+from f2gguf.runtime.server.models import Limits, Models, ServedModel
 from f2gguf.runtime.server.page import page_response
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -54,7 +54,7 @@ class Health(BaseModel):
     models: dict[str, str]
 
 
-def create_app(served: Sequence[ServedModel], settings: Settings, metrics: Metrics) -> FastAPI:
+def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) -> FastAPI:
     """The ASGI app over open models; `app.state.drain` tells it that the server is about to end."""
     version = metadata.version("f2gguf")
     app = FastAPI(title="f2gguf", version=version, description=DESCRIPTION, docs_url=None, redoc_url=None)
@@ -67,11 +67,11 @@ def create_app(served: Sequence[ServedModel], settings: Settings, metrics: Metri
     _add_error_handlers(app)
     paths = frozenset({"/", "/openapi.json", *app.openapi()["paths"]})
     headers = {"X-Embedding-Fingerprint": served[0].fingerprint()} if len(served) == 1 else {}
-    app.add_middleware(Guard, settings=settings, metrics=metrics, drain=drain, paths=paths, headers=headers)
-    if settings.cors_origins:
+    app.add_middleware(Guard, limits=limits, metrics=metrics, drain=drain, paths=paths, headers=headers)
+    if limits.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins,
+            allow_origins=limits.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
             expose_headers=EXPOSED,
@@ -170,7 +170,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> Refused:
     """What is wrong and where, without the value itself; of the branches of a union, the one that went furthest."""
-    worst = max(error.errors(), key=lambda found: len(found["loc"]))
+    worst = max(error.errors(), key=lambda one: len(one["loc"]))
     if worst["type"] == "json_invalid":
         return Refused("invalid", f"the body is no JSON: {worst['ctx']['error']} at character {worst['loc'][-1]}.")
     places = [str(part) for part in worst["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]

@@ -56,7 +56,7 @@ class _Request:
 
 
 class Batcher:
-    """The queue of one model. While a step is computed the next one gathers, so nobody waits for company.
+    """The queue of one model. While a step is computed, the next one gathers: no text waits for others to come.
 
     A step takes one text of each request in turn, up to `step_tokens`, so that a small request is never behind a huge
     one; a request that is cancelled leaves the queue. Lives in one event loop.

@@ -82,9 +82,9 @@ def serve(
     require_extra()
     from f2gguf.runtime.server import app as server
     from f2gguf.runtime.server.metrics import Metrics
-    from f2gguf.runtime.server.models import Settings, open_model
+    from f2gguf.runtime.server.models import Limits, open_model
 
-    settings = Settings(
+    limits = Limits(
         api_keys=keys,
         cors_origins=cors_origins,
         max_body_bytes=max_body_bytes,
@@ -105,13 +105,13 @@ def serve(
     _log_as_json()
     with server.bound(host, port) as listener:
         served = [
-            open_model(file, name, settings, metrics, selftest=selftest, **embedder_options)
+            open_model(file, name, limits, metrics, selftest=selftest, **embedder_options)
             for name, file in files.items()
         ]
         for model in served:
             say(f"{model.name}: {model.embedder.description}; selftest: {model.selftest}")
         say(f"http://{host}:{listener.getsockname()[1]}")
-        server.serve(server.create_app(served, settings, metrics), listener, drain_timeout_s=drain_timeout_s)
+        server.serve(server.create_app(served, limits, metrics), listener, drain_timeout_s=drain_timeout_s)
         for model in served:
             model.close()
 
@@ -119,14 +119,14 @@ def serve(
 def named_files(models: tuple[str, ...]) -> dict[str, str]:
     """Names and files of `-m [NAME=]MODEL`; where no name is given, the file's own without .gguf."""
     files: dict[str, str] = {}
-    for given in models:
-        name, equals, model = given.partition("=")
-        if not equals or Path(given).exists():
-            name, model = _own_name(given), given
+    for option in models:
+        name, equals, model = option.partition("=")
+        if not equals or Path(option).exists():
+            name, model = _own_name(option), option
         if not name or not model:
-            raise WrongUsage(f"-m {given}: pass MODEL, or NAME=MODEL.")
+            raise WrongUsage(f"-m {option}: pass MODEL, or NAME=MODEL.")
         if name in files:
-            raise WrongUsage(f"-m {given}: another model is called {name}. Pass NAME=MODEL.")
+            raise WrongUsage(f"-m {option}: another model is called {name}. Pass NAME=MODEL.")
         files[name] = model
     return files
 

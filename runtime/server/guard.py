@@ -16,7 +16,7 @@ from typing import Any
 from f2gguf.runtime.errors import F2ggufError
 from f2gguf.runtime.server.answers import Refused
 from f2gguf.runtime.server.metrics import Metrics
-from f2gguf.runtime.server.models import Settings
+from f2gguf.runtime.server.models import Limits
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -68,19 +68,19 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        settings: Settings,
+        limits: Limits,
         metrics: Metrics,
         drain: Drain,
         paths: frozenset[str],
         headers: Mapping[str, str],
     ) -> None:
         self._app = app
-        self._settings = settings
+        self._limits = limits
         self._metrics = metrics
         self._drain = drain
         self._paths = paths
         self._headers = headers  # of every response that does not state its own
-        self._keys = [_digest(key) for key in settings.api_keys]
+        self._keys = [_digest(key) for key in limits.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -125,28 +125,28 @@ class Guard:
         if self._keys and not self._knows_key(Headers(scope=scope)):
             words = "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY."
             raise Refused("no_key", words, headers={"WWW-Authenticate": "Bearer"})
-        if self._drain.n_in_flight > self._settings.max_requests and not is_read:
+        if self._drain.n_in_flight > self._limits.max_requests and not is_read:
             raise Refused(
-                "overloaded", f"{self._settings.max_requests} requests are in flight.", headers={"Retry-After": "1"}
+                "overloaded", f"{self._limits.max_requests} requests are in flight.", headers={"Retry-After": "1"}
             )
 
     def _knows_key(self, headers: Mapping[str, str]) -> bool:
         """Whether the request has one of the keys, in a time that tells nothing about them."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        found = [hmac.compare_digest(key, _digest(given)) for key in self._keys]
-        return any(found)
+        digest = _digest(token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        equal = [hmac.compare_digest(key, digest) for key in self._keys]  # all of them: no early end tells anything
+        return any(equal)
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         """The whole body, before anybody parses it. Raises `Refused` for a large or a slow one."""
-        limit = self._settings.max_body_bytes
+        limit = self._limits.max_body_bytes
         too_large = Refused("body_too_large", f"the body is larger than {limit:,} bytes.")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise too_large
         chunks, size = [], 0
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
+            async with asyncio.timeout(self._limits.body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -158,7 +158,7 @@ class Guard:
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError as error:
-            words = f"the body did not arrive within {self._settings.body_timeout_s:g} s."
+            words = f"the body did not arrive within {self._limits.body_timeout_s:g} s."
             raise Refused("body_too_slow", words) from error
 
     def _report(self, path: str, facts: dict[str, Any], status: int, seconds: float) -> None:

@@ -12,6 +12,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
+_OF_MODEL: dict[str, tuple[type[MetricWrapperBase], str, str, dict[str, Any]]] = {
+    "tokens": (Counter, "tokens", "Tokens embedded.", {}),
+    "texts": (Counter, "texts", "Texts embedded.", {}),
+    "truncated": (Counter, "truncated_texts", "Texts cut to the maximum length.", {}),
+    "quarantined": (Counter, "quarantined_texts", "Texts that have no finite vector.", {}),
+    "queue_requests": (Gauge, "queue_requests", "Requests with texts that wait.", {}),
+    "queue_tokens": (Gauge, "queue_tokens", "Tokens that wait.", {}),
+    "tokenize_seconds": (Histogram, "tokenize_seconds", "A request's texts become ids.", {"buckets": _SECONDS}),
+    "queue_seconds": (Histogram, "queue_seconds", "A request waits for its first text's turn.", {"buckets": _SECONDS}),
+    "compute_seconds": (Histogram, "compute_seconds", "One step of the model.", {"buckets": _SECONDS}),
+    "batch_fill": (Histogram, "batch_fill", "Tokens of a step, as a share of its budget.", {"buckets": _SHARES}),
+}
+
 
 class Metrics:
     """All figures of a server, in a registry of their own; those of a model by `of`."""
@@ -27,24 +40,9 @@ class Metrics:
             buckets=_SECONDS,
         )
         self.in_flight = self._new(Gauge, "requests_in_flight", "Requests accepted and not answered yet.")
-        new = self._new
         self._of_model = {
-            "tokens": new(Counter, "tokens", "Tokens embedded.", "model"),
-            "texts": new(Counter, "texts", "Texts embedded.", "model"),
-            "truncated": new(Counter, "truncated_texts", "Texts cut to the maximum length.", "model"),
-            "quarantined": new(Counter, "quarantined_texts", "Texts that have no finite vector.", "model"),
-            "queue_requests": new(Gauge, "queue_requests", "Requests with texts that wait.", "model"),
-            "queue_tokens": new(Gauge, "queue_tokens", "Tokens that wait.", "model"),
-            "tokenize_seconds": new(
-                Histogram, "tokenize_seconds", "A request's texts become ids.", "model", buckets=_SECONDS
-            ),
-            "queue_seconds": new(
-                Histogram, "queue_seconds", "A request waits for its first text's turn.", "model", buckets=_SECONDS
-            ),
-            "compute_seconds": new(Histogram, "compute_seconds", "One step of the model.", "model", buckets=_SECONDS),
-            "batch_fill": new(
-                Histogram, "batch_fill", "Tokens of a step, as a share of its budget.", "model", buckets=_SHARES
-            ),
+            name: self._new(kind, metric, words, "model", **options)
+            for name, (kind, metric, words, options) in _OF_MODEL.items()
         }
 
     def of(self, model: str) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.embedder import Embedder, compute
-from f2gguf.runtime.errors import TextError
+from f2gguf.runtime.embedder import Embedder
+from f2gguf.runtime.errors import TextError, UnknownDims
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.hub.models import open_header
-from f2gguf.runtime.llama.engine import Rows, is_usable, normalized
-from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.server.answers import Answer, Asked, Input, Refused
+from f2gguf.runtime.llama.encoder import Input, Tokens
+from f2gguf.runtime.llama.engine import Rows, unusable
+from f2gguf.runtime.server.answers import Answer, Asked, Refused
 from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server.metrics import Metrics
 
@@ -27,8 +27,8 @@ _INLINE_CHARS = 1000  # shorter requests are tokenised in less time than a threa
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a server behaves: limits, keys, and who may ask."""
+class Limits:
+    """What a server allows: who may ask, how much, and how long it waits."""
 
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
@@ -42,15 +42,6 @@ class Settings:
     step_tokens: int = 1024
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids of a request's texts."""
-
-    ids: list[Ids]
-    truncated: list[int]  # indices
-    prompt: Ids | None
-
-
 class ServedModel:
     """An open file and its queue. `compute` stands in for the model's own in tests of what may go wrong."""
 
@@ -58,7 +49,7 @@ class ServedModel:
         self,
         name: str,
         embedder: Embedder,
-        settings: Settings,
+        limits: Limits,
         metrics: Metrics,
         *,
         selftest: str = "not run",
@@ -66,20 +57,18 @@ class ServedModel:
     ) -> None:
         self.name = name
         self.embedder = embedder
+        self.encoder = embedder.encoder
         self.header = embedder.header
-        self.settings = settings
+        self.limits = limits
         self.selftest = selftest
         self.sha256 = sha256_file(embedder.header.path)  # now: of a large file it takes a while
         self.metrics = metrics.of(name)
         self.batcher = Batcher(
-            compute or self._compute,
-            step_tokens=settings.step_tokens,
-            max_waiting_tokens=settings.max_waiting_tokens,
+            compute or self.encoder.compute,
+            step_tokens=limits.step_tokens,
+            max_waiting_tokens=limits.max_waiting_tokens,
             metrics=self.metrics,
         )
-        self._prompt_ids = {
-            text: embedder.parts[1](text)[0] if text else None for text in ["", *self.header.prompts.values()]
-        }
 
     def fingerprint(self, prompt: str | None = None, dimensions: int | None = None) -> str:
         """'SPACE' or 'SPACE.PROMPT', 16 and 8 hexadecimal digits.
@@ -97,19 +86,17 @@ class ServedModel:
         prompt = self._prompt_for(asked)
         width = self._width(asked.dimensions)
         tokens = await self.tokenize(asked.inputs, prompt, truncate=asked.truncate)
-        n_tokens = sum(map(len, tokens.ids))
-        facts |= {"n_tokens": n_tokens, "n_truncated": len(tokens.truncated)}
-        if n_tokens > self.settings.max_request_tokens:
-            raise Refused("too_long", f"{n_tokens:,} tokens: a request may have {self.settings.max_request_tokens:,}.")
+        n_tokens, truncated = int(tokens.lengths.sum()), np.flatnonzero(tokens.truncated).tolist()
+        facts |= {"n_tokens": n_tokens, "n_truncated": len(truncated)}
+        if n_tokens > self.limits.max_request_tokens:
+            raise Refused("too_long", f"{n_tokens:,} tokens: a request may have {self.limits.max_request_tokens:,}.")
         self.metrics["tokenize_seconds"].observe(time.perf_counter() - begin)
-        rows = self._require_vectors((await self._queued(tokens))[:, :width])
-        if self.header.is_normalized if asked.normalize is None else asked.normalize:
-            rows = normalized(rows)
+        rows = self.encoder.finish(await self._queued(tokens), width=width, normalize=asked.normalize)
+        self._require_vectors(rows)
         self.metrics["tokens"].inc(n_tokens)
         self.metrics["texts"].inc(len(rows))
-        self.metrics["truncated"].inc(len(tokens.truncated))
-        rows = np.ascontiguousarray(rows, dtype=np.float32)
-        return Answer(rows, n_tokens, tokens.truncated, self.fingerprint(prompt, width))
+        self.metrics["truncated"].inc(len(truncated))
+        return Answer(rows, n_tokens, truncated, self.fingerprint(prompt, width))
 
     async def tokenize(self, inputs: Sequence[Input], prompt: str, *, truncate: bool) -> Tokens:
         """Token ids with the prompt and special tokens; in a thread where that takes a while.
@@ -118,8 +105,8 @@ class ServedModel:
         """
         if not inputs:
             raise Refused("empty", "no input: give at least one text.")
-        if len(inputs) > self.settings.max_texts:
-            raise Refused("too_many_texts", f"{len(inputs):,} texts: a request may have {self.settings.max_texts:,}.")
+        if len(inputs) > self.limits.max_texts:
+            raise Refused("too_many_texts", f"{len(inputs):,} texts: a request may have {self.limits.max_texts:,}.")
         if sum(map(len, inputs)) <= _INLINE_CHARS:
             return self._tokenize(inputs, prompt, truncate)
         return await asyncio.to_thread(self._tokenize, inputs, prompt, truncate)
@@ -144,37 +131,26 @@ class ServedModel:
             return ""
         raise Refused("invalid", f"the {asked.prompt_name} prompt goes before texts, not token ids.", param="input")
 
-    def _compute(self, texts: list[Ids], prompt: Ids | None) -> Rows:
-        return compute(self.embedder.parts[0], texts, prompt)
-
     def _width(self, dimensions: int | None) -> int:
-        trained = self.header.dims
         if dimensions is None:
             return self.embedder.get_sentence_embedding_dimension()
-        if dimensions not in (*trained, self.header.n_embd):
-            words = f"{dimensions} dimensions: {self.name} was trained for {', '.join(map(str, trained))}."
-            raise Refused("invalid", words, param="dimensions")
-        return dimensions
+        try:
+            return self.header.require_width(dimensions)
+        except UnknownDims as error:
+            trained = ", ".join(map(str, self.header.dims))
+            words = f"{dimensions} dimensions: {self.name} was trained for {trained}."
+            raise Refused("invalid", words, param="dimensions") from error
 
     def _tokenize(self, inputs: Sequence[Input], prompt: str, truncate: bool) -> Tokens:
-        _, tokenizer = self.embedder.parts
-        ids, truncated = [], []
-        for i, given in enumerate(inputs):
-            try:
-                if isinstance(given, str):
-                    tokens, is_cut = tokenizer(given if given.startswith(prompt) else prompt + given)
-                else:
-                    tokens, is_cut = tokenizer.complete(given)
-            except TextError as error:
-                raise Refused("invalid", f"input {i}: {error}", param="input") from error
-            if is_cut and not truncate:
-                limit = f"{self.embedder.max_seq_length:,} tokens"
-                raise Refused(
-                    "too_long", f"input {i} is longer than {limit}. Shorten it, or pass truncate: true.", param="input"
-                )
-            ids.append(tokens)
-            truncated += [i] * is_cut
-        return Tokens(ids, truncated, self._prompt_ids[prompt])
+        try:
+            tokens = self.encoder.tokenize(inputs, prompt, label="input {index}")
+        except TextError as error:
+            raise Refused("invalid", str(error), param="input") from error
+        if tokens.truncated.any() and not truncate:
+            which, limit = tokens.truncated.argmax(), f"{self.embedder.max_seq_length:,} tokens"
+            words = f"input {which} is longer than {limit}. Shorten it, or pass truncate: true."
+            raise Refused("too_long", words, param="input")
+        return tokens
 
     async def _queued(self, tokens: Tokens) -> Rows:
         try:
@@ -183,10 +159,10 @@ class ServedModel:
             wait = {"Retry-After": str(full.retry_after_s)}
             raise Refused("overloaded", f"{self.name}: {full}.", headers=wait) from full
 
-    def _require_vectors(self, rows: Rows) -> Rows:
-        bad = np.flatnonzero(~is_usable(rows))
-        if not len(bad):
-            return rows
+    def _require_vectors(self, rows: Rows) -> None:
+        bad = unusable(rows)
+        if not bad:
+            return
         self.metrics["quarantined"].inc(len(bad))
         shown = ", ".join(map(str, bad[:5])) + ", ..." * (len(bad) > 5)
         raise Refused(
@@ -198,7 +174,7 @@ class ServedModel:
 
 
 def open_model(
-    model: str | Path, name: str, settings: Settings, metrics: Metrics, *, selftest: bool = False, **options: Any
+    model: str | Path, name: str, limits: Limits, metrics: Metrics, *, selftest: bool = False, **options: Any
 ) -> ServedModel:
     """Load a file, and compare it with what its maker measured where the file says that; `selftest` insists on it.
 
@@ -207,7 +183,7 @@ def open_model(
     header = open_header(model)
     tested = selftest or has_golden(header)
     embedder = Embedder(header.path, selftest=tested, **options)
-    return ServedModel(name, embedder, settings, metrics, selftest="passed" if tested else "file has no golden vectors")
+    return ServedModel(name, embedder, limits, metrics, selftest="passed" if tested else "file has no golden vectors")
 
 
 class Models:

@@ -109,15 +109,10 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]], version: str
         body = {"model": asked.model, "embeddings": [], "load_duration": 0, "prompt_eval_count": 0, "truncated": []}
         headers = {"X-Embedding-Fingerprint": model.fingerprint()}
         if any(texts):  # Ollama's clients send '' or nothing to have a model loaded
-            truncate = asked.truncate is not False
-            wanted = Asked(texts, prompt_name, asked.dimensions, truncate=truncate)
-            answer = await model.embed(wanted, request.state.facts)
+            asked_for = Asked(texts, prompt_name, asked.dimensions, truncate=asked.truncate is not False)
+            answer = await model.embed(asked_for, request.state.facts)
             headers = answer.headers
-            body |= {
-                "embeddings": answer.rows,
-                "prompt_eval_count": answer.n_tokens,
-                "truncated": answer.truncated,
-            }
+            body |= {"embeddings": answer.rows, "prompt_eval_count": answer.n_tokens, "truncated": answer.truncated}
         return json_response(body | {"total_duration": time.perf_counter_ns() - begin}, headers=headers)
 
     @routes.post("/embeddings", response_model=OllamaEmbeddingsResponse)

@@ -57,7 +57,7 @@ class EmbeddingsResponse(BaseModel):
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
 
 
-class Drift(BaseModel):
+class StatedDrift(BaseModel):
     """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
 
     mean: float
@@ -81,7 +81,7 @@ class Model(BaseModel):
     name: str = Field(description="The model's own name, whatever it is called here.")
     variant: str = Field(description="The type of most weights, such as 'Q8_0'.")
     is_reference: bool = Field(description="Whether the drift of others is measured against such a file.")
-    drift: Drift | None = Field(description="Null where the file states none.")
+    drift: StatedDrift | None = Field(description="Null where the file states none.")
     max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
     device: str
     selftest: str = Field(description="'passed', or why it was not run.")
@@ -110,9 +110,10 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     async def embeddings(asked: EmbeddingsRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
         model, prompt_name = models.find(asked.model, asked.input_type)
-        answer = await model.embed(
-            Asked(_inputs(asked.input), prompt_name, asked.dimensions, truncate=asked.truncate), request.state.facts
-        )
+        is_single = isinstance(asked.input, str) or isinstance(asked.input[0], int)  # one text, or the ids of one
+        inputs: Any = [asked.input] if is_single else asked.input
+        asked_for = Asked(inputs, prompt_name, asked.dimensions, truncate=asked.truncate)
+        answer = await model.embed(asked_for, request.state.facts)
         encode = _base64 if asked.encoding_format == "base64" else lambda row: row
         rows = enumerate(answer.rows)
         body = {
@@ -135,12 +136,6 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
         return json_response(_model(name, models))
 
     return routes
-
-
-def _inputs(given: Any) -> list[Any]:
-    """Texts or lists of ids, also where the request has just one."""
-    is_single = isinstance(given, str) or isinstance(given[0], int)
-    return [given] if is_single else given
 
 
 def _base64(row: Any) -> str:

@@ -91,11 +91,9 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     async def embed(asked: TEIEmbedRequest, request: Request) -> Response:
         """Vectors of texts, (n_texts, n_dims). Headers: X-Embedding-Fingerprint, X-Embedding-Truncated."""
         model, prompt_name = models.find(asked.model, asked.prompt_name)
-        given = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        truncate = bool(asked.truncate)
-        answer = await model.embed(
-            Asked(given, prompt_name, asked.dimensions, asked.normalize, truncate), request.state.facts
-        )
+        inputs = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+        asked_for = Asked(inputs, prompt_name, asked.dimensions, asked.normalize, bool(asked.truncate))
+        answer = await model.embed(asked_for, request.state.facts)
         return json_response(answer.rows, headers=answer.headers)
 
     routes.post("/embed", response_model=list[list[float]])(embed)
@@ -123,41 +121,34 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     @routes.get("/info", response_model=Info)
     async def info(model: str | None = None) -> Response:
         """What the model is. `model` chooses one of several [default: the first]."""
-        found, _ = models.find(model)
-        return json_response(_info(found), headers={"X-Embedding-Fingerprint": found.fingerprint()})
+        chosen, _ = models.find(model)
+        return json_response(_info(chosen), headers={"X-Embedding-Fingerprint": chosen.fingerprint()})
 
     return routes
 
 
 def _tokens(model: ServedModel, texts: list[Ids], with_special: bool) -> list[list[dict[str, Any]]]:
-    llama = model.embedder.parts[0].model
     return [
         [
-            {
-                "id": token,
-                "text": llama.piece(token).decode(errors="replace"),
-                "special": llama.is_special(token),
-                "start": None,
-                "stop": None,
-            }
-            for token in ids.tolist()
-            if with_special or not llama.is_special(token)
+            {"id": token, "text": text, "special": special, "start": None, "stop": None}
+            for token, text, special in model.encoder.pieces(ids)
+            if with_special or not special
         ]
         for ids in texts
     ]
 
 
 def _info(model: ServedModel) -> dict[str, Any]:
-    header, settings = model.header, model.settings
+    header, limits = model.header, model.limits
     return {
         "model_id": model.name,
         "model_sha": model.sha256,
         "model_dtype": header.file_type,
         "model_type": {"embedding": {"pooling": model.embedder.pooling}},
-        "max_concurrent_requests": settings.max_requests,
+        "max_concurrent_requests": limits.max_requests,
         "max_input_length": model.embedder.max_seq_length,
-        "max_batch_tokens": settings.step_tokens,
-        "max_client_batch_size": settings.max_texts,
+        "max_batch_tokens": limits.step_tokens,
+        "max_client_batch_size": limits.max_texts,
         "auto_truncate": False,
         "tokenization_workers": 1,
         "version": str(header.values.get(KEY_VERSION, "")),

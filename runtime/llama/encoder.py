@@ -1,0 +1,132 @@
+"""The one way from texts to vectors, step by step: prompt, token ids, computing, width and length, unusable rows.
+
+`Embedder`, the server, the selftest and whoever measures take these steps; each adds its own words and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from f2gguf.runtime.errors import TextError
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.context import Watch
+from f2gguf.runtime.llama.engine import ComputeSettings, Engine, Rows
+from f2gguf.runtime.llama.packing import Ids, shared_length, unique
+from f2gguf.runtime.llama.tokenizer import Tokenizer
+from numpy.typing import NDArray
+
+Input = str | Sequence[int]  # a text, or the ids of its tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of texts as the model sees them, prompt and special tokens included."""
+
+    ids: list[Ids]
+    truncated: NDArray[np.bool_]  # (n_texts,) whether the text was longer
+    prompt: Ids | None  # ids of the prompt that was put before all texts
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens, (n_texts,)."""
+        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+
+def add_prompt(text: str, prompt: str) -> str:
+    """`text` behind `prompt`, which is not doubled where the text begins with it already."""
+    return text if text.startswith(prompt) else prompt + text
+
+
+def normalized(rows: Rows) -> Rows:
+    """Rows of length 1, NaN for zeros. The sum of squares is float64: large finite rows have a length too."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(rows / norms[:, None], dtype=np.float32)
+
+
+class Encoder:
+    """An open .gguf file: its engine and its tokenizer. Many threads may share one."""
+
+    def __init__(
+        self, header: Header, settings: ComputeSettings, *, max_tokens: int, watch: Watch | None = None
+    ) -> None:
+        self.header = header
+        self.settings = settings
+        self.max_tokens = max_tokens
+        self._engine = Engine(header, settings, watch=watch)
+        self._tokenizer = Tokenizer(self._engine.model, header)
+
+    @property
+    def description(self) -> str:
+        """Device, threads and way of computing."""
+        return self._engine.description
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether a GPU holds weights."""
+        return bool(self._engine.model.offloaded)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time spent inside llama.cpp so far."""
+        return self._engine.compute_seconds
+
+    def tokenize(
+        self,
+        inputs: Sequence[Input],
+        prompt: str = "",
+        *,
+        max_tokens: int | None = None,
+        label: str = "text {number} of {total}",
+    ) -> Tokens:
+        """Ids of texts behind `prompt`, cut to `max_tokens` [the encoder's]; special tokens are added to ids.
+
+        Raises `TextError` for what is no text; `label` says which one it is, by its {number} or {index}.
+        """
+        most = max_tokens or self.max_tokens
+        ids: list[Ids] = []
+        truncated = np.zeros(len(inputs), dtype=np.bool_)
+        for i, text in enumerate(inputs):
+            try:
+                if isinstance(text, str):
+                    tokens, truncated[i] = self._tokenizer(add_prompt(text, prompt), max_tokens=most)
+                else:
+                    tokens, truncated[i] = self._tokenizer.complete(text, max_tokens=most)
+            except TextError as error:
+                name = label.format(index=i, number=i + 1, total=len(inputs))
+                raise TextError(f"{name}: {error}") from error
+            ids.append(tokens)
+        return Tokens(ids, truncated, self._tokenizer(prompt, max_tokens=most)[0] if prompt else None)
+
+    def pieces(self, ids: Ids) -> list[tuple[int, str, bool]]:
+        """Each token with its text, and whether it is a special one."""
+        model = self._engine.model
+        return [(i, model.piece(i).decode(errors="replace"), model.is_special(i)) for i in ids.tolist()]
+
+    def compute(
+        self, texts: Sequence[Ids], prompt: Ids | None = None, *, on_progress: Callable[[int], None] | None = None
+    ) -> Rows:
+        """Raw vectors of token ids, (n_texts, n_embd), NaN rows for texts that have no finite one.
+
+        Equal texts are computed once, and so are the ids that all begin with: of their `prompt`, where they have one.
+        `on_progress` is told how many texts a batch has finished.
+        """
+        different, index = unique(texts)
+        counts = np.bincount(index, minlength=len(different))
+        return self._engine.embed(
+            different,
+            n_shared=shared_length(different if prompt is None else [*different, prompt]),
+            on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
+        )[index]
+
+    def finish(self, rows: Rows, *, width: int, normalize: bool | None = None) -> Rows:
+        """The leading `width` numbers of raw vectors, of length 1 where `normalize` says so, or for None the file."""
+        rows = np.ascontiguousarray(rows[:, :width])
+        is_normalized = self.header.is_normalized if normalize is None else normalize
+        return normalized(rows) if is_normalized else rows
+
+    def close(self, *, wait: bool = True) -> None:
+        """Free the context behind every call that came before; the model goes with its last user."""
+        self._engine.close(wait=wait)

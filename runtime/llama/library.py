@@ -1,0 +1,114 @@
+"""The llama.cpp library as a whole, through llama-cpp-python's C functions: its logs, devices, threads and build."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import llama_cpp
+from f2gguf.runtime.errors import DeviceMissing, UnknownName
+from llama_cpp._ggml import libggml
+
+for _name in ("ggml_version", "ggml_commit", "ggml_backend_reg_name"):
+    getattr(libggml, _name).restype = ctypes.c_char_p
+libggml.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
+libggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+libggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+libggml.ggml_backend_reg_get.restype = ctypes.c_void_p
+# device -> names of the ggml backend that drives it, and the build flag that brings it
+DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "auto": ((), ""),
+    "cpu": ((), ""),
+    "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
+    "cuda": (("CUDA",), "-DGGML_CUDA=on"),
+}
+ERROR = 4  # ggml_log_level
+
+_sinks: list[Callable[[int, str], None]] = []
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+    line = text.decode("utf-8", errors="replace")
+    for sink in list(_sinks):
+        sink(level, line)
+
+
+llama_cpp.llama_log_set(_on_log, ctypes.c_void_p())
+llama_cpp.llama_backend_init()
+
+
+def ggml_build() -> str:
+    """Version and commit of the ggml that llama.cpp was compiled with."""
+    return f"{libggml.ggml_version().decode()} ({libggml.ggml_commit().decode()})"
+
+
+@contextlib.contextmanager
+def log_to(sink: Callable[[int, str], None]) -> Iterator[None]:
+    """Send llama.cpp's log fragments (level, text) to `sink` while the block runs."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors while the block runs."""
+    lines: list[str] = []
+    with log_to(lambda level, text: lines.append(text.strip()) if level == ERROR else None):
+        yield lines
+
+
+def require_device(device: str) -> None:
+    """Raise `UnknownName` for no device, `DeviceMissing` where this build of llama.cpp lacks it."""
+    if device not in DEVICES:
+        raise UnknownName("device", device, DEVICES)
+    names, flag = DEVICES[device]
+    if names and not set(names) & set(backends()):
+        raise DeviceMissing(
+            f"--device {device}: this build of llama.cpp has only: {', '.join(backends())}. Reinstall with\n"
+            f'  CMAKE_ARGS="{flag}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
+        )
+
+
+def default_threads() -> int:
+    """Number of physical cores that this process may run on: two threads of one core only get in each other's way.
+
+    macOS: the performance cores. A container's CPU quota counts where it is less.
+    """
+    if sys.platform == "darwin":
+        return _performance_cores() or os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    processors = os.sched_getaffinity(0)
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in processors)
+    n_cores = len({path.read_text() for path in siblings if path.exists()}) or len(processors)
+    return max(1, min(n_cores, _cpu_quota() or n_cores))
+
+
+@functools.cache
+def _performance_cores() -> int | None:
+    """What macOS's `sysctl` says, asked once in a process; None where it does not know."""
+    asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
+    return int(asked.stdout) if asked.stdout.strip().isdigit() else None
+
+
+def _cpu_quota() -> int | None:
+    """Processors' worth of time that a container may use (cgroup 2), rounded up; None without a limit."""
+    path = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
+    return None if quota == "max" else -(-int(quota) // int(period))
+
+
+def backends() -> list[str]:
+    """Names of ggml's backends in this build, such as 'CPU' and 'CUDA'."""
+    registered = map(libggml.ggml_backend_reg_get, range(libggml.ggml_backend_reg_count()))
+    return [libggml.ggml_backend_reg_name(backend).decode() for backend in registered]
