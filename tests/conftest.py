@@ -49,7 +49,9 @@ import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, range(os.cpu_count()))
 """
-SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome"}
+# What is slow for its fixtures or as a file; single tests carry the marker themselves
+SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
+SLOW_FILES = {"test_hub_standin", "test_push_faults", "test_serve_schema"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
 
 
