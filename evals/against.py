@@ -94,12 +94,12 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
     try:
         with parsing(path, InputError, _EMBED_AGAIN):
             vectors, ids = _READERS[path.suffix.lower()](path)
-            shape, is_float = vectors.shape, np.issubdtype(vectors.dtype, np.floating)
     except (OSError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}. {_EMBED_AGAIN}"
         ) from error
-    if len(shape) != 2 or not is_float:
+    shape = vectors.shape
+    if len(shape) != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise InputError(
             f"{path}: holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd). {_EMBED_AGAIN}"
         )
@@ -116,7 +116,7 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
 def _read_npy(path: Path) -> tuple[Vectors, list[Any]]:
     ids_path = path.with_suffix(".ids.jsonl")
     lines = ids_path.read_text(encoding="utf-8").split("\n") if ids_path.exists() else []
-    return np.load(path, mmap_mode="r"), [json.loads(line) for line in lines if line]
+    return np.lib.format.open_memmap(path, mode="r"), [json.loads(line) for line in lines if line]
 
 
 def _read_safetensors(path: Path) -> tuple[Vectors, list[Any]]:
@@ -125,8 +125,8 @@ def _read_safetensors(path: Path) -> tuple[Vectors, list[Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             ids = json.loads((file.metadata() or {}).get("ids", "[]"))
-            return file.get_tensor(STORED_KEY), list(ids)
-    except SafetensorError as error:
+            return file.get_tensor(STORED_KEY), ids if isinstance(ids, list) else []
+    except (AttributeError, SafetensorError, TypeError) as error:  # numpy has no type for some that safetensors has
         raise ValueError(str(error)) from error
 
 

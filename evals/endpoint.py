@@ -177,10 +177,12 @@ def _ask(client: openai.OpenAI, endpoint: Endpoint, texts: list[str]) -> Vectors
     except openai.OpenAIError as error:
         reason = str(error.__cause__ or error).rstrip(".") or type(error.__cause__).__name__
         raise endpoint.failed(f"cannot be asked: {reason}. Is the server up?") from error
+    from pydantic import TypeAdapter
+
     kind = response.headers.get("Content-Type", "no content type")
     next_step = "Give the base URL of an API, such as http://host/v1."
     with parsing(f"{endpoint.name}: its answer ({kind})", EndpointFailed, next_step):
-        return _in_order(response.json()["data"], len(texts))
+        return _in_order(TypeAdapter(_Answer).validate_json(response.content).data, len(texts))
 
 
 def _headers(endpoint: Endpoint) -> dict[str, Any]:
@@ -193,9 +195,20 @@ def _headers(endpoint: Endpoint) -> dict[str, Any]:
     return headers | {"Authorization": f"Bearer {endpoint.key}" if endpoint.key else openai.omit}
 
 
-def _in_order(rows: list[dict[str, Any]], n_texts: int) -> Vectors:
+@dataclass(frozen=True)
+class _Row:
+    embedding: str | list[float | str | None]  # null becomes NaN, which the caller refuses
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    data: list[_Row]
+
+
+def _in_order(rows: list[_Row], n_texts: int) -> Vectors:
     """Vectors of one answer in the order of its indices, (n_texts, n_embd) float32."""
-    placed = {row.get("index", i): _vector(row["embedding"]) for i, row in enumerate(rows)}
+    placed = {i if row.index is None else row.index: _vector(row.embedding) for i, row in enumerate(rows)}
     if len(rows) != n_texts or set(placed) != set(range(n_texts)):
         raise ValueError(f"{n_texts} texts were sent and {len(rows)} vectors came, with indices {sorted(placed)}")
     vectors = np.stack([placed[i] for i in range(n_texts)])

@@ -232,28 +232,29 @@ class OutOfReach(F2ggufError):
 
 @contextlib.contextmanager
 def parsing(what: object, kind: type[F2ggufError], next_step: str) -> Iterator[None]:
-    """Turn what Python raises on content of the wrong shape (a key, type or number amiss) into one clear `kind`."""
+    """Turn what Python raises on foreign data of the wrong shape into one clear `kind`.
+
+    Keep the block to reading and checking that data: an error of our own code must not be called damage.
+    """
     try:
         yield
     except _MALFORMED as error:
-        reason = str(error) or type(error).__name__
+        reason = _reason(error)
         shown = reason if len(reason) <= 160 else reason[:157] + "..."
         raise kind(
             f"{what}: is damaged, or not what it should be ({type(error).__name__}: {shown}). {next_step}"
         ) from error
 
 
-_MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RecursionError,
-    StopIteration,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_MALFORMED = (ArithmeticError, LookupError, RecursionError, ValueError, struct.error)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line; of pydantic's lists of errors the first, with the place of the value."""
+    if isinstance(error, ValueError) and callable(listed := getattr(error, "errors", None)):
+        first = listed()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    return str(error) or type(error).__name__
 
 
 class DriftWarning(UserWarning):

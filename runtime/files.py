@@ -40,13 +40,11 @@ def writing(path: Path) -> Iterator[Path]:
     a path that is no regular file, and at once where another process writes it; other errors of the block pass.
     """
     part = _part_of(path)
-    with _output_errors(path):
+    with _output_errors(path, held="another process is writing it. Wait until that has ended, or name another file."):
         part.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(part, os.O_RDWR | os.O_CREAT)
-    if descriptor is None:
-        raise OutputError(f"{path}: another process is writing it. Wait until that has ended, or name another file.")
+        descriptor = open_locked(part, os.O_RDWR | os.O_CREAT)
     try:
-        with _output_errors(path, part):
+        with _output_errors(path, only_of=part):
             os.ftruncate(descriptor, 0)
             yield part
         with _output_errors(path):
@@ -66,14 +64,33 @@ def locked(folder: Path) -> Iterator[None]:
 
     Nothing is left behind: the lock is on the folder itself, and ends with the process.
     """
-    with _output_errors(folder):
+    with _output_errors(folder, held="another run is at work there. Wait for its end, or choose another folder."):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(folder, os.O_RDONLY)
-    if descriptor is None:
-        raise OutputError(f"{folder}: another run is at work there. Wait until it has ended, or choose another folder.")
+        descriptor = open_locked(folder, os.O_RDONLY)
     try:
         yield
     finally:
+        os.close(descriptor)
+
+
+def open_locked(path: Path, flags: int, *, wait: bool = False) -> int:
+    """A descriptor of `path` that holds the only lock on it until it is closed.
+
+    Raises `BlockingIOError` where another process holds it, unless `wait`.
+    """
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # whoever held the lock may have renamed or removed the file since it was opened here
+            is_there = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except OSError as error:
+            is_there = error.errno in _NO_LOCKS
+            if not is_there and not isinstance(error, FileNotFoundError):
+                os.close(descriptor)
+                raise
+        if is_there:
+            return descriptor
         os.close(descriptor)
 
 
@@ -168,34 +185,19 @@ def _part_of(path: Path) -> Path:
     return target.with_name(target.name + PART_SUFFIX)
 
 
-def _lock(path: Path, flags: int) -> int | None:
-    """A descriptor of `path` that holds its only lock, until it is closed; None where another one holds it."""
-    while True:
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return descriptor
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                return None
-            raise
-        # whoever held it may have renamed or removed the file since it was opened here
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def _output_errors(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Say of an `OSError` that `path` cannot be written; with `part`, only of one about that file or its disk."""
+def _output_errors(path: Path, *, only_of: Path | None = None, held: str = "") -> Iterator[None]:
+    """Say of an `OSError` that `path` cannot be written; with `only_of`, of one about that file or its disk only.
+
+    `held` is what to say where another process has its lock.
+    """
     try:
         yield
     except OSError as error:
-        if part and not _is_of(part, error):
+        if only_of and not _is_of(only_of, error):
             raise
+        if held and isinstance(error, BlockingIOError):
+            raise OutputError(f"{path}: {held}") from error
         reason = error.strerror or str(error)
         raise OutputError(f"{path}: cannot be written: {reason}. What was there before is untouched.") from error
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import f2gguf.quantize.checkpoint.folder as folder_module
+import f2gguf.quantize.checkpoint.vocabulary as vocabulary_module
 import numpy as np
 import pytest
 from checkpoints import NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
@@ -137,6 +139,17 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
         BrokenCheckpoint,
         "modules.json: is damaged, or not what it should be",
     ),
+    "modules that are no list": (write("modules.json", "5"), BrokenCheckpoint, "modules.json: is damaged"),
+    "shard index that is no table": (
+        write("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        BrokenCheckpoint,
+        r"index.json: is damaged, .*weight_map\.a: ",
+    ),
+    "shard index without files": (
+        write("model.safetensors.index.json", '{"weight_map": {}}'),
+        BrokenCheckpoint,
+        "has an empty 'weight_map'",
+    ),
     "dense module": (
         write("modules.json", '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'),
         UnsupportedCheckpoint,
@@ -215,6 +228,22 @@ def test_damage_is_named(case: str, tiny: Path, tmp_path: Path) -> None:
     damage(tiny)
     with pytest.raises(kind, match=message):
         convert(facts_of(tiny), tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError])
+def test_error_of_our_own_code_is_not_called_damage(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(folder_module, "_stored_tensor", fail)
+    with pytest.raises(error, match="ours"):
+        facts_of(tiny)
+    monkeypatch.undo()
+    monkeypatch.setattr(vocabulary_module, "_tokens", fail)
+    with pytest.raises(error, match="ours"):
+        facts_of(tiny)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 from f2gguf.quantize.source.lock import default_path, read_lock
 from f2gguf.quantize.source.pin import write_entry
 from f2gguf.runtime.hub.listing import RemoteFile
-from hub import ALWAYS, Fault, Hub, run_command, serving
-from hypothesis import given
+from hub import ALWAYS, Fault, Hub, run_command, run_python, serving
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Lock = Callable[..., CompletedProcess[str]]
@@ -188,6 +188,35 @@ def test_lock_that_cannot_be_written_says_how_to_name_another(lock: Lock, path: 
     assert path.read_text() == LOCK
 
 
+def test_installed_lock_is_never_written_but_a_copy_in_the_current_folder(
+    hub: Hub, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import sys
+from pathlib import Path
+import f2gguf.quantize.source.lock as lock
+lock._CHECKOUT, shipped = Path("/absent"), Path(sys.argv.pop(1))
+lock._shipped_path = lambda: shipped
+from f2gguf.quantize.cli import quantize
+quantize()
+"""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    process = run_python(code, path, "lock", "--check", "pinned", hub=hub, home=tmp_path / "h")
+    assert process.returncode == 0, process.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    for name in ("pinned", "preview"):
+        process = run_python(code, path, "lock", name, hub=hub, home=tmp_path / "h")
+        assert process.stdout.splitlines()[-1] == "models.lock", process.stderr
+    assert path.read_text() == LOCK
+    own = read_lock(tmp_path / "work" / "models.lock")
+    assert own.entry("pinned").files
+    assert own.entry("preview").files
+    run_python(code, path, "lock", "org/other", "--lock", path, hub=hub, home=tmp_path / "h")
+    assert "other" in read_lock(path).entries
+    assert "other" not in read_lock(tmp_path / "work" / "models.lock").entries
+
+
 def test_unreachable_hub_ends_the_run_and_keeps_the_lock(lock: Lock, path: Path, hub: Hub) -> None:
     hub.stop()
     fails(lock(), "the Hub cannot be reached")
@@ -297,6 +326,7 @@ TEXTS = st.lists(
 )
 
 
+@settings(deadline=None)  # the machine that runs it may be busy
 @given(head=TEXTS, name=st.sampled_from(["a", "b.c", "d", "e", "new"]))
 def test_no_comment_and_no_other_entry_changes_whatever_the_lock_looks_like(
     tmp_path_factory: pytest.TempPathFactory, head: list[str], name: str

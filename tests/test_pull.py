@@ -13,7 +13,7 @@ from conftest import Release
 from f2gguf.quantize.cli import f2gguf
 from f2gguf.runtime.errors import NotGGUF
 from f2gguf.runtime.hub.listing import Listing, RemoteFile
-from f2gguf.runtime.hub.models import Reference, matching, open_header, parse_reference, variant_of
+from f2gguf.runtime.hub.models import HubFile, matching, open_header, parse_reference, variant_of
 from hub import ALWAYS, Fault, Hub, flip_bit, only_error, run_command, run_python, serving
 
 Run = Callable[..., CompletedProcess[str]]
@@ -293,12 +293,12 @@ def test_what_may_be_both_is_told_as_both(command: Run, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reference"),
+    ("text", "file"),
     [
-        ("Org-1/Na.me_2", Reference("Org-1/Na.me_2")),
-        ("org/name:Q8_0", Reference("org/name", "Q8_0")),
-        ("org/name:a/b.gguf@refs/pr/1", Reference("org/name", "a/b.gguf", "refs/pr/1")),
-        ("org/name@v1.0", Reference("org/name", None, "v1.0")),
+        ("Org-1/Na.me_2", HubFile("Org-1/Na.me_2")),
+        ("org/name:Q8_0", HubFile("org/name", "Q8_0")),
+        ("org/name:a/b.gguf@refs/pr/1", HubFile("org/name", "a/b.gguf", "refs/pr/1")),
+        ("org/name@v1.0", HubFile("org/name", None, "v1.0")),
         ("org/name.GGUF", None),
         ("org/a..b", None),
         ("org/name-", None),
@@ -309,8 +309,8 @@ def test_what_may_be_both_is_told_as_both(command: Run, hub: Hub) -> None:
         ("", None),
     ],
 )
-def test_references_are_told_from_paths(text: str, reference: Reference | None) -> None:
-    assert parse_reference(text) == reference
+def test_references_are_told_from_paths(text: str, file: HubFile | None) -> None:
+    assert parse_reference(text) == file
 
 
 def test_path_too_long_for_any_file_system_is_one_clear_error() -> None:

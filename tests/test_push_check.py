@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,32 @@ def test_a_bit_of_any_byte_of_the_sums_is_found(folder: Path) -> None:
 def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UnfitRelease, match=name):
+        read_release(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        (Q8, "Run `quantize all` for the model again with its variant among --variants, or without it to take it off"),
+        ("drift.png", r"Run `quantize card` for the model again\."),
+    ],
+)
+def test_what_brings_a_missing_file_back_or_off_the_lists_is_said(folder: Path, name: str, step: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UnfitRelease, match=f"{name}: is listed in SHA256SUMS and not there. {step}"):
+        read_release(folder)
+
+
+@pytest.mark.parametrize("edit", [lambda report: report.update(files=[]), lambda report: report["files"].update(x=5)])
+def test_report_of_another_shape_names_the_place(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    seal(folder)
+    report = json.loads((folder / "drift.json").read_text())
+    edit(report)
+    (folder / "drift.json").write_text(json.dumps(report))
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    changed = f"{sha256(folder / 'drift.json')}  drift.json"
+    (folder / "SHA256SUMS").write_text("\n".join(changed if "drift.json" in line else line for line in sums) + "\n")
+    with pytest.raises(UnfitRelease, match=r"drift\.json: is damaged, .*ValidationError: files"):
         read_release(folder)
 
 

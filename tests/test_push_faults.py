@@ -53,7 +53,7 @@ def test_refusal_to_make_the_repository_is_one_clear_error(site: Site, status: i
 
 
 def test_read_back_of_another_listing_is_one_clear_error(site: Site) -> None:
-    site.hub.faults.append(Fault("GET", "/revision/", after=1, status=500))
+    site.hub.faults.append(Fault("GET", "/tree/", ALWAYS, status=500))
     assert "the Hub answers 500" in refusal(site.push("--yes"))
     assert site.repo.tags == {}
     require_ends_well(site)
@@ -99,7 +99,7 @@ KILLS = {
     "while parts are joined": ("POST", "/complete_multipart/", 0),
     "while an object is checked": ("POST", "/objects/verify", 1),
     "at the commit": ("POST", "/commit/main", 0),
-    "while the commit is listed": ("GET", "/revision/", 1),
+    "while the commit is listed": ("GET", "/tree/", 0),
     "while a file is read back": ("GET", "/stored/", 1),
     "at the tag": ("POST", "/tag/", 0),
 }
@@ -165,7 +165,7 @@ def test_bit_that_flips_on_its_way_to_the_storage_is_refused_there(site: Site, p
 def test_text_that_changes_on_its_way_into_the_commit_is_found(site: Site) -> None:
     sent, other = b64encode(b"FRO"), b64encode(b"FRN")  # the Modelfile begins so, and is the first
     site.hub.faults.append(Fault("POST", "/commit/main", received=lambda body: body.replace(sent, other, 1)))
-    assert "the Hub states of Modelfile: git blob" in refusal(site.push("--yes"))
+    assert "the Hub states of Modelfile: git-sha1" in refusal(site.push("--yes"))
     assert site.repo.tags == {}
     assert site.push("--yes").returncode == 0
     assert site.repo.read("Modelfile") == (site.folder / "Modelfile").read_bytes()

@@ -222,7 +222,7 @@ def test_a_report_is_read_as_it_was_written(report: Report, tmp_path: Path) -> N
 @pytest.mark.parametrize("content", ["[]", "{", "null", '{"model": 1}', '{"model": "x", "variants": {"Q8_0": []}}', ""])
 def test_what_is_no_report_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "drift.json").write_text(content)
-    with pytest.raises(InputError, match=r"drift\.json: is no report .*quantize all"):
+    with pytest.raises(InputError, match=r"drift\.json: is damaged, .*quantize all"):
         read_report(tmp_path)
 
 
@@ -337,5 +337,5 @@ def test_card_of_a_report_of_another_shape_is_an_error_that_says_what_to_run(run
     path.write_text('{"model": "f2llm-nano", "variants": {}, "files": {"F16": {}}}')
     process = run("quantize", "card", "f2llm-nano", "--out", tmp_path)
     assert process.returncode == 1
-    assert f"error: {path}: is no report" in process.stderr
+    assert f"error: {path}: is damaged" in process.stderr
     assert "Run `quantize all`" in process.stderr

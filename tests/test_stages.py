@@ -186,7 +186,7 @@ def test_a_report_that_is_gone_or_of_another_kind_means_a_first_run(
     path.write_text("[]")
     runs()
     assert runs.stages == ALL
-    assert "is no report" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
     path.unlink()
     runs()
     assert runs.stages == ALL

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
 from f2gguf.runtime.files import sha256_file
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+
+T = TypeVar("T")
 
 # safetensors dtype -> numpy dtype of its bytes (numpy has no bfloat16: its bits are read as uint16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -33,11 +36,37 @@ NEEDED = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # as weights are named that run code when they are read
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _FETCH_AGAIN = "Fetch the model again."
+_Count = Annotated[int, Field(strict=True, ge=0)]
 _POOLING_MODES = {
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
+
+
+@dataclass(frozen=True)
+class _Module:
+    type: str
+    path: str
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    prompts: dict[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _StatedTensor:
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
 
 
 @dataclass(frozen=True)
@@ -125,8 +154,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     modules and weight formats that f2gguf does not convert.
     """
     config = read_json(folder / "config.json")
-    with parsing(folder / "modules.json", BrokenCheckpoint, _FETCH_AGAIN):
-        pooling, is_normalized = _read_modules(folder)
+    pooling, is_normalized = _read_modules(folder)
     return Checkpoint(
         folder=folder,
         config=config,
@@ -147,15 +175,26 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """A JSON object from a file; `BrokenCheckpoint` where it does not parse, or is missing and not `optional`."""
     if optional and not path.exists():
         return {}
+    content = _load(path)
+    if not isinstance(content, dict):
+        raise BrokenCheckpoint(f"{path}: holds a JSON {type(content).__name__}, not an object. {_FETCH_AGAIN}")
+    return content
+
+
+def _load(path: Path) -> Any:
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"{path}: no such file. A checkpoint folder needs it; fetch the model again.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{path}: does not parse as JSON: {error}. Fetch the model again.") from error
-    if not isinstance(content, dict):
-        raise BrokenCheckpoint(f"{path}: holds a JSON {type(content).__name__}, not an object. {_FETCH_AGAIN}")
-    return content
+
+
+def _load_as(shape: type[T], path: Path) -> T:
+    """The content of a JSON file in a shape that pydantic checks."""
+    content = _load(path)
+    with parsing(path, BrokenCheckpoint, _FETCH_AGAIN):
+        return TypeAdapter(shape).validate_python(content)
 
 
 def _read_modules(folder: Path) -> tuple[str | None, bool]:
@@ -163,7 +202,7 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
     path = folder / "modules.json"
     if not path.exists():
         return None, True
-    modules = [(module["type"].rsplit(".", 1)[-1], module["path"]) for module in json.loads(path.read_text())]
+    modules = [(module.type.rsplit(".", 1)[-1], module.path) for module in _load_as(list[_Module], path)]
     kinds = [kind for kind, _ in modules]
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
@@ -177,15 +216,8 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
 
 
 def _read_prompts(path: Path) -> dict[str, str]:
-    with parsing(path, BrokenCheckpoint, _FETCH_AGAIN):
-        prompts = {
-            name: text
-            for name, text in (read_json(path, optional=True).get("prompts") or {}).items()
-            if text is not None
-        }
-        for text in prompts.values():
-            text.encode("utf-8")
-        return prompts
+    prompts = (_load_as(_Prompts, path).prompts or {}) if path.exists() else {}
+    return {name: text for name, text in prompts.items() if text is not None}
 
 
 def _read_max_seq_length(path: Path) -> int | None:
@@ -214,36 +246,36 @@ def _read_pooling(path: Path) -> str:
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    index_path = folder / "model.safetensors.index.json"
+    index = _load_as(_Index, index_path).weight_map if index_path.exists() else {}
     tensors: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder):
+    for path in _shards(index_path, index) if index_path.exists() else [_single_file(folder)]:
         for name, tensor in _read_safetensors(path).items():
             if name in tensors:
                 raise BrokenCheckpoint(f"{path}: {name} is in {tensors[name].file.name} too.")
             tensors[name] = tensor
-    index = read_json(folder / "model.safetensors.index.json", optional=True).get("weight_map", {})
     for name, file in index.items():
         if name not in tensors or tensors[name].file.name != file:
             raise BrokenCheckpoint(f"{folder / file}: lacks {name}, which the shard index places there.")
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index_path = folder / "model.safetensors.index.json"
-    if not index_path.exists():
-        single = folder / "model.safetensors"
-        if single.exists():
-            return [single]
-        if any(path.suffix in (*PICKLES, ".h5", ".onnx") for path in folder.iterdir()):
-            raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
-        raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BrokenCheckpoint(f"{index_path}: has no 'weight_map'. Fetch the model again.")
-    with parsing(index_path, BrokenCheckpoint, _FETCH_AGAIN):
-        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+def _single_file(folder: Path) -> Path:
+    single = folder / "model.safetensors"
+    if single.exists():
+        return single
+    if any(path.suffix in (*PICKLES, ".h5", ".onnx") for path in folder.iterdir()):
+        raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
+    raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
+
+
+def _shards(index_path: Path, index: Mapping[str, str]) -> list[Path]:
+    files = [index_path.parent / Path(name).name for name in sorted(set(index.values()))]
+    if not files:
+        raise BrokenCheckpoint(f"{index_path}: has an empty 'weight_map'. {_FETCH_AGAIN}")
     for path in files:
         if not path.is_file():
-            raise BrokenCheckpoint(f"{path}: no such file, but {index_path.name} names it. Fetch the model again.")
+            raise BrokenCheckpoint(f"{path}: no such file, but {index_path.name} names it. {_FETCH_AGAIN}")
     return files
 
 
@@ -259,8 +291,11 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     with parsing(f"{path}, its header", BrokenCheckpoint, _FETCH_AGAIN):
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(entries, dict):
+            raise ValueError("no JSON object")
         entries.pop("__metadata__", None)
-        tensors = {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in entries.items()}
+        stated = TypeAdapter(dict[str, _StatedTensor]).validate_python(entries)
+    tensors = {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in stated.items()}
     _refuse_overlap(path, tensors)
     return tensors
 
@@ -272,12 +307,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    numbers = [*entry["data_offsets"], *entry["shape"]]
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"{name} has an offset or dimension that is no count")
-    begin, end = (data_start + offset for offset in entry["data_offsets"])
-    tensor = StoredTensor(path, str(entry["dtype"]), tuple(entry["shape"]), begin)
+def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, stated: _StatedTensor) -> StoredTensor:
+    begin, end = (data_start + offset for offset in stated.data_offsets)
+    tensor = StoredTensor(path, stated.dtype, stated.shape, begin)
     if end > size_bytes:
         raise BrokenCheckpoint(
             f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. {_FETCH_AGAIN}"

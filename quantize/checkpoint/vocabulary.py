@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
-from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint, parsing
+from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 
 # The split pattern of a byte-level BPE, word for word -> llama.cpp's name for its own implementation of it
 PRE_TOKENIZERS = {
@@ -48,18 +48,13 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     not hold together, `Disagreement` where the lock and the checkpoint close texts with different tokens.
     """
     path = checkpoint.tokenizer_path
-    with parsing(path, BrokenCheckpoint, "Fetch the model again."):
-        return _read(checkpoint, read_json(path), eos_token)
-
-
-def _read(checkpoint: Checkpoint, spec: dict[str, Any], eos_token: str | None) -> Vocabulary:
-    path = checkpoint.tokenizer_path
-    kind = spec["model"]["type"]
+    spec = read_json(path)
+    load_tokenizer(checkpoint)  # the library that defines the format checks its shape: from here on it can be relied on
+    kind = spec["model"].get("type")
     if kind not in _FAMILIES:
         raise UnsupportedCheckpoint(
             f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
         )
-    load_tokenizer(checkpoint)  # says what is broken in the words of the library that defines the format
     opening, closing = _template(spec)
     stated = closing[-1] if closing else None
     if stated and eos_token and stated != eos_token:
@@ -137,7 +132,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
         model="gpt2",
         pre=_pre_tokenizer(spec, checkpoint),
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
-        special={"eos": eos_token, **({"padding": pad} if pad else {})},
+        special={"eos": eos_token, **({"padding": str(pad)} if pad else {})},
         flags={"add_bos_token": False, "add_eos_token": True},
     )
 
@@ -200,7 +195,7 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
     types = [_UNUSED] * n_vocab
     added_tokens = spec.get("added_tokens", [])
     ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
-    if not 0 <= min(ids) <= max(ids) < n_vocab:
+    if not 0 <= min(ids, default=0) <= max(ids, default=0) < n_vocab:
         raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")
     for text, i in spec["model"]["vocab"].items():
         tokens[i], types[i] = text, _NORMAL
@@ -220,7 +215,7 @@ def _template(spec: dict[str, Any]) -> tuple[list[str], list[str]]:
     for processor in processors:
         if processor.get("type") == "TemplateProcessing":
             pieces = processor["single"]
-            at = next(i for i, piece in enumerate(pieces) if "Sequence" in piece)
+            at = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
             names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else "" for piece in pieces]
             return names[:at], names[at + 1 :]
         if processor.get("type") == "BertProcessing":

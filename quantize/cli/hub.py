@@ -24,16 +24,19 @@ def fetch(model: str, lock: Path | None) -> None:
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--check", is_flag=True, help="Change nothing, and say what has moved.")
+@click.option("--check", is_flag=True, help="Change nothing, and say what has moved on the Hub.")
 @LOCK
 def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     """Pin models in models.lock: their commits, and their files' sizes and hashes.
+
+    The models.lock of the current folder is read and written. Where there is none, it is begun as a copy of the one
+    that came with f2gguf; in a checkout of f2gguf, its own is written.
 
     Without MODEL, all that come from the Hub. An entry keeps its revision, and gets the head of main where it has none;
     org/name@revision gives it that one, or adds an entry. --check compares the lock with the Hub: exit code 1 where the
     Hub no longer has what is locked; that main has moved on is only said.
     """
-    from f2gguf.quantize.source.lock import read_lock
+    from f2gguf.quantize.source.lock import default_path, read_lock
     from f2gguf.quantize.source.pin import check_model, find_targets, lock_model
 
     known = read_lock(lock)
@@ -41,7 +44,7 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     failed = []
     for target in targets:
         try:
-            click.echo(check_model(target) if check else lock_model(target, known.path))
+            click.echo(check_model(target) if check else lock_model(target, lock))
         except (HubUnreachable, RateLimited):  # the next one would fail as well
             raise
         except (HubError, CheckpointError) as error:
@@ -50,6 +53,7 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
             say(str(error))
             failed.append(target.name)
     if not check and len(failed) < len(targets):
-        click.echo(str(known.path))
+        click.echo(str(lock or default_path()))
     if failed:
-        raise HubError(f"{known.path}: {', '.join(failed)} {'differ' if check else 'not written'}, as said above.")
+        outcome = "differ from it" if check else "not written"
+        raise HubError(f"{known.path}: {', '.join(failed)} {outcome}. The reasons are in the lines before.")

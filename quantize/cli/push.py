@@ -11,13 +11,13 @@ from f2gguf.runtime.console import progress, say
 
 @click.command()
 @click.argument("model")
-@click.option("--repo", required=True, metavar="ORG/NAME", help="The repository on the Hub.")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Where `quantize all` wrote.")
-@click.option("--tag", metavar="NAME", help="[default: one that names the release's content]")
-@click.option("--create", is_flag=True, help="Make the repository where there is none.")
-@click.option("--private", is_flag=True, help="Make it a private one.")
+@click.option("--repo", required=True, metavar="ORG/NAME", help="Repository on the Hub to push to.")
+@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+@click.option("--tag", metavar="NAME", help="Tag of the commit [default: a name made from the release's content].")
+@click.option("--create", is_flag=True, help="Make the repository if there is none.")
+@click.option("--private", is_flag=True, help="Make it a private repository.")
 @click.option("--allow-over-bound", is_flag=True, help="Push files over the bound too.")
-@click.option("--yes", is_flag=True, help="Do it; without, the plan is printed and nothing is sent.")
+@click.option("--yes", is_flag=True, help="Push. Without this flag the plan is printed and nothing is sent.")
 @JSON
 def push(
     model: str,

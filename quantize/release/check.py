@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from f2gguf.runtime.errors import HashMismatch, OverBound, UnfitRelease, UnknownName, parsing
+from f2gguf.quantize.report.report import FILE_NAME, Measured, Report, read_report
+from f2gguf.runtime.errors import HashMismatch, InputError, OverBound, UnfitRelease, UnknownName, parsing
 from f2gguf.runtime.files import format_bound, sha256_file
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import Header, read_header
 
-REPORT, SUMS, CARD = "drift.json", "SHA256SUMS", "README.md"
+REPORT, SUMS, CARD = FILE_NAME, "SHA256SUMS", "README.md"
 _SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 _REFERENCE_TYPES = ("F16", "BF16", "F32")
 _REPORT_DIGITS = 1e-6  # drift.json rounds to six
@@ -35,14 +34,14 @@ class Release:
     """What may be pushed. Make one with `read_release`."""
 
     folder: Path
-    report: dict[str, Any]
+    report: Report
     hashes: dict[str, str]  # file -> SHA-256, SHA256SUMS itself included
     unlisted: tuple[str, ...]  # what else lies in the folder
 
     @property
     def tag(self) -> str:
         """A name that says what the release holds: another one as soon as a byte of it differs."""
-        return f"f2gguf-{self.report['made_with']['f2gguf']}-{self.hashes[SUMS][:8]}"
+        return f"f2gguf-{self.report.made_with['f2gguf']}-{self.hashes[SUMS][:8]}"
 
     def size_bytes(self, name: str) -> int:
         return (self.folder / name).stat().st_size
@@ -79,10 +78,12 @@ def read_release(folder: Path, *, allow_over_bound: bool = False) -> Release:
             raise UnfitRelease(f"{folder / SUMS}: does not list {name}. Run `quantize card` for the model.")
     for name, sha256 in hashes.items():
         _require_bytes(folder / name, sha256)
-    with parsing(folder / REPORT, UnfitRelease, "Run `quantize all` for it again."):
-        report = json.loads((folder / REPORT).read_bytes())
-        _require_same_hashes(folder, hashes, report)
-        _require_measured(folder, hashes, report, allow_over_bound=allow_over_bound)
+    try:
+        report = read_report(folder)
+    except InputError as error:
+        raise UnfitRelease(str(error)) from error
+    _require_same_hashes(folder, hashes, report)
+    _require_measured(folder, hashes, report, allow_over_bound=allow_over_bound)
     content = (folder / SUMS).read_bytes()
     listed = {**hashes, SUMS: hashlib.sha256(content).hexdigest()}
     unlisted = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in listed)
@@ -91,7 +92,7 @@ def read_release(folder: Path, *, allow_over_bound: bool = False) -> Release:
 
 def _read_sums(path: Path) -> dict[str, str]:
     """File -> SHA-256, from lines such as sha256sum writes."""
-    with parsing(path, UnfitRelease, "Run `quantize card` for the model."):
+    with parsing(path, UnfitRelease, _make_again(path.name)):
         *lines, rest = path.read_bytes().decode().split("\n")
         matches = [_SUMS_LINE.fullmatch(line) for line in lines]
         hashes = {match[2]: match[1] for match in matches if match}
@@ -102,30 +103,40 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def _require_bytes(path: Path, sha256: str) -> None:
     if not path.is_file():
-        raise UnfitRelease(f"{path}: is listed in {SUMS} and not there. Run `quantize all` for it again.")
-    found = sha256_file(path)
-    if found != sha256:
+        leave_out = " with its variant among --variants, or without it to take it off the lists"
+        raise UnfitRelease(
+            f"{path}: is listed in {SUMS} and not there. "
+            + _make_again(path.name, leave_out if path.suffix == ".gguf" else "")
+        )
+    actual = sha256_file(path)
+    if actual != sha256:
         raise HashMismatch(
-            f"{path}: has the SHA-256 {found}, and {SUMS} states {sha256}: the file changed since it was measured. "
-            "Run `quantize all` for it again."
+            f"{path}: has the SHA-256 {actual}, and {SUMS} states {sha256}: the file changed since it was measured. "
+            + _make_again(path.name)
         )
 
 
-def _require_same_hashes(folder: Path, hashes: dict[str, str], report: dict[str, Any]) -> None:
+def _make_again(name: str, how: str = "") -> str:
+    """The command that writes a file of the release."""
+    is_measured = name == REPORT or name.endswith(".gguf")
+    return f"Run `quantize {'all' if is_measured else 'card'}` for the model again{how}."
+
+
+def _require_same_hashes(folder: Path, hashes: dict[str, str], report: Report) -> None:
     """drift.json states the hash of every file that was measured."""
-    for file in report["files"].values():
-        if hashes.get(file["file"]) != file["sha256"]:
+    for file in report.files.values():
+        if hashes.get(file.file) != file.sha256:
             raise UnfitRelease(
-                f"{folder / file['file']}: {REPORT} and {SUMS} state different hashes of it, or one lacks it. "
-                "Run `quantize card` for the model."
+                f"{folder / file.file}: {REPORT} and {SUMS} state different hashes of it, or one lacks it. "
+                + _make_again(SUMS)
             )
 
 
-def _require_measured(folder: Path, hashes: dict[str, str], report: dict[str, Any], *, allow_over_bound: bool) -> None:
-    variants = {file["file"]: variant for variant, file in report["files"].items()}
-    imatrix = report.get("imatrix", {}).get("file")
-    found = {path.name for path in folder.iterdir()} | set(hashes)
-    for name in sorted(name for name in found if name.lower().endswith(".gguf")):
+def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, allow_over_bound: bool) -> None:
+    variants = {file.file: variant for variant, file in report.files.items()}
+    imatrix = report.imatrix.file if report.imatrix else None
+    names = {path.name for path in folder.iterdir()} | set(hashes)
+    for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         path = folder / name
         if name not in hashes or name not in (*variants, imatrix):
             raise UnfitRelease(f"{path}: is unmeasured: {SUMS} or {REPORT} lacks it. {_MAKE_AGAIN}")
@@ -137,29 +148,31 @@ def _require_measured(folder: Path, hashes: dict[str, str], report: dict[str, An
         else:
             _require_verdict(header, variants[name], report)
             if not (header.values[keys.KEY_HOLDS] or allow_over_bound):
-                _refuse_over_bound(path, report["variants"][variants[name]])
+                _refuse_over_bound(path, report.variants[variants[name]])
 
 
-def _require_reference(header: Header, report: dict[str, Any]) -> None:
+def _require_reference(header: Header, report: Report) -> None:
     """The F16 file is what others are measured against, and its own measure is gate 1."""
     is_variant = keys.KEY_VARIANT in header.values or header.file_type not in _REFERENCE_TYPES
     _require(not is_variant, header.path, f"is no 16-bit file, as {REPORT} says")
-    _require("holds" in report["conversion"], header.path, f"is unmeasured: {REPORT} has no conversion check of it")
-    _require(report["conversion"]["holds"] is not False, header.path, "does not do what the checkpoint does")
+    check = report.conversion
+    _require(check is not None, header.path, f"is unmeasured: {REPORT} has no conversion check of it")
+    _require(check is None or check.holds is not False, header.path, "does not do what the checkpoint does")
 
 
-def _require_verdict(header: Header, variant: str, report: dict[str, Any]) -> None:
+def _require_verdict(header: Header, variant: str, report: Report) -> None:
     """A variant's header states a verdict, and the one of drift.json."""
-    path, values, verdict = header.path, header.values, report["variants"].get(variant)
+    path, values = header.path, header.values
     missing = ", ".join(key for key in _SAME if key not in values)
     _require(not missing, path, f"is unmeasured: its header lacks {missing}")
-    _require(verdict is not None, path, f"is unmeasured: {REPORT} has no verdict on {variant}")
+    _require(variant in report.variants, path, f"is unmeasured: {REPORT} has no verdict on {variant}")
     _require(values.get(keys.KEY_VARIANT) == variant, path, f"is no {variant}, as {REPORT} says")
-    source, measured = values.get(keys.KEY_SOURCE_SHA256), report["source"]["sha256"]
-    _require(source == measured, path, f"is of another checkpoint than {REPORT}")
+    is_same_source = values.get(keys.KEY_SOURCE_SHA256) == report.source.sha256
+    _require(is_same_source, path, f"is of another checkpoint than {REPORT}")
     for key, name in _SAME.items():
-        is_same = math.isclose(values[key], verdict[name], rel_tol=1e-6, abs_tol=_REPORT_DIGITS)
-        _require(is_same, path, f"states {key} = {values[key]}, and {REPORT} {name} = {verdict[name]}")
+        reported = getattr(report.variants[variant], name)
+        is_same = math.isclose(values[key], reported, rel_tol=1e-6, abs_tol=_REPORT_DIGITS)
+        _require(is_same, path, f"states {key} = {values[key]}, and {REPORT} {name} = {reported}")
 
 
 def _require(condition: bool, path: Path, otherwise: str) -> None:
@@ -167,8 +180,8 @@ def _require(condition: bool, path: Path, otherwise: str) -> None:
         raise UnfitRelease(f"{path}: {otherwise}. {_MAKE_AGAIN}")
 
 
-def _refuse_over_bound(path: Path, verdict: dict[str, Any]) -> None:
+def _refuse_over_bound(path: Path, verdict: Measured) -> None:
     raise OverBound(
-        f"{path}: over the bound of {format_bound(verdict['max_drift'])}: {'; '.join(verdict['over'][:5])}. "
+        f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}. "
         "Pass --allow-over-bound to push it all the same; its header and the card say so."
     )

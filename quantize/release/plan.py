@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from f2gguf.evals.drift import bound_label
 from f2gguf.quantize.release.check import CARD, Release
+from f2gguf.quantize.report.report import Report
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import HubError, RepoMissing, RepoMoved, UnfitRelease, WrongUsage
 from f2gguf.runtime.files import format_size
@@ -20,7 +20,7 @@ _TAG = re.compile(r"\w[\w+-]*(\.[\w+-]+)*")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PushPlan:
     """What a push will do. Make one with `make_plan`."""
 
     release: Release
@@ -71,7 +71,7 @@ class Plan:
         return sorted(set(self.listing.files) - {*self.states, ".gitattributes"}) if self.listing else []
 
 
-def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bool, private: bool) -> Plan:
+def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bool, private: bool) -> PushPlan:
     """What a push of `release` to `repo` will do; nothing is sent.
 
     Raises `WrongUsage` for flags that cannot work, `RepoMissing` for a repository that is not there unless `create`,
@@ -89,17 +89,12 @@ def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bo
     is_changing = set(states.values()) != {"same"}
     is_tagged = _is_tagged(listing, tag, is_changing=is_changing) if listing else False
     is_private = listing.is_private if listing else private
-    return Plan(release, repo, listing, is_private, tag, is_tagged, states, _card_diff(release, listing, states[CARD]))
+    return PushPlan(
+        release, repo, listing, is_private, tag, is_tagged, states, _card_diff(release, listing, states[CARD])
+    )
 
 
 def _require_names(repo: str, tag: str | None) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise WrongUsage(f"--repo: {' '.join(str(error).split())}") from error
     if not REPO.fullmatch(repo):
         raise WrongUsage(f"--repo: {repo!r} is no repository. Write it as org/name.")
     if tag is not None and not _TAG.fullmatch(tag):
@@ -136,17 +131,17 @@ def _find_repo(repo: str, *, create: bool) -> Listing | None:
 
 def _require_valid_card(path: Path) -> None:
     """Ask the Hub, which would refuse the whole commit for its card after everything else was sent."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import RepoCard
 
-    asked = {"content": path.read_text(encoding="utf-8"), "repoType": "model"}
-    headers = {**build_hf_headers(), "Accept": "text/plain"}
     with hub_errors(str(path)):
-        response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked, headers=headers)
-        if response.status_code == 400:
-            reasons = " ".join(response.text.split())
-            raise UnfitRelease(f"{path}: the Hub refuses it: {reasons}. Correct models.lock, then run `quantize card`.")
-        hf_raise_for_status(response)
+        try:
+            RepoCard(path.read_text(encoding="utf-8")).validate("model")
+        except (ValueError, yaml.YAMLError) as error:
+            reasons = " ".join(str(error).split())
+            raise UnfitRelease(
+                f"{path}: the Hub refuses it: {reasons}. Correct models.lock, then run `quantize card`."
+            ) from error
 
 
 def _state(listing: Listing | None, path: Path) -> str:
@@ -182,9 +177,7 @@ def _card_diff(release: Release, listing: Listing | None, state: str) -> str:
     return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm=""))
 
 
-def _labels(report: dict[str, Any]) -> dict[str, str]:
+def _labels(report: Report) -> dict[str, str]:
     """What was measured of each file: "under 2%"."""
-    labels = {
-        name: bound_label(verdict["holds"], verdict["max_drift"]) for name, verdict in report["variants"].items()
-    } | {"F16": "reference"}
-    return {file["file"]: labels[name] for name, file in report["files"].items()}
+    labels = {report.files["F16"].file: "reference"}
+    return labels | {report.files[name].file: verdict.label for name, verdict in report.variants.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ def made_with() -> dict[str, str]:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a .gguf file's header, or of a .json file with the same keys; `WrongRecipe` where there is none."""
+    from pydantic import TypeAdapter
+
     if path.suffix == ".gguf":
         text = read_header(path).values.get(KEY_RECIPE)
         if text is None:
@@ -83,10 +85,10 @@ def read_recipe(path: Path) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise WrongRecipe(f"{path}: cannot be read: {error} (--recipe).") from error
     with parsing(path, WrongRecipe, "Pass a .gguf file that f2gguf made, or its recipe as JSON (--recipe)."):
-        values = json.loads(text)
-        values.pop("kind", None)
-        values["exponents"] = {place: _pair(pair) for place, pair in values.get("exponents", {}).items()}
-        return Recipe(**{**values, "variant": require_variant(values["variant"])})
+        recipe = TypeAdapter(Recipe).validate_json(text)
+        if unknown := set(json.loads(text)) - {"kind", "lines", *(field.name for field in fields(Recipe))}:
+            raise ValueError(f"{min(unknown)!r} is no part of a recipe")
+    return replace(recipe, variant=require_variant(recipe.variant))
 
 
 def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path | None, path: Path) -> None:
@@ -102,11 +104,6 @@ def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path
         raise WrongRecipe(
             f"{path}: needs the importance matrix with the SHA-256 {recipe.imatrix_sha256}, and {found} (--imatrix)."
         )
-
-
-def _pair(values: Sequence[float]) -> Exponents:
-    activation, weight = values
-    return float(activation), float(weight)
 
 
 def kind_of(name: str) -> str:

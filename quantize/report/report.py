@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from f2gguf.evals.conversion import ConversionCheck
 from f2gguf.evals.drift import Verdict, json_text, rounded
 from f2gguf.quantize.repair.recipe import Recipe
-from f2gguf.runtime.errors import InputError
+from f2gguf.runtime.errors import InputError, parsing
 from f2gguf.runtime.files import sha256_file, write_text
+from f2gguf.runtime.hub.models import first_usual
 
 FILE_NAME = "drift.json"
 
@@ -118,10 +118,8 @@ class Report:
     @property
     def recommended(self) -> str:
         """The first usual variant that holds its bound; F16 where none does."""
-        from f2gguf.runtime.hub.models import recommended
-
-        verdicts = {name: {"holds": verdict.holds} for name, verdict in self.variants.items()}
-        return recommended({"files": self.files, "variants": verdicts})
+        holding = (name for name, verdict in self.variants.items() if verdict.holds)
+        return first_usual(holding, self.files)
 
     def origin_changes(self, other: Report) -> list[str]:
         """What the F16 files of both are made from and judged on, where it differs: the names of those facts."""
@@ -173,19 +171,12 @@ def write_report(folder: Path, report: Report) -> None:
 
 def read_report(folder: Path) -> Report:
     """The report of a release; `InputError` where there is none, or one that this version cannot read."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
-    path = folder / FILE_NAME
+    path, again = folder / FILE_NAME, "Run `quantize all` for the model again."
     try:
-        return TypeAdapter(Report).validate_python(json.loads(path.read_bytes()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        reason = f"{where}: {first['msg']}"
-    except FileNotFoundError:
-        reason = "no such file"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise InputError(
-        f"{path}: is no report that this f2gguf can read ({reason}). Run `quantize all` for the model again."
-    )
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. {again}") from error
+    with parsing(path, InputError, again):
+        return TypeAdapter(Report).validate_json(content)

@@ -12,15 +12,27 @@ from f2gguf.runtime.errors import HashMismatch, UnsupportedCheckpoint, WrongUsag
 from f2gguf.runtime.hub.download import cached_folder, download
 from f2gguf.runtime.hub.listing import REPO, Listing, RemoteFile, list_files
 
-_MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?")
+_MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
     """What `MODEL` on the command line means: its entry, and its folder where that is already on this disk.
 
-    A name in the lock goes first, then an existing folder, then org/name[@revision] on the Hub. Raises `UnknownName`.
+    A name in the lock goes first, then an existing folder, then org/name[@revision] on the Hub. Raises `UnknownName`,
+    and `UnsupportedCheckpoint` for an entry that the lock calls so.
     """
-    if model.lower() in {name.lower() for name in lock.entries}:
+    entry, folder = find_entry(model, lock)
+    if entry.unsupported:
+        raise UnsupportedCheckpoint(
+            f"{entry.name}: f2gguf does not convert it yet: {entry.unsupported}. "
+            f"Those of {lock.path} that it converts: {', '.join(lock.convertible)}."
+        )
+    return entry, folder
+
+
+def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
+    """`find_model`, also of what f2gguf does not convert."""
+    if model.lower() in map(str.lower, lock.entries):
         entry = lock.entry(model)
         return entry, package_folder(entry) if entry.package else None
     folder = Path(model)
@@ -35,13 +47,19 @@ def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
     match = _MODEL.fullmatch(model)
     if not match:
         return lock.entry(model), None  # raises, and suggests the nearest name
-    repo, revision = match["repo"], match["revision"]
-    known = next((entry for entry in lock.entries.values() if entry.repo == repo), None)
-    if known and revision in (None, known.revision):
-        return known, None
-    if known and not known.revision:
-        return replace(known, revision=revision), None
-    return Entry(name=repo.split("/")[1], repo=repo, revision=revision or "main"), None
+    return _of_repo(match["repo"], match["revision"], lock), None
+
+
+def _of_repo(repo: str, revision: str | None, lock: Lock) -> Entry:
+    """The lock's entry of a repository, at its revision or another; a bare one where there is none."""
+    known = [entry for entry in lock.entries.values() if entry.repo == repo]
+    if not known:
+        return Entry(name=repo.split("/")[1], repo=repo, revision=revision or "main")
+    for entry in known:
+        if revision in (None, entry.revision):
+            return entry
+    # the facts are the model's, but the package and the files' hashes are of the locked revision
+    return replace(known[0], revision=revision, package=None, folder=None, install=None, files={})
 
 
 def fetch(entry: Entry, folder: Path | None = None) -> Path:
@@ -98,9 +116,9 @@ def require_as_locked(entry: Entry, listing: Listing) -> None:
     names = differing(entry, listing)
     if names:
         name = names[0]
-        locked, found = entry.files.get(name, "absent"), listing.files.get(name, "absent")
+        locked, stated = entry.files.get(name, "absent"), listing.files.get(name, "absent")
         raise HashMismatch(
-            f"{entry.name}: {name} is {locked} in models.lock, and {found} at {listing} on the Hub"
+            f"{entry.name}: {name} is {locked} in models.lock, and {stated} at {listing} on the Hub"
             f"{f' (and {len(names) - 1} more files differ)' if names[1:] else ''}. Compare with `quantize "
             f"lock --check {entry.name}`; to take the Hub's word, remove its files from the lock and lock it again."
         )
@@ -108,5 +126,5 @@ def require_as_locked(entry: Entry, listing: Listing) -> None:
 
 def differing(entry: Entry, listing: Listing) -> list[str]:
     """The needed files of which lock and Hub do not state the same."""
-    found = {name: file for name, file in listing.files.items() if is_needed(name)}
-    return sorted(name for name in {*entry.files, *found} if entry.files.get(name) != found.get(name))
+    stated = {name: file for name, file in listing.files.items() if is_needed(name)}
+    return sorted(name for name in {*entry.files, *stated} if entry.files.get(name) != stated.get(name))

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage, parsing
+from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage
+from f2gguf.runtime.files import write_text
 from f2gguf.runtime.gguf.header import POOLING_IDS
 from f2gguf.runtime.hub.listing import COMMIT, REPO, RemoteFile, leads_out
 
 FILE_NAME = "models.lock"
+_CHECKOUT = Path(__file__).resolve().parents[2] / FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Entry:
     eos_token: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, RemoteFile] = field(default_factory=dict)  # of the revision, by path; empty where not locked
+    unsupported: str | None = None  # why f2gguf does not convert it yet
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Lock:
     path: Path
     default: str
     entries: Mapping[str, Entry]
+
+    @property
+    def convertible(self) -> list[str]:
+        """The names that `quantize all` takes as they are."""
+        return [e.name for e in self.entries.values() if not e.unsupported and (e.package or e.revision)]
 
     def entry(self, name: str) -> Entry:
         """The entry called `name`, upper or lower case; `UnknownName` with the nearest one otherwise."""
@@ -54,7 +62,7 @@ class Lock:
 
 
 def read_lock(path: Path | None = None) -> Lock:
-    """Read models.lock: the file at `path`, or the one that came with f2gguf; `WrongUsage` where it is damaged."""
+    """Read models.lock: the file at `path`, or at `default_path`; `WrongUsage` where it is damaged."""
     path = path or default_path()
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -62,20 +70,29 @@ def read_lock(path: Path | None = None) -> Lock:
         raise WrongUsage(f"{path}: no such file (--lock).") from error
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{path}: does not parse as TOML: {error}") from error
-    with parsing(path, WrongUsage, "Correct the lock."):
-        shared = content.get("shared", {})
-        entries = {name: _entry(path, name, table, shared) for name, table in content.get("models", {}).items()}
-        default = content.get("default", "")
-        if default not in entries:
-            raise WrongUsage(f"{path}: the default {default!r} is not among its models.")
-        return Lock(path, default, entries)
+    shared, models = (_tables(path, content, key) for key in ("shared", "models"))
+    entries = {name: _entry(path, name, table, shared) for name, table in models.items()}
+    default = str(content.get("default", ""))
+    if default not in entries:
+        raise WrongUsage(f"{path}: the default {default!r} is not among its models.")
+    return Lock(path, default, entries)
 
 
 def default_path() -> Path:
-    """Where models.lock is: the root of a checkout, or the installed distribution's shared data."""
-    beside = Path(__file__).resolve().parents[2] / FILE_NAME
-    if beside.exists():
-        return beside
+    """The models.lock of the current folder; else that of a checkout, or the one that came with the installation."""
+    return next((path for path in (Path(FILE_NAME), _CHECKOUT) if path.exists()), None) or _shipped_path()
+
+
+def path_to_write() -> Path:
+    """`default_path`, but never into an installation: what came with it is copied to the current folder first."""
+    path = default_path()
+    if path in (Path(FILE_NAME), _CHECKOUT):
+        return path
+    write_text(Path(FILE_NAME), path.read_text(encoding="utf-8"))
+    return Path(FILE_NAME)
+
+
+def _shipped_path() -> Path:
     for file in importlib.metadata.files("f2gguf") or []:
         if file.name == FILE_NAME:
             return Path(str(file.locate())).resolve()
@@ -99,9 +116,16 @@ def package_folder(entry: Entry) -> Path:
     )
 
 
+def _tables(path: Path, content: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    tables = content.get(key, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise WrongUsage(f"{path}: {key} is {tables!r}, which holds no tables such as [{key}.NAME].")
+    return tables
+
+
 def _entry(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[str, Any]]) -> Entry:
     like = table.get("like")
-    if like is not None and like not in shared:
+    if like is not None and str(like) not in shared:
         raise WrongUsage(f"{path}: {name} is like {like!r}, which [shared] does not have.")
     values = {**(shared[like] if like else {}), **{key: value for key, value in table.items() if key != "like"}}
     for key, value in values.items():
@@ -152,8 +176,9 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "languages": _is_list_of(_is_text),
     "max_tokens": _is_count,
     "matryoshka_dims": _is_list_of(_is_count),
-    "pooling": lambda value: value in POOLING_IDS,
+    "pooling": lambda value: isinstance(value, str) and value in POOLING_IDS,
     "eos_token": _is_text,
     "prompts": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+    "unsupported": _is_text,
     "files": lambda value: isinstance(value, dict) and bool(value) and all(map(_is_file, value, value.values())),
 }

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.source.fetch import differing, find_model, needed_files, require_as_locked
-from f2gguf.quantize.source.lock import KEYS, Entry, Lock, read_lock
+from f2gguf.quantize.source.fetch import differing, find_entry, needed_files, require_as_locked
+from f2gguf.quantize.source.lock import KEYS, Entry, Lock, path_to_write, read_lock
 from f2gguf.runtime.errors import OutputError, WrongUsage
 from f2gguf.runtime.files import format_size, writing
 from f2gguf.runtime.hub.listing import Listing, RemoteFile, ask_for_files, hub_errors
 
 
 @dataclass(frozen=True)
-class Target:
+class PinTarget:
     """A model to lock: an entry, or one to come, and the revision that is asked for."""
 
     name: str
@@ -24,47 +24,43 @@ class Target:
     entry: Entry | None
 
 
-def find_targets(models: Iterable[str], lock: Lock) -> list[Target]:
+def find_targets(models: Iterable[str], lock: Lock) -> list[PinTarget]:
     """What the MODELs of `quantize lock` mean; without any, every entry that is fetched from the Hub.
 
     org/name finds the entry of that repository. Raises `WrongUsage` for what is not on the Hub, and for a new entry
     whose name is taken.
     """
-    entries = [entry for entry in lock.entries.values() if entry.repo and not entry.package]
-    return [_target(model, lock) for model in models] or [_of_entry(entry, entry.revision) for entry in entries]
+    fetched = [entry.name for entry in lock.entries.values() if entry.repo and not entry.package]
+    return [_target(model, lock) for model in list(models) or fetched]
 
 
-def _target(model: str, lock: Lock) -> Target:
+def _target(model: str, lock: Lock) -> PinTarget:
     named = {name.lower(): entry for name, entry in lock.entries.items()}
-    found = named.get(model.lower()) or find_model(model, lock)[0]
-    of_repo = (entry for entry in lock.entries.values() if entry.repo == found.repo)
-    known = named.get(model.lower()) or next(of_repo, None)
-    if not found.repo or (known and known.package):
+    entry = named.get(model.lower()) or find_entry(model, lock)[0]
+    known = named.get(entry.name.lower())
+    if known and entry.repo and known.repo != entry.repo:
+        raise WrongUsage(f"{lock.path}: its {known.name} is another model. Write an entry for {entry.repo} by hand.")
+    if not entry.repo or (known and known.package):
         raise WrongUsage(f"{model}: comes from an installed package or a folder: there is nothing to lock.")
-    if known:
-        return _of_entry(known, found.revision)
-    if found.name.lower() in named:
-        raise WrongUsage(f"{lock.path}: its {found.name} is another model. Write an entry for {found.repo} by hand.")
-    return Target(found.name, found.repo, str(found.revision), None)
+    return PinTarget(known.name if known else entry.name, entry.repo, entry.revision or "main", known)
 
 
-def _of_entry(entry: Entry, revision: str | None) -> Target:
-    return Target(entry.name, str(entry.repo), revision or "main", entry)
+def lock_model(target: PinTarget, path: Path | None = None) -> str:
+    """Write a model's commit, and its files' sizes and hashes, into a lock; what was written, in a line.
 
-
-def lock_model(target: Target, path: Path) -> str:
-    """Write a model's commit, and its files' sizes and hashes, into the lock at `path`; what was written, in a line."""
+    Without `path` that is the models.lock of the current folder, or of the checkout.
+    """
     listing = ask_for_files(target.repo, target.revision)
     files = needed_files(listing)
     if target.entry and target.entry.revision == listing.commit:
         require_as_locked(replace(target.entry, files={**files, **target.entry.files}), listing)
     facts = {} if target.entry else _card_facts(listing)
-    write_entry(path, target.name, {"repo": target.repo, "revision": listing.commit, **facts}, files)
+    write_entry(path or path_to_write(), target.name, {"repo": target.repo, "revision": listing.commit, **facts}, files)
     size = format_size(sum(file.size_bytes for file in files.values()))
     return f"{target.name}: {listing.repo}@{listing.commit}, {len(files)} files, {size}"
 
 
-def check_model(target: Target) -> str:
+def check_model(target: PinTarget) -> str:
     """What moved on the Hub since a model was locked, in a line.
 
     Raises `HashMismatch` where the Hub states other files for the locked commit, `RepoMissing` where repository or

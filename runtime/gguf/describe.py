@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,20 +120,30 @@ def _golden(header: Header) -> str:
     return f"{len(golden.texts)} texts, cosine at least {cosine:.6f} where the file was made; see `f2gguf selftest`"
 
 
+@dataclass(frozen=True)
+class _StatedRecipe:
+    variant: str
+    imatrix_sha256: str | None
+    exponents: Mapping[str, object]
+    types: Mapping[str, object]
+
+
 def _recipe(header: Header) -> str:
     text = header.values.get(keys.KEY_RECIPE)
     if text is None:
         return "not stated"
-    with parsing(header.path, NotGGUF, "Download or make it again."):
-        recipe = json.loads(text)
-        parts = [f"stock {recipe['variant']}"]
-        if recipe["imatrix_sha256"]:
-            parts.append(f"importance matrix {recipe['imatrix_sha256'][:12]}")
-        if recipe["exponents"]:
-            parts.append(f"channels scaled in {len(recipe['exponents'])} places")
-        if recipe["types"]:
-            parts.append(f"other types for {len(recipe['types'])} tensors")
-        return ", ".join(parts)
+    from pydantic import TypeAdapter
+
+    with parsing(f"{header.path}, its recipe", NotGGUF, "Download or make it again."):
+        recipe = TypeAdapter(_StatedRecipe).validate_json(text)
+    parts = [f"stock {recipe.variant}"]
+    if recipe.imatrix_sha256:
+        parts.append(f"importance matrix {recipe.imatrix_sha256[:12]}")
+    if recipe.exponents:
+        parts.append(f"channels scaled in {len(recipe.exponents)} places")
+    if recipe.types:
+        parts.append(f"other types for {len(recipe.types)} tensors")
+    return ", ".join(parts)
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import HashMismatch
-from f2gguf.runtime.files import require_free_space
+from f2gguf.runtime.files import open_locked, require_free_space
+from f2gguf.runtime.hub.client import receive
 from f2gguf.runtime.hub.listing import Listing, hub_errors
 
 _N_AT_ONCE = 4  # downloads
-_N_RESETS = 5  # connections of one file that may break
 
 
 def cached_folder(listing: Listing, names: Iterable[str]) -> Path | None:
@@ -77,7 +79,7 @@ def _download(listing: Listing, name: str, bar: type) -> None:
 
     for _ in range(2):
         with hub_errors(f"{listing}: {name}"):
-            if listing.files[name].sha256:
+            if listing.files[name].sha256 and not _is_in_xet(listing, name):
                 _resume(listing, name, bar)
             path = Path(hf_hub_download(listing.repo, name, revision=listing.commit, tqdm_class=bar))
         fault = listing.files[name].fault(path)
@@ -87,49 +89,36 @@ def _download(listing: Listing, name: str, bar: type) -> None:
     raise HashMismatch(f"{listing}: the Hub sends {name} with {fault}, twice. Nothing of it was kept.")
 
 
+def _is_in_xet(listing: Listing, name: str) -> bool:
+    """Whether the client fetches the file by Xet."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
+        return False
+    return get_hf_file_metadata(hf_hub_url(listing.repo, name, revision=listing.commit)).xet_file_data is not None
+
+
 def _resume(listing: Listing, name: str, bar: type) -> None:
     """Bring an LFS file to where the client looks for it, going on from what an earlier run left of it.
 
-    The client itself begins anew in every process (huggingface_hub 2.4, `_download_to_tmp_and_move`), but where the
-    file comes by Xet, which is left to it.
+    The client itself begins anew in every process (huggingface_hub 2.4, `_download_to_tmp_and_move`).
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import WeakFileLock, is_xet_available  # type: ignore[attr-defined]
-
-    url = hf_hub_url(listing.repo, name, revision=listing.commit)
-    if is_xet_available() and get_hf_file_metadata(url).xet_file_data:
-        return
     part, size_bytes = _part(listing, name), listing.files[name].size_bytes
     blob = part.with_name(str(listing.files[name].sha256))
-    lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
-    for path in (blob, lock):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if blob.exists():
-            return
-        if part.exists() and part.stat().st_size > size_bytes:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(open_locked(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=True), "ab") as file:
+        if blob.exists():  # by another run, for which this one waited
             part.unlink()
-        with part.open("ab") as file:
-            _get(url, file, size_bytes, bar)
+            return
+        if file.seek(0, os.SEEK_END) > size_bytes:
+            file.truncate(0)
+        n_there = file.seek(0, os.SEEK_END)
+        with bar(initial=n_there) as shown:
+            for chunk in receive(listing.repo, listing.commit, name, size_bytes, start=n_there):
+                file.write(chunk)
+                shown.update(len(chunk))
+        file.flush()
         part.replace(blob)
-
-
-def _get(url: str, file: BinaryIO, size_bytes: int, bar: type) -> None:
-    """Append the rest of a file to what is there of it."""
-    import httpx2
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range of what was compressed is of no use
-    for n_left in reversed(range(_N_RESETS)):
-        try:
-            return http_get(
-                url, file, resume_size=file.tell(), headers=headers, expected_size=size_bytes, tqdm_class=bar
-            )
-        except httpx2.ReadError:  # the connection was reset, which `http_get` does not try again
-            if not n_left:
-                raise
-    return None
 
 
 def _part(listing: Listing, name: str) -> Path:
@@ -143,9 +132,8 @@ def _snapshot(listing: Listing) -> Path:
 
 def _repo_folder(listing: Listing) -> Path:
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=listing.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / f"models--{listing.repo.replace('/', '--')}"
 
 
 def _bar_class(advance: Callable[[int], None]) -> type:

@@ -18,7 +18,7 @@ COLUMNS = ("model", "variant", "size", "mean drift", "bound", "dims")
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelFile:
     """A .gguf file: what to pass to -m, its size, and its header, or the reason why that cannot be read."""
 
     model: str
@@ -32,7 +32,7 @@ class Found:
         return self.header is None or self.header.pooling is not None
 
 
-def find_models(folders: Sequence[Path]) -> list[Found]:
+def find_models(folders: Sequence[Path]) -> list[ModelFile]:
     """Every .gguf model of the Hub's cache, then those below `folders`: by repository or folder, the smallest first.
 
     Only headers are read. Of several names that a file has, the shortest stands.
@@ -41,19 +41,18 @@ def find_models(folders: Sequence[Path]) -> list[Found]:
     by_file: dict[Path, tuple[str, Path]] = {}
     for model, path in sorted(named, key=lambda pair: len(pair[0])):
         by_file.setdefault(path.resolve(), (model, path))
-    found = (_read(model, path) for model, path in by_file.values())
-    return sorted(found, key=_place)
+    return sorted((_read(model, path) for model, path in by_file.values()), key=_place)
 
 
-def table_row(found: Found) -> list[str]:
+def table_row(file: ModelFile) -> list[str]:
     """Cells of `COLUMNS`."""
-    header, size = found.header, format_size(found.size_bytes)
+    header, size = file.header, format_size(file.size_bytes)
     if header is None:
-        return [found.model, "damaged", size, "", "", ""]
+        return [file.model, "damaged", size, "", "", ""]
     drift = drift_of(header)
     unmeasured = "reference" if is_reference(header) else "not measured"
     return [
-        found.model,
+        file.model,
         header.variant,
         size,
         f"{drift.mean:.3%}" if drift else unmeasured,
@@ -62,21 +61,21 @@ def table_row(found: Found) -> list[str]:
     ]
 
 
-def as_dict(found: Found) -> dict[str, Any]:
+def as_dict(file: ModelFile) -> dict[str, Any]:
     """The file for machines; what a damaged or unmeasured one does not state is null."""
-    header = found.header
+    header = file.header
     drift = drift_of(header) if header else None
     return {
-        "model": found.model,
-        "path": str(found.path),
+        "model": file.model,
+        "path": str(file.path),
         "variant": header.variant if header else None,
-        "size_bytes": found.size_bytes,
+        "size_bytes": file.size_bytes,
         "mean_drift": drift.mean if drift else None,
         "upper_drift": drift.upper if drift else None,
         "max_drift": drift.max_drift if drift else None,
         "holds": drift.holds if drift else None,
         "dims": list(header.dims) if header else None,
-        "error": found.error,
+        "error": file.error,
     }
 
 
@@ -108,14 +107,14 @@ def _model_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read(model: str, path: Path) -> Found:
+def _read(model: str, path: Path) -> ModelFile:
     size_bytes = path.stat().st_size if path.exists() else 0  # a link of the cache whose file was removed
     try:
-        return Found(model, path, size_bytes, read_header(path))
+        return ModelFile(model, path, size_bytes, read_header(path))
     except NotGGUF as error:
-        return Found(model, path, size_bytes, None, str(error))
+        return ModelFile(model, path, size_bytes, None, str(error))
 
 
-def _place(found: Found) -> tuple[bool, str, int]:
-    is_path = found.model == str(found.path)
-    return is_path, str(found.path.parent) if is_path else found.model.partition(":")[0], found.size_bytes
+def _place(file: ModelFile) -> tuple[bool, str, int]:
+    is_path = file.model == str(file.path)
+    return is_path, str(file.path.parent) if is_path else file.model.partition(":")[0], file.size_bytes

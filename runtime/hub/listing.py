@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from f2gguf.runtime.errors import (
     F2ggufError,
@@ -24,8 +24,13 @@ from f2gguf.runtime.errors import (
 )
 from f2gguf.runtime.files import recall, remember, sha256_file
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
+REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,9 @@ class RemoteFile:
         """How the file at `path` differs; None where it is the one."""
         if path.stat().st_size != self.size_bytes:
             return f"{path.stat().st_size} bytes instead of {self.size_bytes}"
-        found = sha256_file(path) if self.sha256 else git_blob_id(path)
-        wanted = self.sha256 or self.blob_id
-        return None if found == wanted else f"{'SHA-256' if self.sha256 else 'git blob'} {found} instead of {wanted}"
+        kind, stated = ("SHA-256", self.sha256) if self.sha256 else ("git blob", self.blob_id)
+        actual = sha256_file(path) if self.sha256 else git_blob_id(path)
+        return None if actual == stated else f"{kind} {actual} instead of {stated}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class Listing:
         """Where the Hub's cache holds a file, whatever its content; None where it does not."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
 
 def list_files(repo: str, revision: str = "main") -> Listing:
@@ -86,27 +91,38 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 
 def ask_for_files(repo: str, revision: str = "main") -> Listing:
     """`list_files` that always asks the Hub, and records its answer."""
-    from huggingface_hub import HfApi, constants
-
     what = f"{repo}@{revision}"
     with parsing(what, HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
-        with hub_errors(what):
-            timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
-        if info.id != repo:
-            raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
-        files = {
-            file.rfilename: RemoteFile(int(file.size), sha256=file.lfs.sha256)  # type: ignore[arg-type]
-            if file.lfs
-            else RemoteFile(int(file.size), blob_id=file.blob_id)  # type: ignore[arg-type]
-            for file in info.siblings or []
-        }
+        info = _model_info(what, repo, revision)
+        files = {file.rfilename: _remote_file(file) for file in info.siblings or []}
         if any(map(leads_out, files)):
             raise ValueError("a file's name leads out of the repository")
-        listing = Listing(repo, str(info.sha), files, bool(info.private))
+    if info.id != repo:
+        raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
+    listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
     return listing
+
+
+def _model_info(what: str, repo: str, revision: str) -> ModelInfo:
+    """What the Hub says of a repository; `ValueError` where the client makes nothing of its answer."""
+    from huggingface_hub import HfApi, constants
+
+    timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
+    try:
+        with hub_errors(what):
+            return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+
+
+def _remote_file(file: RepoSibling) -> RemoteFile:
+    if file.size is None:
+        raise ValueError(f"{file.rfilename} has no size")
+    if file.lfs:
+        return RemoteFile(file.size, sha256=file.lfs.sha256)
+    return RemoteFile(file.size, blob_id=file.blob_id)
 
 
 def leads_out(name: str) -> bool:
@@ -123,11 +139,11 @@ def git_blob_id(path: Path) -> str:
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what the Hub's client raises on `what` into one `HubError` that says what to do."""
-    from huggingface_hub import errors as hub
+    import httpx2
 
     try:
         yield
-    except (hub.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _in_words(what, error) from error
 
 
@@ -151,23 +167,21 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     if isinstance(cause, hub.RevisionNotFoundError):
         return RepoMissing(f"{what}: revision not found in this repository.")
     if not isinstance(cause, hub.HfHubHTTPError):
-        return HubUnreachable(
-            f"{what}: the Hub cannot be reached, and its cache lacks this ({reason}). Check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE; what was done is kept."
+        check = (
+            "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run the same command again: it goes on from here."
         )
+        return HubUnreachable(f"{what}: the Hub cannot be reached ({reason}). {check}")
     status = cause.response.status_code
     if status == 429:
         wait_s = cause.response.headers.get("Retry-After", "")
         when = f"in {wait_s} s" if wait_s.isdigit() else "later"
-        return RateLimited(
-            f"{what}: too many requests for the Hub. Try again {when}; it gives more to those who set HF_TOKEN. "
-            "What was done is kept."
-        )
+        advice = f"Try again {when}: it goes on from here. The Hub answers more requests where HF_TOKEN is set."
+        return RateLimited(f"{what}: too many requests for the Hub. {advice}")
     if status == 412:
-        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again; what was sent is kept.")
+        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again: it sends only what is missing.")
     if status in (401, 403):
         return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
-    return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: what was done is kept.")
+    return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: it goes on from here.")
 
 
 def _record(repo: str, revision: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,27 @@ from f2gguf.runtime.errors import (
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.hub.download import cached_folder, download
-from f2gguf.runtime.hub.listing import Listing, list_files, recorded_files
+from f2gguf.runtime.hub.listing import REPO, Listing, list_files, recorded_files
 
 USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first that holds its bound is recommended
 # Where nobody measured, bytes are no argument: plain 4-bit embedders have been seen to drift by 0.3
 _UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
-_NAME = r"\w+(?:[.-]\w+)*"  # as the Hub allows it; no path such as ./x or ~/x/y
-_REFERENCE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_HUB_FILE = re.compile(rf"(?P<repo>{REPO.pattern})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # llama-gguf-split's names
 _VARIANT = re.compile(r"(?:^|[-./])((?:I?Q|TQ)\d\w*|BF16|F16|F32)\.gguf$", re.IGNORECASE)
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
 
 
 @dataclass(frozen=True)
-class Reference:
+class _Report:
+    """What is read of a repository's drift.json."""
+
+    files: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class HubFile:
     """A file of a repository: `variant` is how its name ends, or its whole name; None asks for the recommended one."""
 
     repo: str
@@ -46,12 +52,12 @@ class Reference:
     revision: str = "main"
 
 
-def parse_reference(text: str) -> Reference | None:
+def parse_reference(text: str) -> HubFile | None:
     """`org/name[:VARIANT][@revision]`; None for anything else, such as what ends in .gguf before the colon."""
-    match = _REFERENCE.fullmatch(text)
+    match = _HUB_FILE.fullmatch(text)
     if not match or match["repo"].lower().endswith(".gguf"):
         return None
-    return Reference(match["repo"], match["variant"], match["revision"] or "main")
+    return HubFile(match["repo"], match["variant"], match["revision"] or "main")
 
 
 def open_header(model: str | Path) -> Header:
@@ -60,21 +66,21 @@ def open_header(model: str | Path) -> Header:
     A `Path` is always a path. Warns of a file from the Hub that is over its bound, or was never measured. Raises
     `NotGGUF`, `UnknownName`, `WrongUsage`, and what downloads raise.
     """
-    reference = None if isinstance(model, Path) or os.path.lexists(model) else parse_reference(model)
-    if reference is None:
+    file = None if isinstance(model, Path) or os.path.lexists(model) else parse_reference(model)
+    if file is None:
         return read_header(model)
     try:
-        header = read_header(_locate(reference))
+        header = read_header(_locate(file))
     except (RepoMissing, HubUnreachable) as error:
         raise type(error)(f"{model}: no such file here, and on the Hub: {error}") from error
     _warn_unless_good(header, str(model))
     return header
 
 
-def find_file(reference: Reference) -> tuple[Listing, str]:
+def find_file(file: HubFile) -> tuple[Listing, str]:
     """The repository as the Hub has it now, or had it when it was last in reach, and the name of the file."""
-    listing = list_files(reference.repo, reference.revision)
-    return listing, _choose(listing, reference.variant)
+    listing = list_files(file.repo, file.revision)
+    return listing, _choose(listing, file.variant)
 
 
 def fetch_file(listing: Listing, name: str) -> Path:
@@ -92,10 +98,10 @@ def fetch_file(listing: Listing, name: str) -> Path:
     return download(listing, [name]) / name
 
 
-def recommended(report: dict[str, Any]) -> str:
-    """The first usual variant of a drift.json that holds its bound; F16 where none does."""
-    holding = {name for name, verdict in report["variants"].items() if verdict["holds"]} | {"F16"}
-    return next((name for name in USUAL if name in holding and name in report["files"]), "F16")
+def first_usual(holding: Iterable[str], there: Container[str]) -> str:
+    """The variant to recommend of those that are there: the first usual one that holds its bound, else F16."""
+    good = {*holding, "F16"}
+    return next((name for name in USUAL if name in good and name in there), "F16")
 
 
 def matching(listing: Listing, variant: str | None) -> list[str]:
@@ -122,14 +128,14 @@ def variant_of(name: str) -> str | None:
     return match[1].upper() if match else None
 
 
-def _locate(reference: Reference) -> Path:
+def _locate(file: HubFile) -> Path:
     """The file: where the cache holds what the Hub named when it was asked last, without asking."""
-    known = recorded_files(reference.repo, reference.revision)
+    known = recorded_files(file.repo, file.revision)
     if known:
-        names = matching(known, reference.variant)
+        names = matching(known, file.variant)
         if len(names) == 1 and (folder := cached_folder(known, names)):
             return folder / names[0]
-    return fetch_file(*find_file(reference))
+    return fetch_file(*find_file(file))
 
 
 def _choose(listing: Listing, variant: str | None) -> str:
@@ -155,14 +161,24 @@ def _choose(listing: Listing, variant: str | None) -> str:
 def _recommended(listing: Listing, names: Sequence[str]) -> list[str]:
     """By the repository's drift.json, as `quantize all` writes it; without one, the nearest to full precision."""
     if "drift.json" in listing.files:
-        with parsing(f"{listing}: drift.json", HubError, f"Name a variant: {listing.repo}:Q8_0."):
-            report = json.loads((download(listing, ["drift.json"]) / "drift.json").read_text(encoding="utf-8"))
-            here = {variant: file for variant, file in report["files"].items() if file["file"] in listing.files}
-            best = here.get(recommended({**report, "files": here}))
-            return [best["file"]] if best else list(names)
+        holding, files = _read_report(listing)
+        there = {variant: name for variant, name in files.items() if name in listing.files}
+        best = there.get(first_usual(holding, there))
+        return [best] if best else list(names)
     whole = [name for name in names if not is_part(name)]
     found = ([name for name in whole if variant_of(name) == variant] for variant in _UNMEASURED)
     return next(filter(None, found), whole or list(names))
+
+
+def _read_report(listing: Listing) -> tuple[list[str], dict[str, str]]:
+    """The variants that hold their bound, and the file of each, by the repository's drift.json."""
+    from pydantic import TypeAdapter
+
+    content = (download(listing, ["drift.json"]) / "drift.json").read_bytes()
+    with parsing(f"{listing}: drift.json", HubError, f"Name a variant: {listing.repo}:Q8_0."):
+        report = TypeAdapter(_Report).validate_json(content)
+        holding = [variant for variant, verdict in report.variants.items() if verdict["holds"]]
+        return holding, {variant: str(file["file"]) for variant, file in report.files.items()}
 
 
 def _is_called(name: str, variant: str) -> bool:

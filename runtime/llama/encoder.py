@@ -57,6 +57,7 @@ class Encoder:
         self.max_tokens = max_tokens
         self._engine = Engine(header, settings, watch=watch)
         self._tokenizer = Tokenizer(self._engine.model, header)
+        self._kept_prompts: dict[str, Ids] = {}
 
     @property
     def description(self) -> str:
@@ -98,7 +99,7 @@ class Encoder:
                 name = label.format(index=i, number=i + 1, total=len(inputs))
                 raise TextError(f"{name}: {error}") from error
             ids.append(tokens)
-        return Tokens(ids, truncated, self._tokenizer(prompt, max_tokens=most)[0] if prompt else None)
+        return Tokens(ids, truncated, self._prompt_ids(prompt) if prompt else None)
 
     def pieces(self, ids: Ids) -> list[tuple[int, str, bool]]:
         """Each token with its text, and whether it is a special one."""
@@ -126,6 +127,15 @@ class Encoder:
         rows = np.ascontiguousarray(rows[:, :width])
         is_normalized = self.header.is_normalized if normalize is None else normalize
         return normalized(rows) if is_normalized else rows
+
+    def _prompt_ids(self, prompt: str) -> Ids:
+        """Ids of a prompt, kept where it is the file's own: a server asks for them with every request."""
+        ids = self._kept_prompts.get(prompt)
+        if ids is None:
+            ids, _ = self._tokenizer(prompt, max_tokens=self.max_tokens)
+            if prompt in self.header.prompts.values():
+                self._kept_prompts[prompt] = ids
+        return ids
 
     def close(self, *, wait: bool = True) -> None:
         """Free the context behind every call that came before; the model goes with its last user."""

@@ -96,7 +96,13 @@ def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
 
 def normalizer_spec(header: Header) -> dict[str, Any] | None:
     """The checkpoint's normaliser, as its tokenizer.json states it; None where there is none."""
-    return json.loads(header.normalizer) if header.normalizer else None
+    if not header.normalizer:
+        return None
+    with parsing(f"{header.path}, its text normaliser", GGUFError, "Download or make it again."):
+        spec = json.loads(header.normalizer)
+        if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+            raise ValueError("no JSON object with a type")
+        return spec
 
 
 def load_overrides(header: Header) -> dict[str, bool]:
@@ -114,8 +120,7 @@ def _normalizer(header: Header, model: Model) -> Normalize | None:
     builders = {"NFC": _nfc, "BertNormalizer": _bert}
     if spec["type"] not in builders:
         raise GGUFError(f"{header.path}: needs the normaliser {spec['type']}, unknown to this f2gguf; update it.")
-    with parsing(f"{header.path}, its text normaliser", GGUFError, "Download or make it again."):
-        return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"}, model)
+    return builders[spec["type"]]({key: value for key, value in spec.items() if key != "type"}, model)
 
 
 def _nfc(_options: dict[str, Any], _model: Model) -> Normalize:
@@ -134,7 +139,10 @@ def _bert(options: dict[str, Any], model: Model) -> Normalize:
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
-    normalize_str = BertNormalizer(**options).normalize_str
+    try:
+        normalize_str = BertNormalizer(**options).normalize_str
+    except TypeError as error:
+        raise GGUFError(f"{model.path}, its text normaliser: {error}. Download or make it again.") from error
     split = BertPreTokenizer().pre_tokenize_str
     known = set().union(*(text.removeprefix(_WORD_START) for text in model.token_texts()))
 

@@ -6,8 +6,10 @@ import ipaddress
 import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_model
@@ -15,6 +17,12 @@ from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ExtraMissing, WrongUsage
 
 _COUNT = click.IntRange(1)
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[_Command], _Command]:
+    kind = _COUNT if isinstance(default, int) else float
+    return click.option(flag, name, default=default, show_default=True, type=kind, help=words)
 
 
 @click.command()
@@ -24,22 +32,26 @@ _COUNT = click.IntRange(1)
     "models",
     multiple=True,
     metavar="[NAME=]MODEL",
-    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub; repeat it. [or $F2GGUF_MODEL]",
+    help="A .gguf file, or org/name[:VARIANT][@revision] on the Hub; repeatable [default: $F2GGUF_MODEL].",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
-@click.option("--api-keys-file", type=click.Path(path_type=Path), help="Keys that clients must have, one a line.")
-@click.option("--api-key-env", metavar="NAME", help="An environment variable that holds such a key, or several.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port, or 0 for a free one."
+)
+@click.option("--api-keys-file", type=click.Path(path_type=Path), help="File of the clients' keys, one a line.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable that holds such a key, or several.")
 @click.option("--allow-open", is_flag=True, help="Let other machines in without a key.")
-@click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Let pages of this origin in; repeat it.")
+@click.option(
+    "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Let in pages of this origin; repeatable."
+)
 @click.option("--selftest", is_flag=True, help="Refuse files without golden vectors. Files that have them are tested.")
-@click.option("--max-body", "max_body_bytes", default=16 << 20, show_default=True, type=_COUNT, help="Bytes.")
-@click.option("--max-texts", default=2048, show_default=True, type=_COUNT, help="Texts in a request.")
-@click.option("--max-request-tokens", default=262_144, show_default=True, type=_COUNT, help="Tokens in a request.")
-@click.option("--max-waiting-tokens", default=524_288, show_default=True, type=_COUNT, help="More wait: 429.")
-@click.option("--max-requests", default=512, show_default=True, type=_COUNT, help="Requests in flight; more: 429.")
-@click.option("--body-timeout", "body_timeout_s", default=30.0, show_default=True, help="Seconds for a body: 408.")
-@click.option("--drain-timeout", "drain_timeout_s", default=60.0, show_default=True, help="Seconds after SIGTERM.")
+@_limit("--max-body", "max_body_bytes", 16 << 20, "Bytes that a request's body may have.")
+@_limit("--max-texts", "max_texts", 2048, "Texts that a request may have.")
+@_limit("--max-request-tokens", "max_request_tokens", 262_144, "Tokens that a request may have.")
+@_limit("--max-waiting-tokens", "max_waiting_tokens", 524_288, "Tokens that may wait; more are answered with 429.")
+@_limit("--max-requests", "max_requests", 512, "Requests in flight; more are answered with 429.")
+@_limit("--body-timeout", "body_timeout_s", 30.0, "Seconds to wait for a body before the answer 408.")
+@_limit("--drain-timeout", "drain_timeout_s", 60.0, "Seconds to finish accepted requests after SIGTERM.")
 @MAX_TOKENS
 @POOLING
 @DEVICE
@@ -52,25 +64,14 @@ def serve(
     api_keys_file: Path | None,
     api_key_env: str | None,
     allow_open: bool,
-    cors_origins: tuple[str, ...],
     selftest: bool,
-    max_body_bytes: int,
-    max_texts: int,
-    max_request_tokens: int,
-    max_waiting_tokens: int,
-    max_requests: int,
-    body_timeout_s: float,
     drain_timeout_s: float,
-    max_tokens: int | None,
-    pooling: str | None,
-    device: str,
-    n_gpu_layers: int,
-    n_threads: int | None,
+    **options: Any,
 ) -> None:
     """Serve embeddings to the clients of OpenAI, text-embeddings-inference and Ollama.
 
-    A model's NAME is its file's, unless given; clients put ':query' or ':document' behind it. Logs are JSON on stderr,
-    without anybody's text. SIGTERM finishes what was accepted.
+    A model's NAME is its file's name, unless you give another; clients put ':query' or ':document' behind it. Logs are
+    JSON on stderr, without anybody's text. After SIGTERM, accepted requests are finished.
     """
     files = named_files(models or (require_model(os.environ.get("F2GGUF_MODEL")),))
     keys = read_keys(api_keys_file, api_key_env)
@@ -84,30 +85,11 @@ def serve(
     from f2gguf.runtime.server.metrics import Metrics
     from f2gguf.runtime.server.models import Limits, open_model
 
-    limits = Limits(
-        api_keys=keys,
-        cors_origins=cors_origins,
-        max_body_bytes=max_body_bytes,
-        max_texts=max_texts,
-        max_request_tokens=max_request_tokens,
-        max_waiting_tokens=max_waiting_tokens,
-        max_requests=max_requests,
-        body_timeout_s=body_timeout_s,
-    )
-    embedder_options: dict[str, Any] = {
-        "device": device,
-        "n_gpu_layers": n_gpu_layers,
-        "n_threads": n_threads,
-        "pooling": pooling,
-        "max_tokens": max_tokens,
-    }
-    metrics = Metrics()
+    stated = {field.name: options.pop(field.name) for field in fields(Limits) if field.name in options}
+    limits, metrics = Limits(api_keys=keys, **stated), Metrics()
     _log_as_json()
     with server.bound(host, port) as listener:
-        served = [
-            open_model(file, name, limits, metrics, selftest=selftest, **embedder_options)
-            for name, file in files.items()
-        ]
+        served = [open_model(file, name, limits, metrics, selftest=selftest, **options) for name, file in files.items()]
         for model in served:
             say(f"{model.name}: {model.embedder.description}; selftest: {model.selftest}")
         say(f"http://{host}:{listener.getsockname()[1]}")

@@ -13,7 +13,8 @@ Read in this order: `data` (what it holds), `server` (what it is asked), `readin
 Sources: huggingface_hub 2.4 for each request and for what is read of the answer (`hf_api.py`, `_commit_api.py`,
 `lfs.py`, `file_download.py`, and `hf_raise_for_status` in `utils/_http.py` for the error codes);
 https://huggingface.co/docs/hub/api; https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md. The words of errors
-are the Hub's where a public report quotes them. Not spoken: Xet, pull requests, datasets and spaces, git itself.
+are the Hub's where a public report quotes them. Not spoken: Xet, pull requests,
+branches besides main, deletions, datasets and spaces, git itself.
 """
 
 from hub.client import finish, only_error, run_command, run_python, start_command, start_python

@@ -152,7 +152,6 @@ class Hub:
         self.tokens = {WRITER: "writer", READER: "reader"}  # token -> user
         self.orgs = ["org"]  # where the writer may create repositories
         self.part_bytes = 16_000_000  # larger LFS objects are uploaded in parts of this size
-        self.page_size = 1000  # files in one answer of a tree
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.signed: set[str] = set()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 from hub.call import Answer, Call, Refused, find_commit, json_answer
 from hub.card import front_matter
@@ -16,16 +15,7 @@ from hub.data import Blob, Commit, Repo
 DATE = "2026-01-01T00:00:00.000Z"  # of everything
 
 
-def whoami(call: Call) -> Answer:
-    if not call.user:
-        raise Refused(401, "Invalid username or password.")
-    token = {"displayName": "test", "role": "write" if call.user == "writer" else "read"}
-    orgs = [{"type": "org", "name": org} for org in call.hub.orgs]
-    auth = {"type": "access_token", "accessToken": token}
-    return json_answer({"type": "user", "id": call.user, "name": call.user, "orgs": orgs, "auth": auth})
-
-
-def info(call: Call, repo: Repo, revision: str = "main") -> Answer:
+def info(call: Call, repo: Repo, revision: str) -> Answer:
     commit = find_commit(repo, revision)
     card = _card(commit)
     siblings = [_sibling(path, blob, has_details="blobs" in call.query) for path, blob in sorted(commit.files.items())]
@@ -35,34 +25,10 @@ def info(call: Call, repo: Repo, revision: str = "main") -> Answer:
     return json_answer(facts | {"cardData": card, "tags": _tags(card)})
 
 
-def tree(call: Call, repo: Repo, revision: str, folder: str = "") -> Answer:
-    """A page of a folder; the `Link` header names the next one."""
+def tree(_: Call, repo: Repo, revision: str) -> Answer:
+    """Every file, as the client asks for them: recursively. The Hub names folders too, and sends pages."""
     commit = find_commit(repo, revision)
-    prefix = f"{folder}/" if folder else ""
-    inside = [path for path in commit.files if path.startswith(prefix)]
-    if folder and not inside:
-        raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-    paths = {*inside, *(parent for path in inside for parent in _parents(path) if parent.startswith(prefix))}
-    if call.query.get("recursive") != "true":
-        paths = {path for path in paths if "/" not in path[len(prefix) :]}
-    start = int(call.query.get("cursor", 0))
-    end = start + call.hub.page_size
-    page = [
-        _entry(repo, commit, path, is_expanded=call.query.get("expand") == "true") for path in sorted(paths)[start:end]
-    ]
-    if end >= len(paths):
-        return json_answer(page)
-    rest, _, _ = call.target.partition("&cursor=")
-    return json_answer(page, Link=f'<{call.hub.url}{rest}{"&" if "?" in rest else "?"}cursor={end}>; rel="next"')
-
-
-def paths_info(call: Call, repo: Repo, revision: str) -> Answer:
-    commit = find_commit(repo, revision)
-    form = parse_qs(call.body.decode())
-    known = {*commit.files, *(parent for path in commit.files for parent in _parents(path))}
-    is_expanded = form.get("expand") == ["true"]
-    asked = [path for path in form.get("paths", []) if path in known]
-    return json_answer([_entry(repo, commit, path, is_expanded=is_expanded) for path in asked])
+    return json_answer([_entry(path, blob) for path, blob in sorted(commit.files.items())])
 
 
 def refs(_: Call, repo: Repo) -> Answer:
@@ -72,14 +38,6 @@ def refs(_: Call, repo: Repo) -> Answer:
         for key, kind, names in kinds
     }
     return json_answer({"converts": [], "pullRequests": [], **listed})
-
-
-def commits(_: Call, repo: Repo, revision: str) -> Answer:
-    history = repo.history(find_commit(repo, revision))
-    authors = [{"user": "writer"}]
-    return json_answer(
-        [{"id": c.sha, "title": c.title, "message": "", "date": DATE, "authors": authors} for c in history]
-    )
 
 
 def auth_check(_: Call, repo: Repo) -> Answer:
@@ -144,20 +102,7 @@ def _sibling(path: str, blob: Blob, *, has_details: bool) -> dict[str, Any]:
     return {**details, "lfs": lfs} if blob.sha256 else details
 
 
-def _entry(repo: Repo, commit: Commit, path: str, *, is_expanded: bool) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    if is_expanded:
-        past = list(repo.history(commit))
-        since = next((i for i, c in enumerate(past) if c.files.get(path) != commit.files.get(path)), len(past))
-        last = {"lastCommit": {"id": past[since - 1].sha, "title": past[since - 1].title, "date": DATE}}
-    blob = commit.files.get(path)
-    if blob is None:
-        return {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path, **last}
-    file = {"type": "file", "oid": blob.blob_id, "size": blob.size, "path": path, **last}
+def _entry(path: str, blob: Blob) -> dict[str, Any]:
+    file = {"type": "file", "oid": blob.blob_id, "size": blob.size, "path": path}
     lfs = {"oid": blob.sha256, "size": blob.size, "pointerSize": blob.pointer_bytes}
     return {**file, "lfs": lfs} if blob.sha256 else file
-
-
-def _parents(path: str) -> list[str]:
-    names = path.split("/")[:-1]
-    return ["/".join(names[: i + 1]) for i in range(len(names))]

@@ -33,24 +33,16 @@ _NAME = r"/(?P<repo>[^/]+/[^/]+)"
 _REVISION = r"/(?P<revision>[^/]+)"
 _API = f"/api/models{_NAME}"
 HUB_ROUTES: list[Route] = [
-    ("GET", "/api/whoami-v2", OPEN, reading.whoami),
     ("POST", "/api/validate-yaml", OPEN, writing.validate_yaml),
     ("POST", "/api/repos/create", WRITE, writing.create_repo),
     ("POST", f"/api/complete_multipart{_NAME}/(?P<oid>[^/]+)", SIGNED, writing.complete_multipart),
-    ("GET", _API, READ, reading.info),
     ("GET", f"{_API}/revision{_REVISION}", READ, reading.info),
-    ("GET", f"{_API}/tree{_REVISION}(?:/(?P<folder>.+))?", READ, reading.tree),
-    ("POST", f"{_API}/paths-info{_REVISION}", READ, reading.paths_info),
+    ("GET", f"{_API}/tree{_REVISION}", READ, reading.tree),
     ("GET", f"{_API}/refs", READ, reading.refs),
-    ("GET", f"{_API}/commits{_REVISION}", READ, reading.commits),
-    ("GET", f"{_API}/auth-check", FILES, reading.auth_check),
     ("GET", f"{_API}/auth-check/write", WRITE, reading.auth_check),
     ("POST", f"{_API}/preupload{_REVISION}", WRITE, writing.preupload),
     ("POST", f"{_API}/commit{_REVISION}", WRITE, writing.commit),
     ("POST", f"{_API}/tag{_REVISION}", WRITE, writing.add_tag),
-    ("DELETE", f"{_API}/tag/(?P<name>[^/]+)", WRITE, writing.delete_tag),
-    ("POST", f"{_API}/branch/(?P<name>[^/]+)", WRITE, writing.add_branch),
-    ("DELETE", f"{_API}/branch/(?P<name>[^/]+)", WRITE, writing.delete_branch),
     ("GET HEAD", rf"{_NAME}/resolve{_REVISION}/(?P<path>.+)", FILES, reading.resolve),
     ("POST", rf"{_NAME}\.git/info/lfs/objects/batch", WRITE, writing.lfs_batch),
     ("POST", rf"{_NAME}\.git/info/lfs/objects/verify", WRITE, writing.lfs_verify),
@@ -125,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(sent)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - names of BaseHTTPRequestHandler
+    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815 - names of BaseHTTPRequestHandler
 
     def _receive(self, size: int) -> bytes:
         body = bytearray()

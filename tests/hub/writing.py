@@ -1,4 +1,4 @@
-"""What the Hub and its storage do for those who write: repositories, uploads, commits, tags and branches.
+"""What the Hub and its storage do for those who write: repositories, uploads, commits and tags.
 
 An upload is three things: `preupload` says which files LFS takes, the LFS batch names a URL for each object that is
 missing, and the commit names the files. Nothing is believed: what came must have the size and the hash announced.
@@ -14,7 +14,7 @@ from typing import Any
 
 from hub.call import Answer, Call, Refused, find_commit, json_answer
 from hub.card import check_card
-from hub.data import Blob, Commit, Repo, Upload, lfs_blob, needs_lfs, regular_blob
+from hub.data import Blob, Repo, Upload, lfs_blob, needs_lfs, regular_blob
 
 
 def validate_yaml(call: Call) -> Answer:
@@ -126,18 +126,18 @@ def commit(call: Call, repo: Repo, revision: str) -> Answer:
         raise Refused(400, "The commit has no summary")
     if header["value"].get("parentCommit", head.sha) != head.sha:
         raise Refused(412, "A commit has happened since. Please refresh and try again.")
-    files: dict[str, Blob | None] = {}
+    files: dict[str, Blob] = {}
     for operation in operations:
         kind, value = operation["key"], operation["value"]
         if kind not in OPERATIONS:
             raise Refused(400, f"Unknown operation {kind}")
-        files |= OPERATIONS[kind](repo, head, value)
+        files |= OPERATIONS[kind](repo, value)
     made = repo.commit(files, title=header["value"]["summary"], branch=revision)
     url = f"{call.hub.url}/{repo.name}/commit/{made.sha}"
     return json_answer({"success": True, "commitOid": made.sha, "commitUrl": url, "hookOutput": ""})
 
 
-def _add_file(_: Repo, __: Commit, value: dict[str, Any]) -> dict[str, Blob | None]:
+def _add_file(_: Repo, value: dict[str, Any]) -> dict[str, Blob]:
     content = base64.b64decode(value["content"], validate=True)
     if value.get("encoding") != "base64" or needs_lfs(value["path"], content[:512], len(content)):
         raise Refused(400, f"Your push was rejected because it contains binary files. Offending files: {value['path']}")
@@ -147,7 +147,7 @@ def _add_file(_: Repo, __: Commit, value: dict[str, Any]) -> dict[str, Blob | No
     return {value["path"]: regular_blob(content)}
 
 
-def _add_lfs_file(repo: Repo, _: Commit, value: dict[str, Any]) -> dict[str, Blob | None]:
+def _add_lfs_file(repo: Repo, value: dict[str, Any]) -> dict[str, Blob]:
     held = repo.objects.get(value["oid"])
     if held is None or value.get("size", len(held)) != len(held) or value["algo"] != "sha256":
         raise Refused(
@@ -158,46 +158,14 @@ def _add_lfs_file(repo: Repo, _: Commit, value: dict[str, Any]) -> dict[str, Blo
     return {value["path"]: lfs_blob(value["oid"], len(held))}
 
 
-def _delete(_: Repo, head: Commit, value: dict[str, Any]) -> dict[str, Blob | None]:
-    path = value["path"]
-    gone = [known for known in head.files if known == path or known.startswith(f"{path.rstrip('/')}/")]
-    if not gone:
-        raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-    return dict.fromkeys(gone)
-
-
-OPERATIONS = {"file": _add_file, "lfsFile": _add_lfs_file, "deletedFile": _delete, "deletedFolder": _delete}
+OPERATIONS = {"file": _add_file, "lfsFile": _add_lfs_file}
 
 
 def add_tag(call: Call, repo: Repo, revision: str) -> Answer:
-    return _add_ref(repo.tags, call.json()["tag"], find_commit(repo, revision))
-
-
-def add_branch(call: Call, repo: Repo, name: str) -> Answer:
-    return _add_ref(repo.branches, name, find_commit(repo, (call.json() or {}).get("startingPoint", "main")))
-
-
-def delete_tag(_: Call, repo: Repo, name: str) -> Answer:
-    return _delete_ref(repo.tags, name)
-
-
-def delete_branch(_: Call, repo: Repo, name: str) -> Answer:
-    if name == "main":
-        raise Refused(403, "Cannot delete the default branch")
-    return _delete_ref(repo.branches, name)
-
-
-def _add_ref(names: dict[str, str], name: str, commit: Commit) -> Answer:
-    if name in names:
+    name, commit = call.json()["tag"], find_commit(repo, revision)
+    if name in repo.tags:
         raise Refused(409, "Reference already exists")
-    names[name] = commit.sha
-    return json_answer({})
-
-
-def _delete_ref(names: dict[str, str], name: str) -> Answer:
-    if name not in names:
-        raise Refused(404, f"Invalid rev id: {name}", "RevisionNotFound")
-    del names[name]
+    repo.tags[name] = commit.sha
     return json_answer({})
 
 
