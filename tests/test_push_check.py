@@ -196,9 +196,7 @@ def test_header_that_was_changed_is_refused_even_with_new_hashes(folder: Path, k
 
 def test_variant_over_the_bound_is_refused_unless_that_is_allowed(folder: Path) -> None:
     put_over_bound(folder)
-    with pytest.raises(
-        OverBound, match=r"over the bound of 2%: upper end .* 4\.00%\. Pass --allow-over-bound"
-    ):
+    with pytest.raises(OverBound, match=r"over the bound of 2%: upper end .* 4\.00%\. Pass --allow-over-bound"):
         read_release(folder)
     assert read_release(folder, allow_over_bound=True).hashes
 
