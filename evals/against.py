@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.endpoint import Endpoint, connected, endpoint_vectors, is_url, open_endpoint
+from f2gguf.evals.endpoint import Endpoint, connected, is_url, open_endpoint
 from f2gguf.evals.texts import EvalText, embed_texts, prompted
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
@@ -68,12 +68,12 @@ def open_baseline(
 
 
 def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Baseline:
-    """Vectors of `endpoint`, which is asked for the first text's right away."""
-    inputs = [prompted(text, prompts) for text in texts]
+    """Vectors of `endpoint`. It is asked for the first text's vector right away, which gives the width."""
 
-    def vectors(n_texts: int = len(inputs)) -> Vectors:
+    def vectors(n_texts: int = len(texts)) -> Vectors:
+        inputs = [prompted(text, prompts) for text in texts[:n_texts]]
         with connected(endpoint) as ask, progress(f"ask {endpoint.name}", n_texts) as advance:
-            return endpoint_vectors(endpoint, ask, inputs[:n_texts], on_progress=advance)
+            return ask(inputs, on_progress=advance)
 
     return Baseline(_usable(endpoint.name, vectors(1), texts[:1]).shape[1], vectors)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from f2gguf.evals.endpoint import BATCH_TEXTS, connected, endpoint_vectors, open_endpoint
+from f2gguf.evals.endpoint import BATCH_TEXTS, connected, open_endpoint
 from f2gguf.runtime.errors import BenchFailed, F2ggufError
 
 OURS, LLAMA_EMBED, LLAMA_SERVER = "f2gguf", "Llama.embed", "llama-server"
@@ -161,7 +161,7 @@ def _url(settings: SideSettings, *, setup: str = "", pid: int | None = None) -> 
     endpoint = open_endpoint(str(settings.url), model=settings.url_model, key_env=settings.api_key_env)
     with connected(endpoint) as ask, ThreadPoolExecutor(N_CONNECTIONS) as pool:
         yield Side(
-            lambda texts, prompt: endpoint_vectors(endpoint, ask, [prompt + text for text in texts], run=pool.map),
+            lambda texts, prompt: ask([prompt + text for text in texts], run=pool.map),
             f"{setup or endpoint.name}; lists of {BATCH_TEXTS} texts over {N_CONNECTIONS} connections",
             pid,
         )
