@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ _EMBED_AGAIN = "Write it with `f2gguf embed -o` or another tool, with a row for 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a file is compared with: the width of its vectors, and the function that makes a row for each text."""
+    """What a file is compared with: the width of the vectors, and the function that makes one for each text."""
 
     n_embd: int
     vectors: Callable[[], Vectors]  # (n_texts, n_embd)
@@ -41,11 +42,11 @@ def open_baseline(
     endpoint_model: str | None = None,
     api_key_env: str | None = None,
 ) -> Callable[[], Vectors]:
-    """The function that makes the vectors that the file with `header` is compared with.
+    """The function that makes the baseline's vectors for the file with `header`.
 
     `against` is a URL, a .npy or .safetensors file, a .gguf file, or else a model for `run_checkpoint`. An `against`
-    that cannot be the file's baseline is refused here, before any work. The function raises `InputError` for a text
-    whose vector is not finite.
+    that cannot be the baseline is refused here, before any work. The function raises `InputError` for a text whose
+    vector is not finite.
     """
     suffix = Path(against).suffix.lower()
     name = against
@@ -95,20 +96,20 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
         with parsing(path, InputError, _EMBED_AGAIN):
             vectors, ids = _READERS[path.suffix.lower()](path)
     except (OSError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}. {_EMBED_AGAIN}"
-        ) from error
-    shape = vectors.shape
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}. {_EMBED_AGAIN}") from error
+    shape, fault = vectors.shape, ""
     if len(shape) != 2 or not np.issubdtype(vectors.dtype, np.floating):
-        raise InputError(
-            f"{path}: holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd). {_EMBED_AGAIN}"
+        fault = f"holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd)"
+    elif len(vectors) != len(texts):
+        fault = f"holds {len(vectors)} vectors, and {len(texts)} texts are judged"
+    elif ids:
+        pairs = enumerate(itertools.zip_longest(ids, (text.id for text in texts)), start=1)
+        fault = next(
+            (f"row {i} is of {ours!r}, but text {i} is {text!r}" for i, (ours, text) in pairs if str(ours) != text), ""
         )
-    if len(vectors) != len(texts):
-        raise InputError(f"{path}: holds {len(vectors)} vectors, and {len(texts)} texts are judged. {_EMBED_AGAIN}")
-    for i, text in enumerate(texts if ids else ()):
-        if len(ids) != len(texts) or str(ids[i]) != text.id:
-            stored = repr(ids[i]) if i < len(ids) else "no id"
-            raise InputError(f"{path}: row {i + 1} is of {stored}, but text {i + 1} is {text.id!r}. {_EMBED_AGAIN}")
+    if fault:
+        raise InputError(f"{path}: {fault}. {_EMBED_AGAIN}")
     _usable(str(path), vectors, texts)
     return Baseline(shape[1], lambda: vectors)
 
@@ -137,7 +138,7 @@ _READERS: dict[str, Callable[[Path], tuple[Vectors, list[Any]]]] = {
 
 
 def _usable(name: str, vectors: Vectors, texts: Sequence[EvalText]) -> Vectors:
-    """`vectors`, or `InputError` with the texts whose vector is not finite, or zero."""
+    """`vectors`. Raises `InputError` for texts whose vector is not finite, or zero."""
     if bad := [texts[i].id for i in unusable(vectors)]:
         raise InputError(f"{name}: {len(bad)} of {len(texts)} texts have no finite vector: {', '.join(bad[:5])}.")
     return vectors
