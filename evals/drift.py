@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from f2gguf.evals import neighbours
-from f2gguf.evals.neighbours import Indices, Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
+from f2gguf.evals.neighbours import Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
 from f2gguf.evals.texts import ANSWER_KINDS, EvalText
 from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import format_bound
@@ -214,20 +214,19 @@ def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[Eval
     anchors, others = (queries, documents) if len(queries) else (everything, everything)
     pairs = choose_pairs(everything, everything)
     similarities = [pair_cosines(vectors, pairs) for vectors in (candidate, reference)] if len(everything) > 2 else None
+    column = {texts[i].id: k for k, i in enumerate(documents)}
+    relevant = [[column[name] for name in texts[i].relevant] for i in queries]
+
+    def ndcg10(vectors: Vectors) -> float | None:
+        similarity = unit_rows(vectors[queries]) @ unit_rows(vectors[documents]).T
+        return neighbours.ndcg10(similarity, relevant) if relevant else None
+
     return {
         "top10_overlap": top10_overlap(candidate, reference, anchors, others),
         "spearman": float(spearmanr(*similarities).statistic) if similarities else None,
-        "ndcg10": _ndcg10(candidate, texts, queries, documents),
-        "ndcg10_reference": _ndcg10(reference, texts, queries, documents),
+        "ndcg10": ndcg10(candidate),
+        "ndcg10_reference": ndcg10(reference),
     }
-
-
-def _ndcg10(vectors: Vectors, texts: Sequence[EvalText], queries: Indices, documents: Indices) -> float | None:
-    if not len(queries):
-        return None
-    column = {texts[i].id: k for k, i in enumerate(documents)}
-    relevant = [[column[name] for name in texts[i].relevant] for i in queries]
-    return neighbours.ndcg10(unit_rows(vectors[queries]) @ unit_rows(vectors[documents]).T, relevant)
 
 
 def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText] | None, by: str) -> dict[str, Group]:

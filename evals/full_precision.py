@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
@@ -17,15 +17,10 @@ TRANSFORMERS = "transformers float32"
 LAYER_BY_LAYER = f"{TRANSFORMERS}, layer by layer"
 Ids = NDArray[np.int32]
 Progress = Callable[[int], None] | None
+# Token ids of texts -> the checkpoint's vectors, (n_texts, n_embd) float32, L2-normalised:
+# run(folder, token_ids, pooling=..., on_progress=None)
+Run = Callable[..., NDArray[np.float32]]
 _TOKEN_TABLE = "embed_tokens.weight"
-
-
-class Run(Protocol):
-    """Turns the token ids of texts into the checkpoint's vectors, (n_texts, n_embd) float32, L2-normalised."""
-
-    def __call__(
-        self, folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
-    ) -> NDArray[np.float32]: ...
 
 
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
@@ -40,9 +35,10 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     kind = _read_config(folder).get("model_type")
     if kind == "qwen3":
         return streamed_vectors, LAYER_BY_LAYER
+    sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
     raise MemoryMissing(
-        f"the checkpoint's float32 weights need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are "
-        f"free, and a {kind} model is not run layer by layer: use a machine with more memory"
+        f"the checkpoint's float32 weights {sizes}, and a {kind} model is not run layer by layer: use a machine with "
+        "more memory"
     )
 
 
