@@ -61,10 +61,8 @@ def open_baseline(
     else:
         baseline = run_checkpoint(against)
     if baseline.n_embd != header.n_embd:
-        raise WrongUsage(
-            f"{name}: gives vectors of width {baseline.n_embd}, and {header.path} of {header.n_embd}. "
-            "Pass the same model at its full width (--against)."
-        )
+        widths = f"{baseline.n_embd}, and {header.path} of {header.n_embd}"
+        raise WrongUsage(f"{name}: gives vectors of width {widths}. Pass the same model at its full width (--against).")
     return lambda: _usable(name, baseline.vectors(), texts)
 
 
@@ -103,11 +101,9 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
         fault = f"holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd)"
     elif len(vectors) != len(texts):
         fault = f"holds {len(vectors)} vectors, and {len(texts)} texts are judged"
-    elif ids:
-        pairs = enumerate(itertools.zip_longest(ids, (text.id for text in texts)), start=1)
-        fault = next(
-            (f"row {i} is of {ours!r}, but text {i} is {text!r}" for i, (ours, text) in pairs if str(ours) != text), ""
-        )
+    for i, (ours, text) in enumerate(itertools.zip_longest(ids, (text.id for text in texts)) if ids else ()):
+        if not fault and str(ours) != text:
+            fault = f"row {i + 1} is of {ours!r}, but text {i + 1} is {text!r}"
     if fault:
         raise InputError(f"{path}: {fault}. {_EMBED_AGAIN}")
     _usable(str(path), vectors, texts)
@@ -131,10 +127,7 @@ def _read_safetensors(path: Path) -> tuple[Vectors, list[Any]]:
         raise ValueError(str(error)) from error
 
 
-_READERS: dict[str, Callable[[Path], tuple[Vectors, list[Any]]]] = {
-    ".npy": _read_npy,
-    ".safetensors": _read_safetensors,
-}
+_READERS = {".npy": _read_npy, ".safetensors": _read_safetensors}
 
 
 def _usable(name: str, vectors: Vectors, texts: Sequence[EvalText]) -> Vectors:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import TRANSFORMERS, choose_run, require_transformers
+from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ class ConversionCheck:
 
 
 def check_conversion(
-    vectors: NDArray[np.float32],
+    vectors: Vectors,
     texts: Sequence[EvalText],
     *,
     folder: Path,
@@ -76,22 +77,15 @@ def can_check() -> bool:
     return False
 
 
-def compare(
-    vectors: NDArray[np.float32], reference: NDArray[np.floating[Any]], texts: Sequence[EvalText], name: str
-) -> ConversionCheck:
+def compare(vectors: Vectors, reference: Vectors, texts: Sequence[EvalText], name: str) -> ConversionCheck:
     """The outcome, from the cosine of every vector with its reference."""
     cosines = 1.0 - drift(vectors, reference)
-    return ConversionCheck(
-        reference=name,
-        n=len(texts),
-        min_cosine=round(float(cosines.min()), 6),
-        mean_cosine=round(float(cosines.mean()), 6),
-        worst_text=texts[int(cosines.argmin())].id,
-    )
+    min_cosine, mean_cosine = (round(float(value), 6) for value in (cosines.min(), cosines.mean()))
+    return ConversionCheck(name, "", len(texts), min_cosine, mean_cosine, worst_text=texts[int(cosines.argmin())].id)
 
 
-def find_stored(checkpoint_sha256: str, texts: Sequence[EvalText]) -> NDArray[np.float16] | None:
-    """Vectors stored by `scripts/references` for this checkpoint and these texts, or None."""
+def find_stored(checkpoint_sha256: str, texts: Sequence[EvalText]) -> Vectors | None:
+    """The vectors that `scripts/references` stored for this checkpoint and these texts, or None."""
     from safetensors import safe_open
 
     for path in sorted(REFERENCES.glob("*.safetensors")):
@@ -101,7 +95,7 @@ def find_stored(checkpoint_sha256: str, texts: Sequence[EvalText]) -> NDArray[np
     return None
 
 
-def store(path: Path, vectors: NDArray[np.float32], checkpoint_sha256: str, texts: Sequence[EvalText]) -> None:
+def store(path: Path, vectors: Vectors, checkpoint_sha256: str, texts: Sequence[EvalText]) -> None:
     """Write reference vectors as float16, which moves a cosine by less than 1e-7."""
     from safetensors.numpy import save_file
 

@@ -50,10 +50,9 @@ def read_corpus(source: str, *, column: str = "text") -> tuple[EvalText, ...]:
     Raises `WrongUsage` for fewer than two different texts, besides the errors of `read_texts`.
     """
     rows = read_texts(source, column=column)
-    texts = tuple(
-        EvalText(str(row_id), "query" if kind == "query" else "document", "und", text)
-        for row_id, text, kind in zip(rows.ids, rows.texts, rows.kinds, strict=True)
-    )
+    kinds = ["query" if kind == "query" else "document" for kind in rows.kinds]
+    labels = zip(rows.ids, kinds, rows.texts, strict=True)
+    texts = tuple(EvalText(str(row_id), kind, "und", text) for row_id, kind, text in labels)
     if (n := len(_different(texts))) < 2:
         raise WrongUsage(f"{source}: holds {n} different texts; drift of scores takes at least 2 (--corpus).")
     return texts

@@ -141,9 +141,8 @@ def _parsed(url: str) -> httpx2.URL:
             raise ValueError("it needs http:// or https://, a host, and no port over 65535")
         parsed.host.encode("idna")
     except (ValueError, httpx2.InvalidURL) as error:
-        raise WrongUsage(
-            f"{ascii(shown_url(url))[1:-1]}: is no URL of an API: {error}. Write it like http://localhost:8080/v1."
-        ) from error
+        shown = ascii(shown_url(url))[1:-1]
+        raise WrongUsage(f"{shown}: is no URL of an API: {error}. Write it like http://localhost:8080/v1.") from error
     return parsed
 
 

@@ -36,10 +36,8 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     if kind == "qwen3":
         return streamed_vectors, LAYER_BY_LAYER
     sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
-    raise MemoryMissing(
-        f"the checkpoint's float32 weights {sizes}, and a {kind} model is not run layer by layer: use a machine with "
-        "more memory"
-    )
+    layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
+    raise MemoryMissing(f"the checkpoint's float32 weights {sizes}, and {layers}")
 
 
 def require_transformers() -> None:

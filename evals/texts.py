@@ -70,11 +70,8 @@ def claimed_texts(texts: Sequence[EvalText], languages: Sequence[str]) -> tuple[
     """
     if not languages or "multilingual" in languages:
         return tuple(texts)
-    return tuple(
-        text
-        for text in texts
-        if text.kind == "code" or text.language in ("und", *languages) or text.language.split("-")[0] in languages
-    )
+    known = {"und", *languages}
+    return tuple(t for t in texts if t.kind == "code" or known & {t.language, t.language.split("-")[0]})
 
 
 def texts_sha256(texts: Sequence[EvalText]) -> str:

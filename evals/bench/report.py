@@ -25,11 +25,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     """The report for people: a table for each workload, memory, then what it was measured on."""
     lines = []
     for name, work in report["work"].items():
-        lines += [
-            _work_title(name, work),
-            text_table(_COLUMNS, [_speed_row(*side) for side in work["sides"].items()]),
-            "",
-        ]
+        rows = [_speed_row(*side) for side in work["sides"].items()]
+        lines += [_work_title(name, work), text_table(_COLUMNS, rows), ""]
     memory = [_memory_row(*side) for side in report["sides"].items()]
     return [*lines, text_table(["memory", "peak RSS", "ours/theirs"], memory), "", *_facts(report)]
 
@@ -115,10 +112,8 @@ def _panels(report: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, str
         key, unit = _UNITS.get(name, ("tokens_per_s", "tokens/s"))
         bars = [(side[key], _ratio(other, f"{side['ratio']:.2f}x")) for other, side in work["sides"].items()]
         yield f"{name}, {unit}", bars
-    sides = report["sides"].items()
-    bars = [
-        ((side["peak_rss_bytes"] or 0) / 1e6, _ratio(name, f"{side['rss_ratio'] or 0:.0%}")) for name, side in sides
-    ]
+    peaks = [(name, side["peak_rss_bytes"] or 0, side["rss_ratio"] or 0) for name, side in report["sides"].items()]
+    bars = [(peak / 1e6, _ratio(name, f"{ratio:.0%}")) for name, peak, ratio in peaks]
     yield "peak memory, MB", bars
 
 

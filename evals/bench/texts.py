@@ -103,13 +103,10 @@ def _words(model: Model, tokenize: Tokenize) -> list[str]:
     """Words that are one token at the start of a text and behind a space."""
     candidates = [text[1:] for text in model.token_texts() if _WORD.fullmatch(text)][:_N_WORDS]
     lengths = [len(tokenize(f"{word} {word}")) for word in candidates]
-    fewest = min(lengths, default=0)
-    words = [word for word, n in zip(candidates, lengths, strict=True) if n == fewest]
+    words = [word for word, n in zip(candidates, lengths, strict=True) if n == min(lengths)]
     if len(words) < _FEWEST_WORDS:
-        raise GGUFError(
-            f"{model.path}: its vocabulary holds {len(words)} whole words of ASCII letters, too few to make texts of. "
-            "Give texts of your own: --work input --input FILE."
-        )
+        few = f"its vocabulary holds {len(words)} whole words of ASCII letters, too few to make texts of"
+        raise GGUFError(f"{model.path}: {few}. Give texts of your own: --work input --input FILE.")
     return words
 
 

@@ -34,8 +34,8 @@ class F2ggufEncoder:
 
     Documents get the file's document prompt. All other texts get an instruction in the frame of the file's query prompt
     ("Instruct: ...\\nQuery: "). It comes from the first of these that has one: `prompts`, by task name, task type or
-    "query"; mteb's own table for the checkpoint, so that F2LLM-v2 runs as in mteb; the task; for queries to a model that
-    mteb does not know, the file; mteb's default for the type of task. Files without such a frame (E5, MiniLM) get
+    "query"; mteb's own table for the checkpoint, so that F2LLM-v2 runs as in mteb; the task; the file, for queries to a
+    model that mteb does not know; mteb's default for the type of task. Files without such a frame (E5, MiniLM) get
     `prompts` as they are, else their query prompt on queries, and nothing on symmetrical texts.
 
     Raises `ExtraMissing` without mteb.
