@@ -25,10 +25,9 @@ N_RETRIES = 3
 KEY_ENV = "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 _HINTS = {401: "Check --api-key-env.", 403: "Check --api-key-env.", 404: "Check the URL and the model's name."}
-_URL = re.compile(r"\s*\w+://|[\w.-]+:\d+(/|$)")  # with a scheme, or the host and port of one that lacks it
+_URL = re.compile(r"\s*\w+://|[\w.-]+:\d+(/|$)")  # a scheme, or a host and port without one
 
 Vectors = NDArray[np.float32]
-Ask = Callable[..., Vectors]
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Endpoint:
         return f"{shown_url(self.url)}/embeddings"
 
     def failed(self, reason: str) -> EndpointFailed:
-        """The error of this endpoint; a server that quotes the key does not get it printed."""
+        """The error of this endpoint. The key is left out, for a server may quote it."""
         return EndpointFailed(f"{self.name}: {reason.replace(self.key, '***') if self.key else reason}")
 
 
 def is_url(text: str) -> bool:
-    """Whether a user means an endpoint by `text`: http://host/v1 and localhost:8080/v1, but not org/name or a path."""
+    """Whether `text` means an endpoint: http://host/v1 and localhost:8080/v1 do, org/name and a path do not."""
     return bool(_URL.match(text))
 
 
@@ -65,7 +64,7 @@ def shown_url(url: str) -> str:
 
 
 def require_client(what: str) -> None:
-    """Raise `ExtraMissing` unless the package is there with which `what` is asked."""
+    """Raise `ExtraMissing` unless openai is installed, which `what` needs."""
     if not find_spec("openai"):
         raise ExtraMissing(f"{what}: openai is not installed. Run: pip install 'f2gguf[endpoints]'")
 
@@ -80,13 +79,16 @@ def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = N
     require_client(shown_url(url))
     base = re.split("[?#]", url, maxsplit=1)[0].rstrip("/").removesuffix("/embeddings")
     is_openai = (parsed.scheme, parsed.host, parsed.port) == (own.scheme, own.host, own.port)
-    if is_openai and os.environ.get(KEY_ENV, "").strip():
-        key_env = key_env or KEY_ENV
-    return Endpoint(base, dict(parsed.params), model, _read_key(key_env) if key_env else None, is_openai)
+    if is_openai and not key_env and os.environ.get(KEY_ENV, "").strip():
+        key_env = KEY_ENV
+    key = os.environ.get(key_env, "").strip() if key_env else None
+    if key_env and not (key and key.isascii() and key.isprintable()):
+        raise WrongUsage(f"{key_env}: the environment variable holds no usable key (--api-key-env).")
+    return Endpoint(base, dict(parsed.params), model, key, is_openai)
 
 
 @contextlib.contextmanager
-def connected(endpoint: Endpoint) -> Iterator[Ask]:
+def connected(endpoint: Endpoint) -> Iterator[Callable[..., Vectors]]:
     """Open a client, and give the function `ask(texts, run=map, on_progress=None)` -> (n_texts, n_embd) float32.
 
     `run` asks for the batches: `map`, or the `map` of an executor, which asks for several at a time. The client waits
@@ -146,13 +148,6 @@ def _parsed(url: str) -> httpx2.URL:
     return parsed
 
 
-def _read_key(name: str) -> str:
-    key = os.environ.get(name, "").strip()
-    if not (key and key.isascii() and key.isprintable()):
-        raise WrongUsage(f"{name}: the environment variable holds no usable key (--api-key-env).")
-    return key
-
-
 def _ask_batch(client: openai.OpenAI, endpoint: Endpoint, texts: Sequence[str]) -> Vectors:
     """The vectors of one batch. The client asks for base64, which is exact and small."""
     import openai
@@ -189,7 +184,7 @@ def _headers(endpoint: Endpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Row:
-    embedding: str | list[float | str | None]  # null becomes NaN, which the caller refuses
+    embedding: str | list[float | str | None]  # null becomes NaN, which the callers refuse
     index: int | None = None
 
 
