@@ -1,4 +1,4 @@
-"""The shipped evaluation texts: many languages, queries and their documents, code, long texts, edge cases."""
+"""The evaluation texts: many languages, queries and their documents, code, long texts, edge cases."""
 
 from __future__ import annotations
 
