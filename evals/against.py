@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.endpoint import Endpoint, connected, endpoint_vectors, is_url, open_endpoint
+from f2gguf.evals.endpoint import Endpoint, connected, is_url, open_endpoint
 from f2gguf.evals.texts import EvalText, embed_texts, prompted
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
@@ -25,7 +26,7 @@ _EMBED_AGAIN = "Write it with `f2gguf embed -o` or another tool, with a row for 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a file is compared with: the width of its vectors, and the function that makes a row for each text."""
+    """What a file is compared with: the width of the vectors, and the function that makes one for each text."""
 
     n_embd: int
     vectors: Callable[[], Vectors]  # (n_texts, n_embd)
@@ -41,11 +42,11 @@ def open_baseline(
     endpoint_model: str | None = None,
     api_key_env: str | None = None,
 ) -> Callable[[], Vectors]:
-    """The function that makes the vectors that the file with `header` is compared with.
+    """The function that makes the baseline's vectors for the file with `header`.
 
     `against` is a URL, a .npy or .safetensors file, a .gguf file, or else a model for `run_checkpoint`. An `against`
-    that cannot be the file's baseline is refused here, before any work. The function raises `InputError` for a text
-    whose vector is not finite.
+    that cannot be the baseline is refused here, before any work. The function raises `InputError` for a text whose
+    vector is not finite.
     """
     suffix = Path(against).suffix.lower()
     name = against
@@ -60,20 +61,18 @@ def open_baseline(
     else:
         baseline = run_checkpoint(against)
     if baseline.n_embd != header.n_embd:
-        raise WrongUsage(
-            f"{name}: gives vectors of width {baseline.n_embd}, and {header.path} of {header.n_embd}. "
-            "Pass the same model at its full width (--against)."
-        )
+        widths = f"{baseline.n_embd}, and {header.path} of {header.n_embd}"
+        raise WrongUsage(f"{name}: gives vectors of width {widths}. Pass the same model at its full width (--against).")
     return lambda: _usable(name, baseline.vectors(), texts)
 
 
 def _from_endpoint(endpoint: Endpoint, texts: Sequence[EvalText], prompts: dict[str, str]) -> Baseline:
-    """Vectors of `endpoint`, which is asked for the first text's right away."""
-    inputs = [prompted(text, prompts) for text in texts]
+    """Vectors of `endpoint`. It is asked for the first text's vector right away, which gives the width."""
 
-    def vectors(n_texts: int = len(inputs)) -> Vectors:
+    def vectors(n_texts: int = len(texts)) -> Vectors:
+        inputs = [prompted(text, prompts) for text in texts[:n_texts]]
         with connected(endpoint) as ask, progress(f"ask {endpoint.name}", n_texts) as advance:
-            return endpoint_vectors(endpoint, ask, inputs[:n_texts], on_progress=advance)
+            return ask(inputs, on_progress=advance)
 
     return Baseline(_usable(endpoint.name, vectors(1), texts[:1]).shape[1], vectors)
 
@@ -95,20 +94,18 @@ def _from_stored(path: Path, texts: Sequence[EvalText]) -> Baseline:
         with parsing(path, InputError, _EMBED_AGAIN):
             vectors, ids = _READERS[path.suffix.lower()](path)
     except (OSError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}. {_EMBED_AGAIN}"
-        ) from error
-    shape = vectors.shape
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}. {_EMBED_AGAIN}") from error
+    shape, fault = vectors.shape, ""
     if len(shape) != 2 or not np.issubdtype(vectors.dtype, np.floating):
-        raise InputError(
-            f"{path}: holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd). {_EMBED_AGAIN}"
-        )
-    if len(vectors) != len(texts):
-        raise InputError(f"{path}: holds {len(vectors)} vectors, and {len(texts)} texts are judged. {_EMBED_AGAIN}")
-    for i, text in enumerate(texts if ids else ()):
-        if len(ids) != len(texts) or str(ids[i]) != text.id:
-            stored = repr(ids[i]) if i < len(ids) else "no id"
-            raise InputError(f"{path}: row {i + 1} is of {stored}, but text {i + 1} is {text.id!r}. {_EMBED_AGAIN}")
+        fault = f"holds {vectors.dtype} of shape {shape}, not floats (n_texts, n_embd)"
+    elif len(vectors) != len(texts):
+        fault = f"holds {len(vectors)} vectors, and {len(texts)} texts are judged"
+    for i, (ours, text) in enumerate(itertools.zip_longest(ids, (text.id for text in texts)) if ids else ()):
+        if not fault and str(ours) != text:
+            fault = f"row {i + 1} is of {ours!r}, but text {i + 1} is {text!r}"
+    if fault:
+        raise InputError(f"{path}: {fault}. {_EMBED_AGAIN}")
     _usable(str(path), vectors, texts)
     return Baseline(shape[1], lambda: vectors)
 
@@ -130,14 +127,11 @@ def _read_safetensors(path: Path) -> tuple[Vectors, list[Any]]:
         raise ValueError(str(error)) from error
 
 
-_READERS: dict[str, Callable[[Path], tuple[Vectors, list[Any]]]] = {
-    ".npy": _read_npy,
-    ".safetensors": _read_safetensors,
-}
+_READERS = {".npy": _read_npy, ".safetensors": _read_safetensors}
 
 
 def _usable(name: str, vectors: Vectors, texts: Sequence[EvalText]) -> Vectors:
-    """`vectors`, or `InputError` with the texts whose vector is not finite, or zero."""
+    """`vectors`. Raises `InputError` for texts whose vector is not finite, or zero."""
     if bad := [texts[i].id for i in unusable(vectors)]:
         raise InputError(f"{name}: {len(bad)} of {len(texts)} texts have no finite vector: {', '.join(bad[:5])}.")
     return vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import TRANSFORMERS, choose_run, require_transformers
+from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
 from numpy.typing import NDArray
 
-# F16 rounds weights by up to 2**-11. Measured on f2llm-nano and all-MiniLM-L6-v2: minimum cosine 0.999997 and 0.999994;
-# an implementation error (wrong token, wrong pooling, wrong epsilon) costs far more than the room that is left.
+# F16 rounds weights by up to 2**-11, which gave minimum cosines of 0.999997 on f2llm-nano and 0.999994 on
+# all-MiniLM-L6-v2. An error of the implementation (wrong token, pooling or epsilon) costs far more than what is left.
 MIN_COSINE = 0.9999
 REFERENCES = Path(__file__).with_name("references")
 STORED = f"stored vectors ({TRANSFORMERS})"
@@ -24,7 +26,7 @@ NOT_CHECKED = "not checked"
 
 @dataclass(frozen=True)
 class ConversionCheck:
-    """The outcome of gate 1; `reference` always says against what, or that it was not checked, and `why`."""
+    """The outcome of gate 1. `reference` names the baseline, or says that nothing was checked, for the reason `why`."""
 
     reference: str
     why: str = ""
@@ -43,7 +45,7 @@ class ConversionCheck:
 
 
 def check_conversion(
-    vectors: NDArray[np.float32],
+    vectors: Vectors,
     texts: Sequence[EvalText],
     *,
     folder: Path,
@@ -53,64 +55,53 @@ def check_conversion(
     pooling: str,
     on_progress: Callable[[int], None] | None = None,
 ) -> ConversionCheck:
-    """Compare F16 vectors with the strongest reference at hand.
+    """Compare F16 vectors with the best reference at hand.
 
-    transformers in float32 where it is installed, whole or layer by layer as the memory allows, else vectors stored for
-    this very checkpoint and these very texts, else nothing, said so.
+    This is transformers in float32 if it is installed, whole or layer by layer as the memory allows; else the vectors
+    that are stored for this checkpoint and these texts; else nothing, and the outcome says so.
     """
     try:
         run, name = choose_run(folder, n_parameters)
     except (ExtraMissing, MemoryMissing) as error:
         stored = find_stored(checkpoint_sha256, texts)
-        return (
-            ConversionCheck(NOT_CHECKED, why=str(error)) if stored is None else compare(vectors, stored, texts, STORED)
-        )
+        return ConversionCheck(NOT_CHECKED, str(error)) if stored is None else compare(vectors, stored, texts, STORED)
     reference = run(folder, token_ids(), pooling=pooling, on_progress=on_progress)
     return compare(vectors, reference, texts, name)
 
 
 def can_check() -> bool:
     """Whether checkpoints can be run here, so that any conversion can be checked."""
-    try:
+    with contextlib.suppress(ExtraMissing):
         require_transformers()
-    except ExtraMissing:
-        return False
-    return True
+        return True
+    return False
 
 
-def compare(
-    vectors: NDArray[np.float32], reference: NDArray[np.floating[Any]], texts: Sequence[EvalText], name: str
-) -> ConversionCheck:
-    """Cosine of every vector with its reference, summed up."""
+def compare(vectors: Vectors, reference: Vectors, texts: Sequence[EvalText], name: str) -> ConversionCheck:
+    """The outcome, from the cosine of every vector with its reference."""
     cosines = 1.0 - drift(vectors, reference)
-    return ConversionCheck(
-        reference=name,
-        n=len(texts),
-        min_cosine=round(float(cosines.min()), 6),
-        mean_cosine=round(float(cosines.mean()), 6),
-        worst_text=texts[int(cosines.argmin())].id,
-    )
+    min_cosine, mean_cosine = (round(float(value), 6) for value in (cosines.min(), cosines.mean()))
+    return ConversionCheck(name, "", len(texts), min_cosine, mean_cosine, worst_text=texts[int(cosines.argmin())].id)
 
 
-def find_stored(checkpoint_sha256: str, texts: Sequence[EvalText]) -> NDArray[np.float16] | None:
-    """Vectors stored by `scripts/references` for this checkpoint and these texts, or None."""
+def find_stored(checkpoint_sha256: str, texts: Sequence[EvalText]) -> Vectors | None:
+    """The vectors that `scripts/references` stored for this checkpoint and these texts, or None."""
     from safetensors import safe_open
 
     for path in sorted(REFERENCES.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            made_for = file.metadata()
-            if made_for == stored_metadata(checkpoint_sha256, texts):
+            if file.metadata() == _metadata(checkpoint_sha256, texts):
                 return np.asarray(file.get_tensor("vectors"))
     return None
 
 
-def store(path: Path, vectors: NDArray[np.float32], checkpoint_sha256: str, texts: Sequence[EvalText]) -> None:
+def store(path: Path, vectors: Vectors, checkpoint_sha256: str, texts: Sequence[EvalText]) -> None:
     """Write reference vectors as float16, which moves a cosine by less than 1e-7."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(exist_ok=True)
-    save_file({"vectors": vectors.astype(np.float16)}, path, metadata=stored_metadata(checkpoint_sha256, texts))
+    save_file({"vectors": vectors.astype(np.float16)}, path, metadata=_metadata(checkpoint_sha256, texts))
 
 
-def stored_metadata(checkpoint_sha256: str, texts: Sequence[EvalText]) -> dict[str, str]:
+def _metadata(checkpoint_sha256: str, texts: Sequence[EvalText]) -> dict[str, str]:
     return {"checkpoint_sha256": checkpoint_sha256, "texts_sha256": texts_sha256(texts), "reference": TRANSFORMERS}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from f2gguf.evals.drift import MAX_DRIFT, bound_label, distribution, drift, percent, require_comparable, rounded
+from f2gguf.evals.drift import MAX_DRIFT, Distribution, distribution, drift, percent, require_comparable
 from f2gguf.evals.neighbours import Indices, Scores, Vectors, choose_pairs, pair_cosines, top10_overlap
 from f2gguf.evals.texts import EvalText
 from f2gguf.runtime.console import text_table
@@ -16,7 +15,7 @@ from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.tables import read_texts
 
-QUANTILES = (0.5, 0.9, 0.99, 0.999)  # of the reference's scores, as thresholds
+QUANTILES = (0.5, 0.9, 0.99, 0.999)  # of the reference's scores: the thresholds when the user names none
 COLUMNS = ("file", "size", "texts", "mean drift", "95% interval", "p95", "p99", "worst", "top-10 kept", "verdict")
 THRESHOLD_COLUMNS = ("scores from", "reference keeps", "file keeps", "file keeps as many from")
 
@@ -32,37 +31,17 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class CorpusVerdict:
-    """What was measured on a corpus. Drifts are fractions, scores cosines; equal texts count once."""
+class CorpusVerdict(Distribution):
+    """What was measured on a corpus. Drifts are fractions, scores are cosines. Equal texts count once."""
 
-    n: int
     n_queries: int
     n_duplicates: int
-    mean: float
-    lower: float  # bootstrap 95% interval of the mean
-    upper: float
-    p95: float
-    p99: float
-    worst: float
-    worst_text: str
     top10_overlap: float | None  # None where no text has more than ten to choose from
     n_pairs: int
     mean_score_shift: float  # of |candidate's score - reference's|
     p95_score_shift: float
     thresholds: tuple[Threshold, ...]
     max_drift: float
-
-    @property
-    def over(self) -> tuple[str, ...]:
-        return () if self.upper < self.max_drift else (f"upper end of the mean {self.upper:.2%}",)
-
-    @property
-    def holds(self) -> bool:
-        return not self.over
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, figures rounded to a millionth."""
-        return {**rounded(asdict(self)), "over": list(self.over), "holds": self.holds}
 
 
 def read_corpus(source: str, *, column: str = "text") -> tuple[EvalText, ...]:
@@ -71,10 +50,9 @@ def read_corpus(source: str, *, column: str = "text") -> tuple[EvalText, ...]:
     Raises `WrongUsage` for fewer than two different texts, besides the errors of `read_texts`.
     """
     rows = read_texts(source, column=column)
-    texts = tuple(
-        EvalText(str(row_id), "query" if kind == "query" else "document", "und", text)
-        for row_id, text, kind in zip(rows.ids, rows.texts, rows.kinds, strict=True)
-    )
+    kinds = ["query" if kind == "query" else "document" for kind in rows.kinds]
+    labels = zip(rows.ids, kinds, rows.texts, strict=True)
+    texts = tuple(EvalText(str(row_id), kind, "und", text) for row_id, kind, text in labels)
     if (n := len(_different(texts))) < 2:
         raise WrongUsage(f"{source}: holds {n} different texts; drift of scores takes at least 2 (--corpus).")
     return texts
@@ -116,31 +94,38 @@ def judge_corpus(
 
 def corpus_lines(path: Path, verdict: CorpusVerdict) -> list[str]:
     """The verdict for a terminal."""
-    row = [path.name, format_size(path.stat().st_size), str(verdict.n), percent(verdict.mean)]
-    row += [f"{percent(verdict.lower)} to {percent(verdict.upper)}", percent(verdict.p95), percent(verdict.p99)]
-    row += [f"{percent(verdict.worst)} ({verdict.worst_text})"]
-    row += [
+    row = [
+        path.name,
+        format_size(path.stat().st_size),
+        str(verdict.n),
+        percent(verdict.mean),
+        f"{percent(verdict.lower)} to {percent(verdict.upper)}",
+        percent(verdict.p95),
+        percent(verdict.p99),
+        f"{percent(verdict.worst)} ({verdict.worst_text})",
         "" if verdict.top10_overlap is None else f"{verdict.top10_overlap:.1%}",
-        bound_label(verdict.holds, verdict.max_drift),
+        verdict.label,
     ]
     n_queries, n_documents = verdict.n_queries, verdict.n - verdict.n_queries
     of = f"{n_queries} queries and {n_documents} documents" if n_queries and n_documents else f"{verdict.n} texts"
     equal = f" ({verdict.n_duplicates} more rows repeat one of them)" if verdict.n_duplicates else ""
-    lines = [
+    rows = [
+        (
+            f"{t.reference:.4f}",
+            f"{t.kept:.2%}",
+            f"{t.kept_unchanged:.2%}",
+            f"{t.candidate:.4f}" if t.kept else "no score",
+        )
+        for t in verdict.thresholds
+    ]
+    return [
         text_table(COLUMNS, [row]),
         "",
         f"similarity scores, {verdict.n_pairs} pairs of {of}{equal}:",
         f"  move by {verdict.mean_score_shift:.4f} in the mean, {verdict.p95_score_shift:.4f} at the 95th percentile",
+        "",
+        text_table(THRESHOLD_COLUMNS, rows),
     ]
-    rows = [
-        [f"{t.reference:.4f}", f"{t.kept:.2%}", f"{t.kept_unchanged:.2%}", _score(t.candidate)]
-        for t in verdict.thresholds
-    ]
-    return [*lines, "", text_table(THRESHOLD_COLUMNS, rows)]
-
-
-def _score(score: float | None) -> str:
-    return "no score" if score is None else f"{score:.4f}"
 
 
 def _different(texts: Sequence[EvalText]) -> Indices:
@@ -156,11 +141,9 @@ def _quantiles(scores: Scores) -> list[float]:
 
 
 def _thresholds(ours: Scores, theirs: Scores, values: Sequence[float]) -> tuple[Threshold, ...]:
-    ascending = np.sort(ours)
-    thresholds = []
+    ascending, thresholds = np.sort(ours), []
     for value in values:
         n_kept = int((theirs >= value).sum())
         candidate = float(ascending[-n_kept]) if n_kept else None
-        kept, kept_unchanged = n_kept / len(theirs), float((ours >= value).mean())
-        thresholds.append(Threshold(float(value), kept, kept_unchanged, candidate))
+        thresholds.append(Threshold(float(value), n_kept / len(theirs), float((ours >= value).mean()), candidate))
     return tuple(thresholds)

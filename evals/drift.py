@@ -5,18 +5,58 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from f2gguf.evals import neighbours
-from f2gguf.evals.neighbours import Indices, Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
-from f2gguf.evals.texts import EvalText
+from f2gguf.evals.neighbours import Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
+from f2gguf.evals.texts import ANSWER_KINDS, EvalText
 from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import format_bound
+from f2gguf.runtime.llama.engine import unusable
 from numpy.typing import NDArray
 
 MAX_DRIFT = 0.02
 N_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Drift of the texts that were judged, and its bound. Drifts are fractions: 0.02 is 2%."""
+
+    n: int
+    mean: float
+    lower: float  # bootstrap 95% interval of the mean
+    upper: float
+    p95: float
+    p99: float
+    worst: float
+    worst_text: str
+    if TYPE_CHECKING:
+        max_drift: float  # a field of every subclass, at its own place in JSON
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The means that the bound is about."""
+        return {"upper end of the mean": self.upper}
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """Those of `means` that are at or over the bound, with their figures."""
+        return tuple(f"{name} {mean:.2%}" for name, mean in self.means.items() if not mean < self.max_drift)
+
+    @property
+    def holds(self) -> bool:
+        return not self.over
+
+    @property
+    def label(self) -> str:
+        """'under 2%' or 'OVER 2%'."""
+        return f"{'under' if self.holds else 'OVER'} {format_bound(self.max_drift)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, figures rounded to a millionth."""
+        return {**rounded(asdict(self)), "over": list(self.over), "holds": self.holds}
 
 
 @dataclass(frozen=True)
@@ -28,17 +68,9 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was measured of one set of vectors. All drifts are fractions: 0.02 is 2%."""
+class Verdict(Distribution):
+    """What was measured of one set of vectors."""
 
-    n: int
-    mean: float
-    lower: float  # bootstrap 95% interval of the mean
-    upper: float
-    p95: float
-    p99: float
-    worst: float
-    worst_text: str
     kinds: Mapping[str, Group]
     languages: Mapping[str, Group]
     dims: Mapping[int, float]  # Matryoshka width -> mean drift of the truncated, renormalised vectors
@@ -55,32 +87,14 @@ class Verdict:
 
     @property
     def means(self) -> dict[str, float]:
-        """What the bound is about: the upper end of the mean's interval, and every kind's and language's mean."""
+        """The upper end of the mean's interval, and the mean of every kind and language."""
         groups = {f"{by} {name}": g.mean for by, named in self.groups.items() for name, g in named.items()}
-        return {"upper end of the mean": self.upper, **groups}
-
-    @property
-    def over(self) -> tuple[str, ...]:
-        """Those of `means` that are at or over the bound, with their figures."""
-        return tuple(f"{name} {mean:.2%}" for name, mean in self.means.items() if not mean < self.max_drift)
-
-    @property
-    def holds(self) -> bool:
-        return not self.over
+        return {**super().means, **groups}
 
     @property
     def highest(self) -> float:
         """The highest of `means`."""
         return max(self.means.values())
-
-    @property
-    def label(self) -> str:
-        """'under 2%' or 'OVER 2%'."""
-        return bound_label(self.holds, self.max_drift)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, figures rounded to a millionth."""
-        return {**rounded(asdict(self)), "over": list(self.over), "holds": self.holds}
 
 
 def drift(candidate: Vectors, reference: Vectors) -> NDArray[np.float64]:
@@ -102,9 +116,9 @@ def judge(
 ) -> Verdict:
     """The verdict on `candidate` against `reference`: vectors of the same texts, (n_texts, n_embd) each, of any origin.
 
-    `texts` say what the rows are: then there are figures for each language and kind too, and the bound is about them.
-    The bound holds where the upper end of the mean's interval and all those means are under `max_drift`. `dims` are
-    Matryoshka widths to measure as well. Raises `InputError` for vectors that cannot be compared.
+    With `texts`, which describe the rows, each language and kind gets a mean of its own. The bound holds where the
+    upper end of the mean's interval and all those means are under `max_drift`. `dims` are Matryoshka widths to measure
+    as well. Raises `InputError` for vectors that cannot be compared.
     """
     candidate, reference = require_comparable(candidate, reference, texts, dims)
     names = [text.id for text in texts] if texts else [str(i) for i in range(len(candidate))]
@@ -123,15 +137,13 @@ def judge(
 def require_comparable(
     candidate: Any, reference: Any, texts: Sequence[EvalText] | None = None, dims: Sequence[int] = ()
 ) -> tuple[Vectors, Vectors]:
-    """Both as arrays; `InputError` unless they are finite vectors of one shape, a row for each text."""
+    """Both as arrays. Raises `InputError` unless they are finite vectors of one shape, with a row for each text."""
     pair = {"candidate": np.asarray(candidate), "reference": np.asarray(reference)}
     for name, vectors in pair.items():
-        if vectors.ndim != 2 or not vectors.size or not np.issubdtype(vectors.dtype, np.number):
-            raise InputError(
-                f"{name}: has the shape {vectors.shape} of {vectors.dtype}, not (n_texts, n_embd) of floats."
-            )
-        bad = np.flatnonzero(~(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))
-        if len(bad):
+        shape, dtype = vectors.shape, vectors.dtype
+        if len(shape) != 2 or not vectors.size or not np.issubdtype(dtype, np.number):
+            raise InputError(f"{name}: has the shape {shape} of {dtype}, not (n_texts, n_embd) of floats.")
+        if bad := unusable(vectors):
             raise InputError(
                 f"{name}: {len(bad)} rows are no vectors (not finite, or zero); the first is row {bad[0]}."
             )
@@ -146,22 +158,15 @@ def require_comparable(
 
 
 def distribution(drifts: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
-    """What a verdict states of the drifts of all texts."""
+    """The fields of `Distribution`, without the bound."""
     lower, upper = bootstrap_interval(drifts)
-    return {
-        "n": len(drifts),
-        "mean": float(drifts.mean()),
-        "lower": lower,
-        "upper": upper,
-        "p95": float(np.percentile(drifts, 95)),
-        "p99": float(np.percentile(drifts, 99)),
-        "worst": float(drifts.max()),
-        "worst_text": names[int(drifts.argmax())],
-    }
+    p95, p99 = np.percentile(drifts, (95, 99)).tolist()
+    figures = {"n": len(drifts), "mean": float(drifts.mean()), "lower": lower, "upper": upper, "p95": p95, "p99": p99}
+    return {**figures, "worst": float(drifts.max()), "worst_text": names[int(drifts.argmax())]}
 
 
 def highest_mean(drifts: NDArray[np.float64], texts: Sequence[EvalText]) -> float:
-    """`Verdict.highest` of some drifts, without all that a verdict measures besides."""
+    """`Verdict.highest` of some drifts, without the rest of a verdict."""
     groups = [group.mean for by in ("kind", "language") for group in _groups(drifts, texts, by).values()]
     return max(bootstrap_interval(drifts)[1], *groups)
 
@@ -176,11 +181,6 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     batch = min(1000, 10_000_000 // len(values) + 1)  # resamples in memory at a time: 160 MB at most
     result = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng, batch=batch)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def bound_label(holds: bool, max_drift: float) -> str:
-    """'under 2%' or 'OVER 2%'."""
-    return f"{'under' if holds else 'OVER'} {format_bound(max_drift)}"
 
 
 def percent(fraction: float) -> str:
@@ -205,32 +205,28 @@ def json_text(document: Any) -> str:
 
 
 def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
-    """Neighbours of the queries whose answers are known among the documents; of all rows where there are none."""
+    """Neighbours are the documents of each query whose answers are known; without such queries, all other rows."""
     from scipy.stats import spearmanr
 
     everything = np.arange(len(candidate))
     queries = np.array([i for i, text in enumerate(texts) if text.relevant], dtype=np.int64)
-    documents = np.array(
-        [i for i, text in enumerate(texts) if text.kind in ("document", "code", "long")], dtype=np.int64
-    )
+    documents = np.array([i for i, text in enumerate(texts) if text.kind in ANSWER_KINDS], dtype=np.int64)
     anchors, others = (queries, documents) if len(queries) else (everything, everything)
     pairs = choose_pairs(everything, everything)
     similarities = [pair_cosines(vectors, pairs) for vectors in (candidate, reference)] if len(everything) > 2 else None
-    ndcg = [_ndcg10(vectors, texts, queries, documents) for vectors in (candidate, reference)]
+    column = {texts[i].id: k for k, i in enumerate(documents)}
+    relevant = [[column[name] for name in texts[i].relevant] for i in queries]
+
+    def ndcg10(vectors: Vectors) -> float | None:
+        similarity = unit_rows(vectors[queries]) @ unit_rows(vectors[documents]).T
+        return neighbours.ndcg10(similarity, relevant) if relevant else None
+
     return {
         "top10_overlap": top10_overlap(candidate, reference, anchors, others),
         "spearman": float(spearmanr(*similarities).statistic) if similarities else None,
-        "ndcg10": ndcg[0],
-        "ndcg10_reference": ndcg[1],
+        "ndcg10": ndcg10(candidate),
+        "ndcg10_reference": ndcg10(reference),
     }
-
-
-def _ndcg10(vectors: Vectors, texts: Sequence[EvalText], queries: Indices, documents: Indices) -> float | None:
-    if not len(queries):
-        return None
-    column = {texts[i].id: k for k, i in enumerate(documents)}
-    relevant = [[column[name] for name in texts[i].relevant] for i in queries]
-    return neighbours.ndcg10(unit_rows(vectors[queries]) @ unit_rows(vectors[documents]).T, relevant)
 
 
 def _groups(drifts: NDArray[np.float64], texts: Sequence[EvalText] | None, by: str) -> dict[str, Group]:

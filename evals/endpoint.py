@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
 from f2gguf.runtime.errors import EndpointFailed, ExtraMissing, WrongUsage, parsing
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
-BATCH_TEXTS = 32  # what text-embeddings-inference takes at most, unless told otherwise
+BATCH_TEXTS = 32  # the default limit of text-embeddings-inference
 N_RETRIES = 3
 KEY_ENV = "OPENAI_API_KEY"
-_PORTS = {"http": 80, "https": 443}
 OPENAI_URL = "https://api.openai.com/v1"
 _HINTS = {401: "Check --api-key-env.", 403: "Check --api-key-env.", 404: "Check the URL and the model's name."}
-_URL = re.compile(r"\s*\w+://|[\w.-]+:\d+(/|$)")  # with a scheme, or the host and port of one that lacks it
+_URL = re.compile(r"\s*\w+://|[\w.-]+:\d+(/|$)")  # a scheme, or a host and port without one
 
 Vectors = NDArray[np.float32]
-Ask = Callable[[Sequence[str]], Vectors]  # one batch of texts -> (n_texts, n_embd) float32
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The base URL of an API, its query, which model to ask for, and with which key.
+    """The base URL of an API, its query, the model to ask for, and the key.
 
-    `is_openai` is whether what OpenAI's client reads in the environment (organisation, headers) is meant for this host.
+    `is_openai` says whether OpenAI's client may send this host what it reads in the environment: organisation, headers.
     """
 
     url: str
@@ -50,12 +49,12 @@ class Endpoint:
         return f"{shown_url(self.url)}/embeddings"
 
     def failed(self, reason: str) -> EndpointFailed:
-        """The error of this endpoint; a server that quotes the key does not get it printed."""
+        """The error of this endpoint. The key is left out, for a server may quote it."""
         return EndpointFailed(f"{self.name}: {reason.replace(self.key, '***') if self.key else reason}")
 
 
 def is_url(text: str) -> bool:
-    """Whether a user means an endpoint by `text`: http://host/v1 and localhost:8080/v1, but not org/name or a path."""
+    """Whether `text` means an endpoint: http://host/v1 and localhost:8080/v1 do, org/name and a path do not."""
     return bool(_URL.match(text))
 
 
@@ -65,32 +64,35 @@ def shown_url(url: str) -> str:
 
 
 def require_client(what: str) -> None:
-    """Raise `ExtraMissing` unless the package is there with which `what` is asked."""
+    """Raise `ExtraMissing` unless openai is installed, which `what` needs."""
     if not find_spec("openai"):
         raise ExtraMissing(f"{what}: openai is not installed. Run: pip install 'f2gguf[endpoints]'")
 
 
 def open_endpoint(url: str, *, model: str | None = None, key_env: str | None = None) -> Endpoint:
-    """The endpoint at `url`, which may end in "/embeddings"; the key is the environment variable's `key_env`.
+    """The endpoint at `url`, which may end in "/embeddings"; `key_env` names the environment variable with the key.
 
     Without `key_env`, OPENAI_API_KEY is sent to OpenAI alone: to api.openai.com, or to where OPENAI_BASE_URL points.
     Raises `WrongUsage` for what is no URL and for a variable without a usable key, `ExtraMissing` without `openai`.
     """
-    parts, own = _split(url), _split(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
+    parsed, own = _parsed(url), _parsed(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
     require_client(shown_url(url))
-    base = parts._replace(path=parts.path.rstrip("/").removesuffix("/embeddings"), query="", fragment="").geturl()
-    is_openai = _origin(parts) == _origin(own)
-    if is_openai and os.environ.get(KEY_ENV, "").strip():
-        key_env = key_env or KEY_ENV
-    return Endpoint(base, dict(parse_qsl(parts.query)), model, _read_key(key_env) if key_env else None, is_openai)
+    base = re.split("[?#]", url, maxsplit=1)[0].rstrip("/").removesuffix("/embeddings")
+    is_openai = (parsed.scheme, parsed.host, parsed.port) == (own.scheme, own.host, own.port)
+    if is_openai and not key_env and os.environ.get(KEY_ENV, "").strip():
+        key_env = KEY_ENV
+    key = os.environ.get(key_env, "").strip() if key_env else None
+    if key_env and not (key and key.isascii() and key.isprintable()):
+        raise WrongUsage(f"{key_env}: the environment variable holds no usable key (--api-key-env).")
+    return Endpoint(base, dict(parsed.params), model, key, is_openai)
 
 
 @contextlib.contextmanager
-def connected(endpoint: Endpoint) -> Iterator[Ask]:
-    """Open a client, and give the function that asks for one batch.
+def connected(endpoint: Endpoint) -> Iterator[Callable[..., Vectors]]:
+    """Open a client, and give the function `ask(texts, run=map, on_progress=None)` -> (n_texts, n_embd) float32.
 
-    The client waits and tries again where the endpoint is busy (429 and 5xx) or cannot be reached. Then the function
-    raises `EndpointFailed`.
+    `run` asks for the batches: `map`, or the `map` of an executor, which asks for several at a time. The client waits
+    and tries again where the endpoint is busy (429 and 5xx) or cannot be reached; then `ask` raises `EndpointFailed`.
     """
     import httpx2
     import openai
@@ -106,23 +108,20 @@ def connected(endpoint: Endpoint) -> Iterator[Ask]:
         max_retries=N_RETRIES,
         http_client=http_client,
     ) as client:
-        yield lambda texts: _ask(client, endpoint, list(texts))
+        yield functools.partial(_ask, client, endpoint)
 
 
-def endpoint_vectors(
+def _ask(
+    client: openai.OpenAI,
     endpoint: Endpoint,
-    ask: Ask,
     texts: Sequence[str],
     *,
-    run: Callable[[Ask, list[Sequence[str]]], Iterable[Vectors]] = map,
+    run: Callable[..., Iterable[Vectors]] = map,
     on_progress: Callable[[int], None] | None = None,
 ) -> Vectors:
-    """Vectors of texts as they are, (n_texts, n_embd) float32, values as the endpoint gives them.
-
-    `run` is `map`, or an executor's, which asks for several batches at a time.
-    """
     parts: list[Vectors] = []
-    for part in run(ask, [texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS)]):
+    batches = [texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS)]
+    for part in run(functools.partial(_ask_batch, client, endpoint), batches):
         parts.append(part)
         if on_progress:
             on_progress(len(part))
@@ -132,42 +131,30 @@ def endpoint_vectors(
     return np.concatenate(parts)
 
 
-def _split(url: str) -> SplitResult:
-    """The parts of a usable URL. Raises `WrongUsage`."""
+def _parsed(url: str) -> httpx2.URL:
+    """A usable URL. Raises `WrongUsage`."""
     import httpx2
 
     try:
         if not url.isprintable() or " " in url:
             raise ValueError("it holds a space or a control character")
-        parts = urlsplit(url)
-        if parts.scheme not in _PORTS or not parts.hostname:
-            raise ValueError("it does not begin with http:// or https:// and a host")
-        _ = parts.port, parts.hostname.encode("idna"), httpx2.URL(url)
+        parsed = httpx2.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
+            raise ValueError("it needs http:// or https://, a host, and no port over 65535")
+        parsed.host.encode("idna")
     except (ValueError, httpx2.InvalidURL) as error:
-        raise WrongUsage(
-            f"{ascii(shown_url(url))[1:-1]}: is no URL of an API: {error}. Write it like http://localhost:8080/v1."
-        ) from error
-    return parts
+        shown = ascii(shown_url(url))[1:-1]
+        raise WrongUsage(f"{shown}: is no URL of an API: {error}. Write it like http://localhost:8080/v1.") from error
+    return parsed
 
 
-def _origin(parts: SplitResult) -> tuple[str, str | None, int]:
-    return parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme]
-
-
-def _read_key(name: str) -> str:
-    key = os.environ.get(name, "").strip()
-    if not (key and key.isascii() and key.isprintable()):
-        raise WrongUsage(f"{name}: the environment variable holds no usable key (--api-key-env).")
-    return key
-
-
-def _ask(client: openai.OpenAI, endpoint: Endpoint, texts: list[str]) -> Vectors:
+def _ask_batch(client: openai.OpenAI, endpoint: Endpoint, texts: Sequence[str]) -> Vectors:
     """The vectors of one batch. The client asks for base64, which is exact and small."""
     import openai
 
     try:
         response = client.embeddings.with_raw_response.create(
-            input=texts, model=endpoint.model or cast(str, openai.omit), extra_headers=_headers(endpoint)
+            input=list(texts), model=endpoint.model or cast(str, openai.omit), extra_headers=_headers(endpoint)
         ).http_response
     except openai.APIStatusError as error:
         answer = error.response
@@ -186,18 +173,18 @@ def _ask(client: openai.OpenAI, endpoint: Endpoint, texts: list[str]) -> Vectors
 
 
 def _headers(endpoint: Endpoint) -> dict[str, Any]:
-    """The key, and for other hosts than OpenAI's none of the headers that its client takes from the environment."""
+    """The key. Hosts other than OpenAI's get none of the headers that its client takes from the environment."""
     import openai
 
-    ambient = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
-    names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in ambient)]
-    headers = {} if endpoint.is_openai else dict.fromkeys(filter(None, names), openai.omit)
-    return headers | {"Authorization": f"Bearer {endpoint.key}" if endpoint.key else openai.omit}
+    lines = ["OpenAI-Organization", "OpenAI-Project", *os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
+    names = filter(None, (line.partition(":")[0].strip() for line in lines))
+    ambient: dict[str, Any] = {} if endpoint.is_openai else dict.fromkeys(names, openai.omit)
+    return ambient | {"Authorization": f"Bearer {endpoint.key}" if endpoint.key else openai.omit}
 
 
 @dataclass(frozen=True)
 class _Row:
-    embedding: str | list[float | str | None]  # null becomes NaN, which the caller refuses
+    embedding: str | list[float | str | None]  # null becomes NaN, which the callers refuse
     index: int | None = None
 
 
@@ -212,14 +199,14 @@ def _in_order(rows: list[_Row], n_texts: int) -> Vectors:
     if len(rows) != n_texts or set(placed) != set(range(n_texts)):
         raise ValueError(f"{n_texts} texts were sent and {len(rows)} vectors came, with indices {sorted(placed)}")
     vectors = np.stack([placed[i] for i in range(n_texts)])
-    if vectors.ndim != 2 or not vectors.shape[1]:
-        raise ValueError(f"an embedding has the shape {vectors.shape[1:]}, which is no vector")
+    if not vectors.size:
+        raise ValueError("an embedding is empty")
     return vectors
 
 
-def _vector(embedding: Any) -> Vectors:
+def _vector(embedding: str | list[float | str | None]) -> Vectors:
     """One vector, from base64 of little-endian float32 or from numbers."""
     if isinstance(embedding, str):
         return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
     with np.errstate(over="ignore"):
-        return np.array(embedding, dtype=np.float32)  # null becomes NaN, which the caller refuses
+        return np.array(embedding, dtype=np.float32)

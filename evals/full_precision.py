@@ -1,4 +1,4 @@
-"""The checkpoint run by transformers in float32: whole, or layer by layer where its weights do not fit the memory."""
+"""transformers runs the checkpoint in float32: whole, or layer by layer if its weights do not fit the memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
@@ -17,19 +17,14 @@ TRANSFORMERS = "transformers float32"
 LAYER_BY_LAYER = f"{TRANSFORMERS}, layer by layer"
 Ids = NDArray[np.int32]
 Progress = Callable[[int], None] | None
+# Token ids of texts -> the checkpoint's vectors, (n_texts, n_embd) float32, L2-normalised:
+# run(folder, token_ids, pooling=..., on_progress=None)
+Run = Callable[..., NDArray[np.float32]]
 _TOKEN_TABLE = "embed_tokens.weight"
 
 
-class Run(Protocol):
-    """Token ids of texts to vectors of the checkpoint in `folder`, (n_texts, n_embd) float32, L2-normalised."""
-
-    def __call__(
-        self, folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
-    ) -> NDArray[np.float32]: ...
-
-
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
-    """The way to run a checkpoint that this machine's memory allows, and its name.
+    """The way to run a checkpoint in this machine's memory, and its name.
 
     Raises `ExtraMissing` without transformers, `MemoryMissing` for a model that neither fits nor can be run in layers.
     """
@@ -40,10 +35,9 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     kind = _read_config(folder).get("model_type")
     if kind == "qwen3":
         return streamed_vectors, LAYER_BY_LAYER
-    raise MemoryMissing(
-        f"the checkpoint's float32 weights need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are "
-        f"free, and a {kind} model is not run layer by layer: use a machine with more memory"
-    )
+    sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
+    layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
+    raise MemoryMissing(f"the checkpoint's float32 weights {sizes}, and {layers}")
 
 
 def require_transformers() -> None:
@@ -74,10 +68,10 @@ def transformers_vectors(
 def streamed_vectors(
     folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
 ) -> NDArray[np.float32]:
-    """A `Run` of a qwen3 checkpoint with one layer in memory: all texts go through it, then the next takes its place.
+    """A `Run` of a qwen3 checkpoint with one layer in memory. All texts go through it, then the next takes its place.
 
-    The layer is the only one of a model whose own forward makes masks and positions. Texts whose hidden states do not
-    fit half of the free memory go in several rounds.
+    A model of one layer makes masks and positions as the whole one does. Texts whose hidden states do not fit half of
+    the free memory go in several rounds.
     """
     import torch
     from transformers import AutoModel
@@ -95,8 +89,8 @@ def streamed_vectors(
             states = _token_rows(texts, stored)  # of each text, (n_tokens, n_embd)
             for layer in range(n_layers):
                 _load_weights(model.layers[0], f"layers.{layer}.", stored)
-                for i in range(len(texts)):
-                    states[i] = model(inputs_embeds=states[i][None]).last_hidden_state[0]
+                for i, state in enumerate(states):
+                    states[i] = model(inputs_embeds=state[None]).last_hidden_state[0]
                     n_steps += 1
                     if on_progress and n_steps % n_layers == 0:
                         on_progress(1)
@@ -148,7 +142,7 @@ def _rounds(token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[Ids]]
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Name of each tensor, without the "model." that some exports put in front -> its file, and its name there."""
+    """Name of each tensor, without the "model." that some exports begin it with -> its file, and its name there."""
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"

@@ -13,8 +13,8 @@ Scores = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 TOP_K = 10
-N_PAIRS = 200_000  # of more pairs, as many are sampled
-N_ANCHORS = 1_000  # of more rows whose neighbours are compared, as many are sampled
+N_PAIRS = 200_000  # at most; more pairs are sampled
+N_ANCHORS = 1_000  # rows whose neighbours are compared, at most; more are sampled
 _ROWS = 4096  # rows that are computed at a time
 _ANCHORS = 32  # anchors that are computed at a time, each against all others
 
@@ -32,11 +32,11 @@ def cosines(left: Vectors, right: Vectors) -> Scores:
 def pair_cosines(vectors: Vectors, pairs: tuple[Indices, Indices]) -> Scores:
     """Cosine of each pair of rows of one set, (n_pairs,) float64, a part at a time."""
     parts = [slice(start, start + _ROWS) for start in range(0, len(pairs[0]), _ROWS)]
-    return np.concatenate([_cosines(vectors[pairs[0][part]], vectors[pairs[1][part]]) for part in parts])
+    return np.concatenate([_cosines(*(vectors[rows[part]] for rows in pairs)) for part in parts])
 
 
 def choose_pairs(anchors: Indices, others: Indices) -> tuple[Indices, Indices]:
-    """Every anchor with every other, or each two rows once where both are the same; a fixed sample of many pairs."""
+    """Every anchor with every other; each two rows once where both are the same set. Many pairs: a fixed sample."""
     rng, n_anchors, n_others = np.random.default_rng(0), len(anchors), len(others)
     if anchors is not others:
         total = n_anchors * n_others
@@ -50,7 +50,7 @@ def choose_pairs(anchors: Indices, others: Indices) -> tuple[Indices, Indices]:
 
 
 def top10_overlap(candidate: Vectors, reference: Vectors, anchors: Indices, others: Indices) -> float | None:
-    """Share of each anchor's ten nearest others that stays; None where there are not more than ten to choose from."""
+    """Share of each anchor's ten nearest others that stays. None if there are no more than ten to choose from."""
     if not len(anchors) or len(others) - (anchors is others) <= TOP_K:
         return None
     chosen = anchors

@@ -1,12 +1,11 @@
-"""The shipped evaluation texts: many languages, queries and their documents, code, long texts, edge cases."""
+"""The evaluation texts: many languages, queries and their documents, code, long texts, edge cases."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 
 PATH = Path(__file__).with_name("texts.jsonl")
 KINDS = ("query", "document", "code", "long", "edge")
+ANSWER_KINDS = ("document", "code", "long")  # texts that may answer a query
 
-# Strings on which tokenizers go wrong, tried at every conversion besides the evaluation texts.
+# Strings on which tokenizers go wrong. Every conversion tries them besides the evaluation texts.
 HOSTILE = (
     "",
     " ",
@@ -63,18 +63,15 @@ def load_texts(path: Path = PATH) -> tuple[EvalText, ...]:
 
 
 def claimed_texts(texts: Sequence[EvalText], languages: Sequence[str]) -> tuple[EvalText, ...]:
-    """The texts that a model answers for: its own languages, code, and what is of no language.
+    """The texts that a model is judged on: those in its languages, code, and texts of no language.
 
-    Figures on languages that a model never learnt say nothing of its use. All texts where `languages` is empty or names
-    'multilingual'. A variety counts with its language: zh-Hant with zh.
+    A model is not judged on languages that it never learnt. If `languages` is empty or names 'multilingual', it is
+    judged on all texts. A variety counts with its language: zh-Hant with zh.
     """
     if not languages or "multilingual" in languages:
         return tuple(texts)
-    return tuple(
-        text
-        for text in texts
-        if text.kind == "code" or text.language in ("und", *languages) or text.language.split("-")[0] in languages
-    )
+    known = {"und", *languages}
+    return tuple(t for t in texts if t.kind == "code" or known & {t.language, t.language.split("-")[0]})
 
 
 def texts_sha256(texts: Sequence[EvalText]) -> str:
@@ -86,29 +83,22 @@ def texts_sha256(texts: Sequence[EvalText]) -> str:
 def embed_texts(
     model: Embedder, texts: Sequence[EvalText], on_progress: Callable[[int], None] | None = None
 ) -> NDArray[np.float32]:
-    """Vectors as a user gets them: queries with the query prompt, all else as documents, (n_texts, n_embd) float32."""
+    """Vectors as a user gets them, (n_texts, n_embd) float32: queries with the query prompt, all else as documents."""
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
     for are_queries, encode in ((True, model.encode_query), (False, model.encode_document)):
         rows = [i for i, text in enumerate(texts) if (text.kind == "query") == are_queries]
         chosen = [texts[i] for i in rows]
-        if chosen:
-            with warnings.catch_warnings(), _naming(chosen):
-                if any(text.kind == "long" for text in chosen):  # which are there to be cut
-                    warnings.simplefilter("ignore", TruncationWarning)
+        with warnings.catch_warnings():
+            if any(text.kind == "long" for text in chosen):  # which are there to be cut
+                warnings.simplefilter("ignore", TruncationWarning)
+            try:
                 vectors[rows] = encode([text.text for text in chosen], on_progress=on_progress)
+            except NoVector as error:
+                names = ", ".join(chosen[i].id for i in error.indices[:5])
+                raise NoVector(f"{error} By id: {names}.", error.indices, error.embeddings) from error
     return vectors
 
 
-@contextlib.contextmanager
-def _naming(texts: Sequence[EvalText]) -> Iterator[None]:
-    """Add to a `NoVector` the ids of the texts that have none."""
-    try:
-        yield
-    except NoVector as error:
-        names = ", ".join(texts[i].id for i in error.indices[:5])
-        raise NoVector(f"{error} By id: {names}.", error.indices, error.embeddings) from error
-
-
 def prompted(text: EvalText, prompts: dict[str, str]) -> str:
-    """The text with the prompt of its kind in front, as `embed_texts` embeds it."""
+    """The text behind the prompt of its kind, as `embed_texts` embeds it."""
     return add_prompt(text.text, prompts.get("query" if text.kind == "query" else "document", ""))

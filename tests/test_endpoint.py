@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from endpoint import KEY, Api
 from f2gguf.evals import endpoint as endpoint_module
-from f2gguf.evals.endpoint import Endpoint, connected, endpoint_vectors, is_url, open_endpoint
+from f2gguf.evals.endpoint import Endpoint, connected, is_url, open_endpoint
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import EndpointFailed, ExtraMissing, WrongUsage
 
@@ -37,7 +37,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def vectors_of(endpoint: Endpoint, texts: Sequence[str]) -> np.ndarray:
     with connected(endpoint) as ask:
-        return endpoint_vectors(endpoint, ask, texts)
+        return ask(texts)
 
 
 def test_base64_and_numbers_are_both_read(api: Api, nano: Embedder) -> None:

@@ -167,6 +167,7 @@ def _cut(folder: Path) -> bytes:
 def test_a_bad_baseline_is_said_before_anything_is_embedded(
     against: str, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("f2gguf.evals.against.embed_texts", None)  # first, so that this module is imported unpatched
     monkeypatch.setattr("f2gguf.evals.texts.embed_texts", None)  # would be called with a TypeError
     result = verify(nano_f16, "--against", against)
     assert result.exit_code in (1, 2)

@@ -1,4 +1,4 @@
-"""The process of one side of `f2gguf bench`, as the parent holds it."""
+"""The process of one side of `f2gguf bench`, seen from the parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from f2gguf.runtime.errors import BenchFailed
 
 _MAIN = "from f2gguf.evals.bench.sides import main; main()"
 PATIENCE_S = 1.0
-_N_LINES = 5  # of what a side said last, in its error
+_N_LINES = 5  # of a side's last output, quoted in its error
 
 
 class SideProcess:
@@ -40,7 +40,10 @@ class SideProcess:
         try:
             answer: dict[str, Any] = pickle.load(self._answers)
         except (EOFError, pickle.UnpicklingError) as error:
-            raise self._failed(_how_it_ended(self._process.wait())) from error
+            code = self._process.wait()
+            how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
+            raise self._failed(f"its process ended early ({how}).{memory}") from error
         if "error" in answer:
             raise self._failed(answer["error"])
         return answer
@@ -64,17 +67,11 @@ class SideProcess:
         self._log.close()
 
     def _failed(self, reason: str) -> BenchFailed:
-        """The error of this side, which names it, and quotes what it said last."""
+        """The error of this side, which names it, and quotes the last lines that it printed."""
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", errors="replace").splitlines()
         last = [line.rstrip() for line in lines if line.strip()][-_N_LINES:]
         return BenchFailed("\n  ".join([f"{self.name}: {reason}", *(["It said last:", *last] if last else [])]))
-
-
-def _how_it_ended(code: int) -> str:
-    how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-    memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
-    return f"its process ended early ({how}).{memory}"
 
 
 @contextlib.contextmanager
@@ -82,8 +79,7 @@ def started(sides: Mapping[str, SideSettings]) -> Iterator[dict[str, SideProcess
     """Start all sides, and end them all with the block."""
     with contextlib.ExitStack() as stack:
         processes = {}
-        # within Popen, Ctrl-C would leave a process that nobody ends
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C within Popen would leave a process behind
         stack.callback(signal.signal, signal.SIGINT, before)
         for name, settings in sides.items():
             processes[name] = SideProcess(name, settings)

@@ -18,17 +18,17 @@ _COLUMNS = ("", "texts/s", "tokens/s", "median s", "ours/theirs", "min cosine")
 _UNITS = {"queries": ("texts_per_s", "queries/s")}  # other workloads differ in length: tokens/s
 _THEIR_COLOUR = "#c3cad0"
 _PANEL_WIDTH, _BAR_HEIGHT = 3.6, 0.42  # inches
-_ROOM = 1.6  # of the longest bar, so that the words behind it fit
+_ROOM = 1.6  # width of a panel in lengths of its longest bar, so that the words behind the bar fit
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report for people: a table a workload, memory, then what it was measured on."""
+    """The report for people: a table for each workload, memory, then what it was measured on."""
     lines = []
     for name, work in report["work"].items():
-        rows = [[side, *_speed_cells(side, figures)] for side, figures in work["sides"].items()]
+        rows = [_speed_row(*side) for side in work["sides"].items()]
         lines += [_work_title(name, work), text_table(_COLUMNS, rows), ""]
-    rows = [[name, *_memory_cells(name, side)] for name, side in report["sides"].items()]
-    return [*lines, text_table(["memory", "peak RSS", "ours/theirs"], rows), "", *_facts(report)]
+    memory = [_memory_row(*side) for side in report["sides"].items()]
+    return [*lines, text_table(["memory", "peak RSS", "ours/theirs"], memory), "", *_facts(report)]
 
 
 def json_text(report: dict[str, Any]) -> str:
@@ -36,7 +36,7 @@ def json_text(report: dict[str, Any]) -> str:
 
 
 def require_output(path: Path, *, force: bool) -> None:
-    """Refuse an output of unknown format, one that exists, or one that needs what is missing, before the work."""
+    """Before the work, refuse an output of unknown format, one that exists, or a picture without matplotlib."""
     if path.suffix not in FORMATS:
         raise UnknownName("output format", path.suffix or path.name, FORMATS, " The file's ending decides (-o).")
     if path.suffix != ".json" and not find_spec("matplotlib"):
@@ -47,28 +47,26 @@ def require_output(path: Path, *, force: bool) -> None:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the report in the format of the file's ending."""
     if path.suffix == ".json":
-        write_text(path, json_text(report) + "\n")
-        return
+        return write_text(path, json_text(report) + "\n")
     with writing(path) as part:
-        _draw(report, part, file_format=path.suffix[1:])
+        return _draw(report, part, file_format=path.suffix[1:])
 
 
 def _work_title(name: str, work: dict[str, Any]) -> str:
-    prompt = "with the model's prompt" if work["prompt"] else "no prompt"
-    if name == "queries" and not work["prompt"]:
-        prompt = "plain, for the file has no query prompt"
+    no_prompt = "plain, for the file has no query prompt" if name == "queries" else "no prompt"
+    prompt = "with the model's prompt" if work["prompt"] else no_prompt
     return f"{name}: {work['n_texts']:,} texts, {work['n_tokens']:,} tokens, {prompt}"
 
 
-def _speed_cells(name: str, side: dict[str, Any]) -> list[str]:
+def _speed_row(name: str, side: dict[str, Any]) -> list[str]:
     ratios = ("", "") if name == OURS else (f"{side['ratio']:.2f}x", f"{side['min_cosine']:.7f}")
-    return [f"{side['texts_per_s']:,.1f}", f"{side['tokens_per_s']:,.0f}", f"{side['median_s']:.3f}", *ratios]
+    return [name, f"{side['texts_per_s']:,.1f}", f"{side['tokens_per_s']:,.0f}", f"{side['median_s']:.3f}", *ratios]
 
 
-def _memory_cells(name: str, side: dict[str, Any]) -> tuple[str, str]:
+def _memory_row(name: str, side: dict[str, Any]) -> tuple[str, str, str]:
     if side["peak_rss_bytes"] is None:
-        return "not known here", ""
-    return f"{side['peak_rss_bytes'] / 1e6:,.0f} MB", "" if name == OURS else f"{side['rss_ratio']:.0%}"
+        return name, "not known here", ""
+    return name, f"{side['peak_rss_bytes'] / 1e6:,.0f} MB", "" if name == OURS else f"{side['rss_ratio']:.0%}"
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
@@ -87,7 +85,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
 
 
 def _draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
-    """Horizontal bars, f2gguf's first: speed on every workload, and memory, the ratios beside the others' bars."""
+    """Horizontal bars, f2gguf's first: speed on every workload, and memory. The other bars show f2gguf's ratio."""
     from f2gguf.evals.plot import OURS_COLOUR, frame, picture
 
     names, model, machine = list(report["sides"]), report["model"], report["machine"]
@@ -96,10 +94,9 @@ def _draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
     size = (1.9 + _PANEL_WIDTH * len(panels), 0.95 + _BAR_HEIGHT * len(names))
     with picture(path, size=size, file_format=file_format) as figure:
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, values, ratios) in zip(all_axes, panels, strict=True):
-            labels = [
-                f"{value:,.0f}   {ratio}" if value else "not known" for value, ratio in zip(values, ratios, strict=True)
-            ]
+        for axes, (title, bars) in zip(all_axes, panels, strict=True):
+            values = [value for value, _ in bars]
+            labels = [f"{value:,.0f}   {ratio}" if value else "not known" for value, ratio in bars]
             axes.bar_label(axes.barh(names, values, color=colours, height=0.62), labels=labels, padding=4)
             frame(axes, title, "bottom")
             axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, max(values) * _ROOM))  # the first side on top
@@ -109,16 +106,16 @@ def _draw(report: dict[str, Any], path: Path, *, file_format: str) -> None:
         figure.suptitle(f"{title}, medians, rounds: {report['rounds']}\n", fontsize=9, x=0.005, ha="left")
 
 
-def _panels(report: dict[str, Any]) -> Iterator[tuple[str, list[float], list[str]]]:
-    """A title, and for every side a value and what it is of f2gguf's."""
+def _panels(report: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, str]]]]:
+    """A title, and for every side a value and f2gguf's ratio to it."""
     for name, work in report["work"].items():
         key, unit = _UNITS.get(name, ("tokens_per_s", "tokens/s"))
-        sides = work["sides"]
-        yield f"{name}, {unit}", [side[key] for side in sides.values()], _ratios(sides, "ratio", ".2f", "x")
-    sides = report["sides"]
-    megabytes = [(side["peak_rss_bytes"] or 0) / 1e6 for side in sides.values()]
-    yield "peak memory, MB", megabytes, _ratios(sides, "rss_ratio", ".0%")
+        bars = [(side[key], _ratio(other, f"{side['ratio']:.2f}x")) for other, side in work["sides"].items()]
+        yield f"{name}, {unit}", bars
+    peaks = [(name, side["peak_rss_bytes"] or 0, side["rss_ratio"] or 0) for name, side in report["sides"].items()]
+    bars = [(peak / 1e6, _ratio(name, f"{ratio:.0%}")) for name, peak, ratio in peaks]
+    yield "peak memory, MB", bars
 
 
-def _ratios(sides: dict[str, Any], key: str, shape: str, unit: str = "") -> list[str]:
-    return ["" if name == OURS else f"f2gguf {side[key] or 0:{shape}}{unit}" for name, side in sides.items()]
+def _ratio(name: str, ratio: str) -> str:
+    return "" if name == OURS else f"f2gguf {ratio}"

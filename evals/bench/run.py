@@ -1,20 +1,24 @@
-"""`f2gguf bench`: f2gguf and other runtimes on the same texts, in turn, each in a process of its own."""
+"""`f2gguf bench`: f2gguf and other runtimes embed the same texts in turn, each in a process of its own."""
 
 from __future__ import annotations
 
 import math
+import platform
+import re
 import shlex
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.bench.machine import machine_facts, versions
 from f2gguf.evals.bench.process import SideProcess, started
 from f2gguf.evals.bench.sides import LLAMA_EMBED, LLAMA_SERVER, OURS, TRANSFORMERS, SideSettings
 from f2gguf.evals.bench.texts import Workload
@@ -27,7 +31,7 @@ from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import default_threads, require_device
 from numpy.typing import NDArray
 
-N_CTX = 512  # room of the other sides; more where a text is longer
+N_CTX = 512  # context of the other sides, or a multiple for longer texts
 PAUSE_S = 0.25  # before each measurement: LLVM's OpenMP threads spin for 0.2 s after their work (KMP_BLOCKTIME)
 
 Answers = dict[str, list[dict[str, Any]]]  # side -> its answer in each round
@@ -46,15 +50,15 @@ def choose_sides(
     url_models: Sequence[str] = (),
     api_key_envs: Sequence[str] = (),
 ) -> dict[str, SideSettings]:
-    """Name -> settings of every side, f2gguf first, all checked before anything starts."""
+    """Name -> settings of every side, f2gguf first. All settings are checked before a side starts."""
     require_device(device)
     common = SideSettings(str(header.path), header.require_pooling(pooling), device, n_threads or default_threads())
     sides = {OURS: common, LLAMA_EMBED: common}
-    if llama_server:
-        binary = _require_server(llama_server)
-        sides[LLAMA_SERVER] = replace(common, llama_server=binary, server_flags=_split(server_flags))
-    elif server_flags:
+    if server_flags and not llama_server:
         raise WrongUsage("--server-flags: name the program as well, with --llama-server BINARY.")
+    if llama_server:
+        server = _require_server(llama_server)
+        sides[LLAMA_SERVER] = replace(common, llama_server=server, server_flags=_split(server_flags))
     if checkpoint:
         _require_checkpoint(checkpoint)
         sides |= dict.fromkeys(TRANSFORMERS, replace(common, checkpoint=str(checkpoint)))
@@ -71,8 +75,8 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure every side on every workload: the figures of `f2gguf bench --json`, times in seconds.
 
-    A warm-up round, of which the vectors are compared, then `rounds` rounds in which the sides take turns. Raises
-    `BenchFailed` for a side that ends, or whose vectors cannot be compared.
+    The vectors of a warm-up round are compared. Then the sides take turns in `rounds` rounds. Raises `BenchFailed` for
+    a side that ends, or whose vectors cannot be compared.
     """
     n_ctx = math.ceil(max(workload.longest for workload in workloads) / N_CTX) * N_CTX
     say(f"bench: {', '.join(sides)}")
@@ -83,43 +87,45 @@ def run_bench(
         setups = {name: process.answer()["setup"] for name, process in processes.items()}
         measured = [_measure(workload, processes, rounds, advance) for workload in workloads]
     return {
-        "model": _model_facts(header, sides),
-        "machine": machine_facts(sides[OURS]),
-        "versions": versions(sides),
+        "model": {
+            "path": str(header.path),
+            "name": header.name,
+            "file_type": header.file_type,
+            "size_bytes": header.path.stat().st_size,
+            "pooling": sides[OURS].pooling,
+            "checkpoint": next((side.checkpoint for side in sides.values() if side.checkpoint), None),
+        },
+        "machine": _machine_facts(sides[OURS]),
+        "versions": _versions(sides),
         "rounds": rounds,
-        "sides": _side_figures(setups, [answers for answers, _ in measured]),
+        "sides": _side_figures(setups, [work["answers"] for work in measured]),
         "work": {
-            workload.name: _work_figures(workload, answers, cosines)
-            for workload, (answers, cosines) in zip(workloads, measured, strict=True)
+            workload.name: _work_figures(workload, **work) for workload, work in zip(workloads, measured, strict=True)
         },
     }
 
 
 def _measure(
     workload: Workload, processes: Mapping[str, SideProcess], rounds: int, advance: Callable[[int], None]
-) -> tuple[Answers, dict[str, float]]:
+) -> dict[str, Any]:
     """The answers of all rounds, and each side's smallest cosine with our vectors."""
 
-    def ask(process: SideProcess, *, with_vectors: bool = False) -> dict[str, Any]:
+    def ask(name: str, *, with_vectors: bool = False) -> dict[str, Any]:
         time.sleep(PAUSE_S)
-        answer = process.ask(texts=list(workload.texts), prompt=workload.prompt, with_vectors=with_vectors)
+        answer = processes[name].ask(texts=list(workload.texts), prompt=workload.prompt, with_vectors=with_vectors)
         advance(1)
         return answer
 
-    vectors = {name: ask(process, with_vectors=True)["vectors"] for name, process in processes.items()}
+    vectors = {name: ask(name, with_vectors=True)["vectors"] for name in processes}
     cosines = {name: _min_cosine(name, vectors[OURS], theirs) for name, theirs in vectors.items()}
-    answers: Answers = {name: [] for name in processes}
-    for _ in range(rounds):
-        for name, process in processes.items():
-            answers[name].append(ask(process))
-    return answers, cosines
+    turns = [{name: ask(name) for name in processes} for _ in range(rounds)]
+    return {"answers": {name: [turn[name] for turn in turns] for name in processes}, "cosines": cosines}
 
 
 def _min_cosine(name: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     if theirs.shape != ours.shape:
-        raise BenchFailed(
-            f"{name}: gives vectors of shape {theirs.shape}, f2gguf of {ours.shape}: these are different models."
-        )
+        shapes = f"{theirs.shape}, f2gguf of {ours.shape}"
+        raise BenchFailed(f"{name}: gives vectors of shape {shapes}: these are different models.")
     if unusable(theirs):
         raise BenchFailed(f"{name}: gives vectors that are not finite, or zero. Try --device cpu, or another file.")
     return float(1 - drift(theirs, ours).max())
@@ -156,35 +162,57 @@ def _side_figures(setups: dict[str, str], measured: Sequence[Answers]) -> dict[s
     }
 
 
-def _model_facts(header: Header, sides: Mapping[str, SideSettings]) -> dict[str, Any]:
+def _machine_facts(settings: SideSettings) -> dict[str, Any]:
+    """Processor and threads, and the instructions that this llama.cpp was built for."""
+    import llama_cpp
+
     return {
-        "path": str(header.path),
-        "name": header.name,
-        "file_type": header.file_type,
-        "size_bytes": header.path.stat().st_size,
-        "pooling": sides[OURS].pooling,
-        "checkpoint": next((settings.checkpoint for settings in sides.values() if settings.checkpoint), None),
+        "cpu": _cpu_model() or platform.processor() or platform.machine(),
+        "n_physical_cores": default_threads(),
+        "n_threads": settings.n_threads,
+        "device": settings.device,
+        "llama_cpp_system_info": llama_cpp.llama_print_system_info().decode().strip(" |\n"),
     }
+
+
+def _versions(sides: Mapping[str, SideSettings]) -> dict[str, str]:
+    """Name -> version of what takes part."""
+    packages = ["f2gguf", "llama-cpp-python", "numpy"]
+    packages += ["sentence-transformers", "transformers", "torch"] if TRANSFORMERS.keys() & sides.keys() else []
+    numbers = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    if LLAMA_SERVER in sides:
+        printed = re.findall("version:(.*)", _output(str(sides[LLAMA_SERVER].llama_server), "--version"))
+        numbers[LLAMA_SERVER] = (printed or ["unknown"])[0].strip()
+    return numbers
+
+
+def _cpu_model() -> str:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string").strip()
+    path = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)", path.read_text() if path.exists() else "", re.MULTILINE)
+    return str(models[0]) if models else ""
+
+
+def _output(*command: str) -> str:
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    return process.stdout + process.stderr
 
 
 def _require_checkpoint(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise WrongUsage(
-            f"{folder}: is no checkpoint folder, it has no config.json (--checkpoint). Pass the folder that the file "
-            "was made from."
-        )
+        hint = "Pass the folder that the file was made from."
+        raise WrongUsage(f"{folder}: is no checkpoint folder, it has no config.json (--checkpoint). {hint}")
     if missing := [name for name in ("sentence-transformers", "torch") if not find_spec(name.replace("-", "_"))]:
         raise ExtraMissing(f"--checkpoint: not installed: {', '.join(missing)}. Run: pip install {' '.join(missing)}")
 
 
 def _require_server(binary: str) -> str:
-    path = shutil.which(binary)
-    if not path:
-        raise WrongUsage(
-            f"{binary}: no such program (--llama-server). Build llama-server from llama.cpp's source, or give its path."
-        )
-    require_client("--llama-server")
-    return path
+    if path := shutil.which(binary):
+        require_client("--llama-server")
+        return path
+    hint = "Build llama-server from llama.cpp's source, or give its path."
+    raise WrongUsage(f"{binary}: no such program (--llama-server). {hint}")
 
 
 def _split(flags: str) -> tuple[str, ...]:

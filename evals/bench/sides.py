@@ -1,4 +1,4 @@
-"""The sides of `f2gguf bench`, each alone in a process, which answers pickled requests on stdin."""
+"""The sides of `f2gguf bench`. Each is alone in a process, which answers pickled requests on stdin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from f2gguf.evals.endpoint import BATCH_TEXTS, connected, endpoint_vectors, open_endpoint
+from f2gguf.evals.endpoint import BATCH_TEXTS, connected, open_endpoint
 from f2gguf.runtime.errors import BenchFailed, F2ggufError
 
 OURS, LLAMA_EMBED, LLAMA_SERVER = "f2gguf", "Llama.embed", "llama-server"
@@ -33,7 +33,7 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class SideSettings:
-    """What a side is given. `n_ctx` is room for the longest text; the last three belong to a URL."""
+    """How a side is run. `n_ctx` has room for the longest text; the last three fields belong to a URL."""
 
     model: str
     pooling: str
@@ -50,15 +50,15 @@ class SideSettings:
 
 @dataclass(frozen=True)
 class Side:
-    """A runtime with the model loaded: texts and their prompt go in, vectors come out. `setup` says how it is run."""
+    """A runtime that has loaded the model. `encode` turns texts and their prompt into vectors."""
 
     encode: Callable[[list[str], str], Any]
-    setup: str
-    pid: int | None = field(default_factory=os.getpid)  # whose memory counts
+    setup: str  # how it is run, for the report
+    pid: int | None = field(default_factory=os.getpid)  # the process whose memory counts
 
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:
-    """Highest resident memory of a process, of this one by default; None for another one where there is no /proc.
+    """Highest resident memory of a process, this one by default. None for another one where there is no /proc.
 
     Not by getrusage on Linux: its ru_maxrss begins at the parent's memory, which a child shares until it calls exec.
     """
@@ -75,9 +75,9 @@ def peak_rss_bytes(pid: int | None = None) -> int | None:
 
 @contextlib.contextmanager
 def running_server(command: list[str], *, log: IO[bytes] | int | None = None) -> Iterator[tuple[str, int]]:
-    """Start a server on a free port: its URL and process id, once it lists its models. It ends with the block.
+    """Start a server on a free port, and give its URL and process id once it lists its models. It ends with the block.
 
-    Raises `BenchFailed` where it ends early, or does not answer.
+    Raises `BenchFailed` if it ends early, or does not answer.
     """
     with socket.socket() as free:
         free.bind((_HOST, 0))
@@ -161,7 +161,7 @@ def _url(settings: SideSettings, *, setup: str = "", pid: int | None = None) -> 
     endpoint = open_endpoint(str(settings.url), model=settings.url_model, key_env=settings.api_key_env)
     with connected(endpoint) as ask, ThreadPoolExecutor(N_CONNECTIONS) as pool:
         yield Side(
-            lambda texts, prompt: endpoint_vectors(endpoint, ask, [prompt + text for text in texts], run=pool.map),
+            lambda texts, prompt: ask([prompt + text for text in texts], run=pool.map),
             f"{setup or endpoint.name}; lists of {BATCH_TEXTS} texts over {N_CONNECTIONS} connections",
             pid,
         )

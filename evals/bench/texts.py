@@ -20,7 +20,7 @@ Tokenize = Callable[[str], NDArray[np.int32]]
 
 
 class Kind(NamedTuple):
-    """Texts of `fewest` to `most` tokens, special tokens included, behind a prompt; `n_texts` for each of --texts."""
+    """Texts of `fewest` to `most` tokens, special tokens included. There are `n_texts` for each of --texts."""
 
     fewest: int
     most: int
@@ -31,13 +31,13 @@ class Kind(NamedTuple):
 KINDS = {"documents": Kind(8, 256, "document", 1), "queries": Kind(4, 16, "query", 4)}
 INPUT = "input"  # the texts of --input, as documents
 _WORD = re.compile("[Ġ▁][a-z]{2,}")  # a token that starts a word: 'Ġ' in byte-level BPE, U+2581 in the other tokenizers
-_N_WORDS = 4096  # as many of the vocabulary's first words, which are its most frequent
+_N_WORDS = 4096  # the first words of the vocabulary, which are its most frequent
 _FEWEST_WORDS = 100
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Different texts without their prompt. The tokens are the model's, prompt and special tokens included."""
+    """Different texts without their prompt. Tokens are counted with prompt and special tokens."""
 
     name: str
     texts: tuple[str, ...]
@@ -47,7 +47,7 @@ class Workload:
 
 
 def require_work(work: str, *, has_input: bool) -> list[str]:
-    """'documents,queries' -> the names of the workloads, with the user's own where there is an --input."""
+    """'documents,queries' -> the names of the workloads. --input adds the user's own."""
     names = list(dict.fromkeys(name.strip() for name in work.split(",")))
     for name in names:
         if name not in (*KINDS, INPUT):
@@ -60,8 +60,12 @@ def require_work(work: str, *, has_input: bool) -> list[str]:
 def make_workloads(
     header: Header, names: Sequence[str], *, n_texts: int, seed: int, input_path: str | None, column: str
 ) -> list[Workload]:
-    """The workloads called `names`, the same ones for the same `seed`."""
-    own = _read_input(input_path, column) if input_path is not None else []
+    """The workloads called `names`. The same `seed` gives the same texts."""
+    own: tuple[str, ...] = ()
+    if input_path is not None:
+        own = tuple(text for text in read_texts(input_path, column=column).texts if text.strip())
+        if not own:
+            raise WrongUsage(f"{input_path}: holds no text (--input).")
     workloads = []
     with open_tokenizer(header) as tokenizer:
 
@@ -69,27 +73,25 @@ def make_workloads(
             return tokenizer(text)[0]
 
         for name in names:
-            prompt = header.prompts.get(KINDS[name].prompt_name if name in KINDS else "document", "")
+            kind = KINDS.get(name)
+            prompt = header.prompts.get(kind.prompt_name if kind else "document", "")
             most = header.max_tokens - (len(tokenize(prompt)) if prompt else 0)
-            if name == INPUT:
-                texts = _fitting(own, tokenize, most)
+            if kind:
+                kind = kind._replace(most=max(min(kind.most, most), kind.fewest), n_texts=n_texts * kind.n_texts)
+                texts = _made(kind, _words(tokenizer.model, tokenize), tokenize, seed)
             else:
-                n_made = n_texts * KINDS[name].n_texts
-                texts = _made(KINDS[name], _words(tokenizer.model, tokenize), tokenize, most, n_texts=n_made, seed=seed)
+                texts = _fitting(own, tokenize, most)
             lengths = [len(tokenize(prompt + text)) for text in texts]
             workloads.append(Workload(name, texts, prompt, sum(lengths), max(lengths)))
     return workloads
 
 
-def _made(
-    kind: Kind, words: Sequence[str], tokenize: Tokenize, most: int, *, n_texts: int, seed: int
-) -> tuple[str, ...]:
-    """`n_texts` different texts of uniformly distributed lengths."""
+def _made(kind: Kind, words: Sequence[str], tokenize: Tokenize, seed: int) -> tuple[str, ...]:
+    """`kind.n_texts` different texts of uniformly distributed lengths."""
     rng = np.random.default_rng(seed)
-    most = max(min(kind.most, most), kind.fewest)
     texts: dict[str, None] = {}
-    while len(texts) < n_texts:
-        n_tokens = int(rng.integers(kind.fewest, most + 1))
+    while len(texts) < kind.n_texts:
+        n_tokens = int(rng.integers(kind.fewest, kind.most + 1))
         chosen = [words[i] for i in rng.integers(len(words), size=n_tokens)]
         while len(tokenize(" ".join(chosen))) > n_tokens:
             chosen.pop()
@@ -101,34 +103,21 @@ def _words(model: Model, tokenize: Tokenize) -> list[str]:
     """Words that are one token at the start of a text and behind a space."""
     candidates = [text[1:] for text in model.token_texts() if _WORD.fullmatch(text)][:_N_WORDS]
     lengths = [len(tokenize(f"{word} {word}")) for word in candidates]
-    fewest = min(lengths, default=0)
-    words = [word for word, n in zip(candidates, lengths, strict=True) if n == fewest]
+    words = [word for word, n in zip(candidates, lengths, strict=True) if n == min(lengths)]
     if len(words) < _FEWEST_WORDS:
-        raise GGUFError(
-            f"{model.path}: its vocabulary holds {len(words)} whole words of ASCII letters, too few to make texts of. "
-            "Give texts of your own: --work input --input FILE."
-        )
+        few = f"its vocabulary holds {len(words)} whole words of ASCII letters, too few to make texts of"
+        raise GGUFError(f"{model.path}: {few}. Give texts of your own: --work input --input FILE.")
     return words
 
 
-def _read_input(path: str, column: str) -> tuple[str, ...]:
-    texts = tuple(text for text in read_texts(path, column=column).texts if text.strip())
-    if not texts:
-        raise WrongUsage(f"{path}: holds no text (--input).")
-    return texts
-
-
 def _fitting(texts: Sequence[str], tokenize: Tokenize, most: int) -> tuple[str, ...]:
-    """Texts cut at the model's limit, each once: sides cut in ways of their own, and f2gguf embeds equal texts once."""
+    """Texts cut at the model's limit, since each side cuts in its own way; each once, since f2gguf embeds it once."""
     cut = [_cut(text, tokenize, most) for text in texts]
     different = {tokenize(text).tobytes(): text for text in cut}
-    n_cut = sum(len(short) < len(text) for short, text in zip(cut, texts, strict=True))
-    for n, what in (
-        (n_cut, f"are longer than {most} tokens: the bench cuts them"),
-        (len(texts) - len(different), "have the tokens of another one: the bench leaves them out"),
-    ):
-        if n:
-            say(f"input: {n} of {len(texts)} texts {what}")
+    if n_cut := sum(len(short) < len(text) for short, text in zip(cut, texts, strict=True)):
+        say(f"input: {n_cut} of {len(texts)} texts are longer than {most} tokens: the bench cuts them")
+    if n_equal := len(texts) - len(different):
+        say(f"input: {n_equal} of {len(texts)} texts have the tokens of another one: the bench leaves them out")
     return tuple(different.values())
 
 

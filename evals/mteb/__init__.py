@@ -1,1 +1,1 @@
-"""Files as models of mteb, and the shipped texts as its tasks."""
+"""Files as models of mteb, and the evaluation texts as its tasks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -32,10 +33,10 @@ class F2ggufEncoder:
     >>> mteb.evaluate(encoder, mteb.get_tasks(["STS12", "NFCorpus"]))
 
     Documents get the file's document prompt. All other texts get an instruction in the frame of the file's query prompt
-    ("Instruct: ...\\nQuery: "), from the first that has one: `prompts`, by task name, task type or "query"; mteb's own
-    table for the checkpoint, so that a file of F2LLM-v2 is run as mteb runs F2LLM-v2; the task; for queries to a model
-    that mteb does not know, the file; mteb's words for the type of task. Files without such a frame (E5, MiniLM) get
-    `prompts` as they stand, else their query prompt on queries, and nothing on what is neither query nor document.
+    ("Instruct: ...\\nQuery: "). It comes from the first of these that has one: `prompts`, by task name, task type or
+    "query"; mteb's own table for the checkpoint, so that F2LLM-v2 runs as in mteb; the task; the file, for queries to a
+    model that mteb does not know; mteb's default for the type of task. Files without such a frame (E5, MiniLM) get
+    `prompts` as they are, else their query prompt on queries, and nothing on symmetrical texts.
 
     Raises `ExtraMissing` without mteb.
     """
@@ -45,7 +46,7 @@ class F2ggufEncoder:
         self.model = model
         self._prompts = dict(prompts or {})
         self._frame = _FRAME.fullmatch(model.prompts.get("query", ""))
-        self._registered = _registered_meta(_repo(model.header))
+        self._registered = _registered_meta(repo) if (repo := _repo(model.header)) else None
         self.mteb_model_meta = _meta(model, self._registered, self._prompts)
 
     def encode(
@@ -71,9 +72,10 @@ class F2ggufEncoder:
         instruction = _find(self._prompts, task, kind)
         if self._frame is None:
             return self.model.prompts.get(kind or "", "") if instruction is None else instruction
+        before, of_file, after = self._frame.groups()
         if instruction is None:
-            instruction = self._instruction(task, kind, self._frame[2])
-        return self._frame[1] + instruction + self._frame[3] if instruction else ""
+            instruction = self._instruction(task, kind, of_file)
+        return before + instruction + after if instruction else ""
 
     def similarity(self, embeddings1: Array, embeddings2: Array) -> Array:
         """Cosine of every row of one with every row of the other, (n1, n2)."""
@@ -107,50 +109,49 @@ def require_mteb() -> None:
 
 
 def _find(table: Mapping[str, str], task: TaskMetadata, kind: str | None) -> str | None:
-    """The entry of the task's name, else of its type, else of the kind of text, as mteb looks them up."""
+    """The entry of the task's name, else of its type, else of the kind of text, which is mteb's order."""
     return next((table[key] for key in (task.name, task.type, kind or "") if key in table), None)
 
 
 def _repo(header: Header) -> str | None:
-    """The checkpoint on the Hub that f2gguf made the file from; elsewhere a base model may be any ancestor."""
+    """The checkpoint on the Hub, for files that f2gguf made; elsewhere a base model may be any ancestor."""
     url = str(header.values.get("general.base_model.0.repo_url", ""))
     return url.removeprefix(_HUB) if KEY_VERSION in header.values and url.startswith(_HUB) else None
 
 
-def _registered_meta(repo: str | None) -> ModelMeta | None:
-    """What mteb's own registry says of a checkpoint, None where it does not know it."""
+def _registered_meta(repo: str) -> ModelMeta | None:
+    """A checkpoint's entry in mteb's own registry. None if it has none."""
     import mteb
 
-    try:
-        return mteb.get_model_meta(repo, fetch_from_hf=False) if repo else None
-    except KeyError:
-        return None
+    with contextlib.suppress(KeyError):
+        return mteb.get_model_meta(repo, fetch_from_hf=False)
+    return None
 
 
 def _meta(model: Embedder, registered: ModelMeta | None, prompts: Mapping[str, str]) -> ModelMeta:
-    """The registry's facts on the checkpoint, with the file's own over them.
+    """The registry's facts on the checkpoint, replaced by the file's own where it states them.
 
-    mteb keeps results by name, revision and experiment: the revision ends in the file's hash, so that a file that was
+    mteb keeps results by name, revision and experiment. The revision ends in the file's hash, so that a file that was
     made again is measured again.
     """
     from mteb.models import ModelMeta
     from mteb.types import Licenses
 
-    header, repo = model.header, _repo(model.header)
+    header, repo, values = model.header, _repo(model.header), model.header.values
     counts = {tensor.name: math.prod(tensor.shape) for tensor in header.tensors}
-    stated = header.values.get("general.license")
     experiment = {"truncate_dim": model.truncate_dim, "prompts": dict(prompts)}
+    revision = [values[KEY_REVISION]] if values.get(KEY_REVISION) else []
     facts = {
         "loader": None,
         "loader_kwargs": {},
         "name": f"{repo.split('/')[0] if repo else 'local'}/{header.path.stem}",
-        "revision": "-".join([*filter(None, [header.values.get(KEY_REVISION)]), sha256_file(header.path)[:12]]),
+        "revision": "-".join([*revision, sha256_file(header.path)[:12]]),
         "n_parameters": sum(counts.values()),
         "n_embedding_parameters": counts.get("token_embd.weight"),
         "memory_usage_mb": sum(tensor.size_bytes for tensor in header.tensors) / 2**20,
         "max_tokens": model.max_seq_length,
         "embed_dim": model.get_sentence_embedding_dimension(),
-        "license": stated if stated in get_args(Licenses) else None,
+        "license": values.get("general.license") if values.get("general.license") in get_args(Licenses) else None,
         "open_weights": True,
         "framework": ["GGUF"],
         "similarity_fn_name": "cosine",

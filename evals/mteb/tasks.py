@@ -1,4 +1,4 @@
-"""The shipped texts as tasks of mteb, so that files can be compared by mteb's own measures without a network."""
+"""The evaluation texts as tasks of mteb, which compare files by mteb's own measures without a network."""
 
 from __future__ import annotations
 
@@ -6,61 +6,52 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from f2gguf.evals.mteb.encoder import require_mteb
-from f2gguf.evals.texts import EvalText, texts_sha256
+from f2gguf.evals.texts import ANSWER_KINDS, EvalText, texts_sha256
 
 if TYPE_CHECKING:
     from mteb import AbsTask, TaskMetadata
 
 
 def local_tasks(texts: Sequence[EvalText]) -> list[AbsTask]:
-    """Two tasks of mteb over the queries and the documents that answer them, their data loaded.
+    """Two tasks of mteb over the queries and the documents that answer them, with their data.
 
-    F2ggufRetrieval: which document answers the query, nDCG@10. F2ggufPairs: does this document answer this query, with
-    as many wrong pairs as right ones, average precision; both sides are encoded as mteb encodes symmetrical tasks.
+    F2ggufRetrieval asks which document answers a query: nDCG@10. F2ggufPairs asks whether a document answers a query,
+    with as many wrong pairs as right ones: average precision. mteb encodes both sides of a pair in the same way.
     Raises `ExtraMissing` without mteb.
     """
     require_mteb()
-    queries = [text for text in texts if text.relevant]
-    documents = [text for text in texts if text.kind in ("document", "code", "long")]
-    return [_retrieval(queries, documents), _pairs(queries, documents)]
-
-
-def _retrieval(queries: Sequence[EvalText], documents: Sequence[EvalText]) -> AbsTask:
     from datasets import Dataset
-    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks import AbsTaskPairClassification, AbsTaskRetrieval
 
-    class F2ggufRetrieval(AbsTaskRetrieval):
-        metadata = _metadata("F2ggufRetrieval", "Retrieval", "ndcg_at_10", [*queries, *documents])
-
-    task = F2ggufRetrieval()
-    split = {
+    queries = [text for text in texts if text.relevant]
+    documents = {text.id: text.text for text in texts if text.kind in ANSWER_KINDS}
+    right = [documents[text.relevant[0]] for text in queries]
+    retrieval = {
         "queries": Dataset.from_list([{"id": text.id, "text": text.text} for text in queries]),
-        "corpus": Dataset.from_list([{"id": text.id, "text": text.text} for text in documents]),
+        "corpus": Dataset.from_list([{"id": name, "text": text} for name, text in documents.items()]),
         "relevant_docs": {text.id: dict.fromkeys(text.relevant, 1) for text in queries},
         "top_ranked": None,
     }
-    return _loaded(task, split)
-
-
-def _pairs(queries: Sequence[EvalText], documents: Sequence[EvalText]) -> AbsTask:
-    from datasets import Dataset
-    from mteb.abstasks import AbsTaskPairClassification
-
-    class F2ggufPairs(AbsTaskPairClassification):
-        metadata = _metadata("F2ggufPairs", "PairClassification", "similarity_ap", [*queries, *documents])
-
-    known = {text.id: text.text for text in documents}
-    right = [known[text.relevant[0]] for text in queries]
-    wrong = right[1:] + right[:1]  # the answer to the next query, mostly of the same language
-    columns = {
+    pairs = {
         "sentence1": 2 * [text.text for text in queries],
-        "sentence2": right + wrong,
+        "sentence2": right + right[1:] + right[:1],  # wrong: the answer to the next query, mostly of the same language
         "labels": [1] * len(queries) + [0] * len(queries),
     }
-    return _loaded(F2ggufPairs(), Dataset.from_dict(columns))
+    revision = texts_sha256([*queries, *(text for text in texts if text.kind in ANSWER_KINDS)])
+
+    class F2ggufRetrieval(AbsTaskRetrieval):
+        metadata = _metadata("F2ggufRetrieval", "Retrieval", "ndcg_at_10", revision)
+
+    class F2ggufPairs(AbsTaskPairClassification):
+        metadata = _metadata("F2ggufPairs", "PairClassification", "similarity_ap", revision)
+
+    tasks: list[AbsTask] = [F2ggufRetrieval(), F2ggufPairs()]
+    for task, split in zip(tasks, (retrieval, Dataset.from_dict(pairs)), strict=True):
+        task.dataset, task.data_loaded = {"default": {"test": split}}, True
+    return tasks
 
 
-def _metadata(name: str, kind: Any, main_score: str, texts: Sequence[EvalText]) -> TaskMetadata:
+def _metadata(name: str, kind: Any, main_score: str, revision: str) -> TaskMetadata:
     from mteb import TaskMetadata
 
     return TaskMetadata(
@@ -68,13 +59,7 @@ def _metadata(name: str, kind: Any, main_score: str, texts: Sequence[EvalText]) 
         description="Queries and the documents that answer them, from the evaluation texts of f2gguf",
         type=kind,
         category="t2t",
-        dataset={"path": "f2gguf/evals", "revision": texts_sha256(texts)},
+        dataset={"path": "f2gguf/evals", "revision": revision},
         eval_langs=["mul-Zyyy"],  # "multiple languages", in no one script
         main_score=main_score,
     )
-
-
-def _loaded(task: AbsTask, split: Any) -> AbsTask:
-    task.dataset = {"default": {"test": split}}
-    task.data_loaded = True
-    return task
