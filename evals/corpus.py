@@ -41,7 +41,6 @@ class CorpusVerdict(Distribution):
     mean_score_shift: float  # of |candidate's score - reference's|
     p95_score_shift: float
     thresholds: tuple[Threshold, ...]
-    max_drift: float
 
 
 def read_corpus(source: str, *, column: str = "text") -> tuple[EvalText, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from f2gguf.evals import neighbours
@@ -32,8 +32,7 @@ class Distribution:
     p99: float
     worst: float
     worst_text: str
-    if TYPE_CHECKING:
-        max_drift: float  # a field of every subclass, at its own place in JSON
+    max_drift: float
 
     @property
     def means(self) -> dict[str, float]:
@@ -78,7 +77,6 @@ class Verdict(Distribution):
     spearman: float | None  # rank correlation of all pairwise similarities; None for a single text
     ndcg10: float | None  # None where no text is a query whose answers are known
     ndcg10_reference: float | None
-    max_drift: float
     drifts: tuple[float, ...]  # of each text, in the order of the texts
 
     @property
