@@ -42,9 +42,7 @@ from f2gguf.quantize.report.report import (
     read_report,
     write_report,
 )
-from f2gguf.quantize.source.facts import Facts, settle_facts
-from f2gguf.quantize.source.fetch import fetch, find_model
-from f2gguf.quantize.source.lock import read_lock
+from f2gguf.quantize.source.facts import Facts, open_facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import Progress, progress, say
 from f2gguf.runtime.errors import ConversionMismatch, InputError, WrongUsage
@@ -113,10 +111,7 @@ def quantize_model(
     are the options of `quantize all`; `max_size` is in bytes. `report.variants["Q4_0"].holds` says whether a file holds
     the bound; one that does not was written all the same. Raises the errors of every step, all `F2ggufError`.
     """
-    entry, folder = find_model(str(model), read_lock(lock))
-    checkpoint = fetch(entry, folder)
-    say(f"{entry.name}: {checkpoint}")
-    facts = settle_facts(entry, checkpoint, pooling=pooling)
+    facts = open_facts(str(model), pooling=pooling, lock=lock)
     job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix)
     return make_release(job, [require_variant(name) for name in variants])
 

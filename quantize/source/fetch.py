@@ -103,12 +103,9 @@ def needed_files(listing: Listing) -> dict[str, RemoteFile]:
 
 def is_needed(name: str) -> bool:
     """Whether a conversion reads this file of a repository, or a release must come with it."""
-    return is_legal(name) or any(is_match(name, pattern) for pattern in NEEDED)
-
-
-def is_match(name: str, pattern: str) -> bool:
-    """Whether a path is what `read_checkpoint` would find by `pattern`: * stays within a folder."""
-    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
+    # * stays within a folder, as where `read_checkpoint` looks
+    matching = (pattern for pattern in NEEDED if PurePosixPath(name).match(pattern))
+    return is_legal(name) or any(name.count("/") == pattern.count("/") for pattern in matching)
 
 
 def require_as_locked(entry: Entry, listing: Listing) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.source.fetch import differing, find_entry, needed_files, require_as_locked
-from f2gguf.quantize.source.lock import KEYS, Entry, Lock, path_to_write, read_lock
+from f2gguf.quantize.source.lock import Entry, Lock, path_to_write, read_lock
 from f2gguf.runtime.errors import OutputError, WrongUsage
 from f2gguf.runtime.files import format_size, writing
 from f2gguf.runtime.hub.listing import Listing, RemoteFile, ask_for_files, hub_errors
@@ -87,10 +87,14 @@ def _card_facts(listing: Listing) -> dict[str, Any]:
         timeout_s = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(listing.repo, revision=listing.commit, timeout=timeout_s)
     card = vars(info.card_data) if info.card_data else {}
-    stated = {"license": card.get("license"), "languages": card.get("language")}
-    if isinstance(stated["languages"], str):
-        stated["languages"] = [stated["languages"]]
-    return {key: value for key, value in stated.items() if value and KEYS[key](value)}
+    licences, languages = (_texts(card.get(key)) for key in ("license", "language"))
+    return {**({"license": licences[0]} if licences else {}), **({"languages": languages} if languages else {})}
+
+
+def _texts(value: object) -> list[str]:
+    """A text or a list of texts as a list; empty for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    return texts if isinstance(texts, list) and all(text and isinstance(text, str) for text in texts) else []
 
 
 def write_entry(path: Path, name: str, values: Mapping[str, Any], files: Mapping[str, RemoteFile]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import GGUFError, TextError, parsing
+from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids
@@ -96,13 +96,7 @@ def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
 
 def normalizer_spec(header: Header) -> dict[str, Any] | None:
     """The checkpoint's normaliser, as its tokenizer.json states it; None where there is none."""
-    if not header.normalizer:
-        return None
-    with parsing(f"{header.path}, its text normaliser", GGUFError, "Download or make it again."):
-        spec = json.loads(header.normalizer)
-        if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-            raise ValueError("no JSON object with a type")
-        return spec
+    return json.loads(header.normalizer) if header.normalizer else None  # `read_header` has checked it
 
 
 def load_overrides(header: Header) -> dict[str, bool]:
