@@ -14,9 +14,9 @@ from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, Trun
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.hub.models import open_header
-from f2gguf.runtime.llama.context import Watch
+from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
-from f2gguf.runtime.llama.engine import ComputeSettings, unusable
+from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import default_threads
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest

@@ -1,4 +1,4 @@
-"""What goes beside the .gguf files: model card, picture, report, Ollama's Modelfile, licence texts, checksums."""
+"""The files beside the .gguf files: model card, picture, report, Ollama's Modelfile, licence texts, checksums."""
 
 from __future__ import annotations
 
@@ -51,10 +51,8 @@ def _draw(path: Path, report: Report) -> list[str]:
     if not can_draw(report):
         path.unlink(missing_ok=True)
         if report.variants:
-            say(
-                f"{path.name}: not drawn, because matplotlib is missing. Run: pip install 'f2gguf[plots]', then "
-                "quantize card"
-            )
+            again = "Run: pip install 'f2gguf[plots]', then quantize card"
+            say(f"{path.name}: not drawn, because matplotlib is missing. {again}")
         return []
     with writing(path) as part:
         draw(report, part, file_format="png")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.context import Watch
-from f2gguf.runtime.llama.engine import ComputeSettings, Engine, Rows
+from f2gguf.runtime.llama.context import ComputeSettings, Watch
+from f2gguf.runtime.llama.engine import Engine, Rows
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
 from f2gguf.runtime.llama.tokenizer import Tokenizer
 from numpy.typing import NDArray

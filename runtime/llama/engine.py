@@ -1,16 +1,23 @@
-"""Token ids become raw vectors: batches, contexts that grow, and no text that spoils another."""
+"""Token ids become raw vectors, in batches and in contexts that grow. A text without a vector spoils no other text."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing, Watch
+from f2gguf.runtime.llama.context import (
+    MAX_TEXTS,
+    MIN_FLASH,
+    ComputeSettings,
+    Context,
+    LastTokenContext,
+    TensorMissing,
+    Watch,
+)
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, pack
 from f2gguf.runtime.llama.tokenizer import load_overrides
@@ -19,21 +26,9 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 
-_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text does not rebuild one
+_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text needs no new one
 
 log = logging.getLogger("f2gguf")
-
-
-@dataclass(frozen=True)
-class ComputeSettings:
-    """How to compute: what a user chooses when opening a file."""
-
-    device: str
-    n_gpu_layers: int
-    n_threads: int
-    pooling: str
-    max_tokens: int  # of a text, special tokens included
-    deterministic: bool  # every text is a batch of its own
 
 
 def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
@@ -122,15 +117,14 @@ class Engine:
         context = self._contexts.get(flash)
         if context is None or context.n_ctx < n_shared + n_tokens:
             self._drop_contexts([flash])
-            kv_type = "F32" if self._needs_f32 else "F16"
-            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, kv_type=kv_type)
+            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, f32=self._needs_f32)
             self._contexts[flash] = context
         return context
 
     def _retry(self, ids: Ids) -> Rows:
         """The vector of one text in higher precision, then on the CPU; a NaN row where nothing helps, (1, n_embd)."""
         for where, model in self._retries():
-            context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
+            context = self._new_context(model, len(ids), flash=False, f32=True)  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
             if not unusable(row):
@@ -147,16 +141,9 @@ class Engine:
             yield "with an F32 KV cache on the CPU", cpu
             cpu.close()
 
-    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
-        return self._context_type(
-            model,
-            n_ctx=-(-n_tokens // _CTX_STEP) * _CTX_STEP,
-            pooling=self.settings.pooling,
-            n_threads=self.settings.n_threads,
-            flash=flash,
-            kv_type=kv_type,
-            watch=self._watch,
-        )
+    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool) -> Context:
+        n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
+        return self._context_type(model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, watch=self._watch)
 
     def _drop_contexts(self, which: Sequence[bool] = (True, False)) -> None:
         for context in filter(None, (self._contexts.pop(flash, None) for flash in which)):
