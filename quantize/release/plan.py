@@ -172,6 +172,5 @@ def _card_diff(release: Release, listing: Listing | None, state: str) -> str:
 
 
 def _labels(report: Report) -> dict[str, str]:
-    """The verdict on each file: "under 2%"."""
     labels = {report.files["F16"].file: "reference"}
     return labels | {report.files[name].file: verdict.label for name, verdict in report.variants.items()}

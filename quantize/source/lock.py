@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -78,11 +79,10 @@ class Lock:
 
     def entry(self, name: str) -> Entry:
         """The entry called `name`, upper or lower case; `UnknownName` with the nearest one otherwise."""
-        exact = {key.lower(): entry for key, entry in self.entries.items()}
-        if name.lower() not in exact:
-            hint = " A checkpoint folder or org/name[@revision] works too."
-            raise UnknownName("model", name, self.entries, hint)
-        return exact[name.lower()]
+        for key, entry in self.entries.items():
+            if key.lower() == name.lower():
+                return entry
+        raise UnknownName("model", name, self.entries, " A checkpoint folder or org/name[@revision] works too.")
 
 
 def read_lock(path: Path | None = None) -> Lock:
@@ -127,13 +127,11 @@ def package_folder(entry: Entry) -> Path:
     """The folder of a model that lives in an installed package; `F2ggufError` says what to install."""
     if entry.package is None or entry.folder is None:
         raise WrongUsage(f"{entry.name}: models.lock gives it neither a repo nor a package with a folder.")
-    try:
+    with contextlib.suppress(ImportError):  # a parent package is missing
         spec = importlib.util.find_spec(entry.package)
-    except ImportError:  # a parent package is missing
-        spec = None
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        if (folder := Path(location, entry.folder)).is_dir():
-            return folder
+        for location in (spec and spec.submodule_search_locations) or []:
+            if (folder := Path(location, entry.folder)).is_dir():
+                return folder
     raise F2ggufError(
         f"{entry.name} lives in the folder {entry.folder} of the package {entry.package}, which is not installed. "
         f"Run: pip install {entry.install or entry.package}"

@@ -40,12 +40,17 @@ def download(listing: Listing, names: Iterable[str]) -> Path:
 
 def _missing(listing: Listing, names: Iterable[str]) -> list[str]:
     """The files that the cache lacks; one with other bytes than stated is removed, and counts as missing."""
-    paths = {name: listing.path(name) for name in names}
-    for name, path in paths.items():
-        if path and listing.files[name].fault(path):
-            _remove(path)
-            paths[name] = None
-    return [name for name, path in paths.items() if not path]
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = []
+    for name in names:
+        path = try_to_load_from_cache(listing.repo, name, revision=listing.commit)
+        if not isinstance(path, str):
+            missing.append(name)
+        elif listing.files[name].fault(Path(path)):
+            _remove(Path(path))
+            missing.append(name)
+    return missing
 
 
 def _remove(path: Path) -> None:

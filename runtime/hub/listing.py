@@ -54,13 +54,6 @@ class Listing:
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
 
-    def path(self, name: str) -> Path | None:
-        """Where the Hub's cache holds a file, whatever its content; None where it does not."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        return Path(path) if isinstance(path, str) else None
-
 
 def list_files(repo: str, revision: str = "main") -> Listing:
     """What `repo` holds at `revision` (a commit, branch or tag).
@@ -85,8 +78,6 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
     with errors.parsing(what, errors.HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
         info = _model_info(what, repo, revision)
         files = {file.rfilename: _remote_file(file) for file in info.siblings or []}
-        if any(map(leads_out, files)):
-            raise ValueError("a file's name leads out of the repository")
     if info.id != repo:
         raise errors.RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
     listing = Listing(repo, str(info.sha), files, bool(info.private))
@@ -108,11 +99,9 @@ def _model_info(what: str, repo: str, revision: str) -> ModelInfo:
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
-    if file.size is None:
-        raise ValueError(f"{file.rfilename} has no size")
-    if file.lfs:
-        return RemoteFile(file.size, sha256=file.lfs.sha256)
-    return RemoteFile(file.size, blob_id=file.blob_id)
+    if file.size is None or leads_out(file.rfilename):
+        raise ValueError(f"{file.rfilename} has no size, or its path leads out of the repository")
+    return RemoteFile(file.size, sha256=file.lfs.sha256) if file.lfs else RemoteFile(file.size, blob_id=file.blob_id)
 
 
 def leads_out(name: str) -> bool:

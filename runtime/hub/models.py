@@ -174,7 +174,6 @@ def _read_report(listing: Listing) -> tuple[list[str], dict[str, str]]:
 
 
 def _sums(listing: Listing) -> dict[str, str]:
-    """file -> SHA-256 as the repository's SHA256SUMS states it."""
     if "SHA256SUMS" not in listing.files:
         return {}
     with (download(listing, ["SHA256SUMS"]) / "SHA256SUMS").open(encoding="utf-8", errors="replace") as lines:

@@ -102,11 +102,8 @@ class Context:
         if self._memory:
             llama_cpp.llama_memory_clear(self._memory, False)
         self._decode(texts, outputs="all")
-        vectors = np.empty((len(texts), self.n_embd), dtype=np.float32)
-        for i in range(len(texts)):
-            pointer = llama_cpp.llama_get_embeddings_seq(self._pointer, i)
-            vectors[i] = np.ctypeslib.as_array(pointer, (self.n_embd,))
-        return vectors
+        pointers = (llama_cpp.llama_get_embeddings_seq(self._pointer, i) for i in range(len(texts)))
+        return np.stack([np.ctypeslib.as_array(pointer, (self.n_embd,)) for pointer in pointers])
 
     def close(self) -> None:
         self._free()
@@ -159,11 +156,10 @@ class LastTokenContext(Context):
             llama_cpp.llama_memory_seq_cp(self._memory, _HELD, sequence, 0, n_shared)
         self._tap.rows.clear()
         self._decode_passes(own, outputs="last", first_position=n_shared, first_sequence=1)
-        rows = self._tap.rows
-        vectors = np.concatenate(rows).reshape(-1, self.n_embd) if rows else np.empty((0, self.n_embd), np.float32)
-        if len(vectors) != len(texts):
-            raise TensorMissing(f"{len(vectors)} rows of {TAPPED.decode()} for {len(texts)} texts")
-        return vectors
+        values = np.concatenate([np.empty(0, np.float32), *self._tap.rows])
+        if len(values) != len(texts) * self.n_embd:
+            raise TensorMissing(f"{len(values) // self.n_embd} rows of {TAPPED.decode()} for {len(texts)} texts")
+        return values.reshape(-1, self.n_embd)
 
     def _decode_passes(self, texts: Sequence[Ids], *, outputs: str, first_position: int, first_sequence: int) -> None:
         """One pass for texts that fit it; equal passes for one longer text, so that none is under MIN_FLASH."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -123,23 +123,18 @@ class Engine:
 
     def _retry(self, ids: Ids) -> Rows:
         """The vector of one text in higher precision, then on the CPU; a NaN row where nothing helps, (1, n_embd)."""
-        for where, model in self._retries():
+        for on_cpu in ["", " on the CPU"] if self.model.offloaded else [""]:
+            model = self._load("cpu") if on_cpu else self.model
             context = self._new_context(model, len(ids), flash=False, f32=True)  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
             if not unusable(row):
-                log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
+                words = "%s: a text of %d tokens has a vector only with an F32 KV cache%s"
+                log.warning(words, self.header.path, len(ids), on_cpu)
                 # The next text may need it as well. With `deterministic` its bytes must not depend on this text.
                 self._needs_f32 = model is self.model and not self.settings.deterministic
                 return row
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
-
-    def _retries(self) -> Iterator[tuple[str, Model]]:
-        yield "with an F32 KV cache", self.model
-        if self.model.offloaded:
-            cpu = self._load("cpu")
-            yield "with an F32 KV cache on the CPU", cpu
-            cpu.close()
 
     def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool) -> Context:
         n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
