@@ -32,7 +32,6 @@ from pushing import Site, open_site
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND = "from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
 
-
 # Where measuring is not the subject: with few texts, and gate 1 is left to the releases of nano and MiniLM
 QUICK = """
 import importlib.util, f2gguf.evals.texts as texts
@@ -44,14 +43,15 @@ def load_texts(*path, load=texts.load_texts):
 texts.load_texts = load_texts
 """
 
-
 # On every processor, not on those of a worker of pytest-xdist alone
 ALL_PROCESSORS = """
 import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, range(os.cpu_count()))
 """
-SLOW_FIXTURES = {"nano_release", "minilm_release"}
+# What is slow for its fixtures or as a file; single tests carry the marker themselves
+SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
+SLOW_FILES = {"test_hub_standin", "test_push_faults", "test_serve_schema"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
 
 
@@ -171,18 +171,17 @@ def facts_of(folder: Path, **stated: object) -> Facts:
 
 
 @pytest.fixture(scope="session")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Release]:
-    """Gives a release by the model it is of: made once, by the first process of pytest-xdist that asks for it."""
+def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Release]:
+    """Gives the release of a model: made once, by the first process of pytest-xdist that asks for it."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "releases"
 
-    def release(model: str | Path, *arguments: str, prelude: str = "", is_real: bool = False) -> Release:
+    def release(model: str | Path, *arguments: str, **options: Any) -> Release:
         name = Path(model).name
         folder = root / "-".join([name, *arguments])
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             if not (made := folder / "process").exists():
-                options = {"prelude": prelude, "is_real": is_real}
                 process = run_command("quantize", "all", model, *arguments, "--out", folder / "dist", **options)
                 made.write_bytes(pickle.dumps(process))
         return Release(folder / "dist" / name, pickle.loads(made.read_bytes()))
@@ -191,25 +190,25 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Release]
 
 
 @pytest.fixture(scope="session")
-def nano_release(releases: Callable[..., Release]) -> Release:
-    return releases("f2llm-nano", prelude=ALL_PROCESSORS, is_real=True)
+def nano_release(release_of: Callable[..., Release]) -> Release:
+    return release_of("f2llm-nano", prelude=ALL_PROCESSORS, is_real=True)
 
 
 @pytest.fixture(scope="session")
-def minilm_release(releases: Callable[..., Release]) -> Release:
-    return releases("all-MiniLM-L6-v2", is_real=True)
+def minilm_release(release_of: Callable[..., Release]) -> Release:
+    return release_of("all-MiniLM-L6-v2", is_real=True, timeout_s=1800)
 
 
 @pytest.fixture(scope="session")
-def tiny_release(releases: Callable[..., Release], made: Path) -> Release:
+def tiny_release(release_of: Callable[..., Release], made: Path) -> Release:
     """The quickest release there is: a tiny model's F16 file and its plain Q8_0."""
-    return releases(write_tiny(made / "tiny"), "--stock", "--variants", "Q8_0", prelude=QUICK)
+    return release_of(write_tiny(made / "tiny"), "--stock", "--variants", "Q8_0", prelude=QUICK)
 
 
 @pytest.fixture(scope="session")
-def tiny_variants(releases: Callable[..., Release], made: Path) -> Release:
+def tiny_variants(release_of: Callable[..., Release], made: Path) -> Release:
     """Measured files of a tiny model, of which Q4_0 is over the bound."""
-    release = releases(write_tiny(made / "tiny"), "--stock", prelude=QUICK)
+    release = release_of(write_tiny(made / "tiny"), "--stock", prelude=QUICK)
     assert (release.process.returncode, release.process.stderr.splitlines()[-1]) == (
         3,
         "error: over the bound of 2%: tiny Q4_0. Every file was written, and says so.",

@@ -172,6 +172,7 @@ def test_long_texts_of_the_user_are_cut_before_any_side_sees_them(minilm: Embedd
     assert minilm.max_seq_length - 2 <= own.longest <= minilm.max_seq_length
 
 
+@pytest.mark.slow
 def test_transformers_side_runs_the_checkpoint(nano_f16: Path, nano: Embedder) -> None:
     texts = ["a chess engine", "an archiver for zip files"]
     name = "sentence-transformers float32"

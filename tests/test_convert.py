@@ -83,6 +83,7 @@ def test_bf16_file_rounds_as_ggml_does(tiny: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.data.view(np.uint16).reshape(values.shape), wanted)
 
 
+@pytest.mark.slow
 def test_shards_and_the_model_prefix_change_no_tensor(tiny: Path, tmp_path: Path) -> None:
     convert(facts_of(tiny), tmp_path / "single.gguf")
     tensors = tiny_tensors()
@@ -96,6 +97,7 @@ def test_shards_and_the_model_prefix_change_no_tensor(tiny: Path, tmp_path: Path
     assert all(np.array_equal(single[name].data, sharded[name].data) for name in single)
 
 
+@pytest.mark.slow
 def test_old_names_of_bert_checkpoints_are_known(minilm_f16: Path, tmp_path: Path) -> None:
     from checkpoints import copy_of
     from safetensors.numpy import load_file

@@ -34,6 +34,7 @@ def sentence_transformer(folder: Path):
         return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "fixture"), [(NANO, "nano"), (MINILM, "minilm")])
 def test_vectors_equal_sentence_transformers(folder: Path, fixture: str, request: pytest.FixtureRequest) -> None:
     model: Embedder = request.getfixturevalue(fixture)
@@ -42,11 +43,13 @@ def test_vectors_equal_sentence_transformers(folder: Path, fixture: str, request
     assert drift(model.encode(TEXTS), wanted).max() < 2e-5
 
 
+@pytest.mark.slow
 def test_queries_equal_sentence_transformers(nano: Embedder) -> None:
     wanted = sentence_transformer(NANO).encode_query(TEXTS)
     assert drift(nano.encode_query(TEXTS), wanted).max() < 2e-5
 
 
+@pytest.mark.slow
 def test_cls_pooling_equals_sentence_transformers(tmp_path: Path) -> None:
     folder = copy_of(MINILM, tmp_path / "cls")
     edit_json(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
@@ -80,6 +83,7 @@ def test_truncated_text_keeps_its_eos(nano: Embedder) -> None:
     assert list(ids[:31]) == list(nano.tokenize(kept)[:31])
 
 
+@pytest.mark.slow
 def test_long_text_equals_sentence_transformers(nano: Embedder) -> None:
     """2,048 tokens pass through several micro-batches."""
     text = next(text.text for text in load_texts() if text.kind == "long")

@@ -88,6 +88,7 @@ def test_mean_pooling_of_a_causal_model_sees_all_of_a_long_text(tmp_path: Path) 
     assert drift(vectors, wanted).max() < 2e-5
 
 
+@pytest.mark.slow
 def test_a_graph_without_the_tensor_falls_back_to_stock_pooling_and_says_so(
     nano: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +118,7 @@ def test_deterministic_vectors_are_equal_to_the_byte(nano_release: Release) -> N
     assert np.array_equal(forward[7], single)
 
 
+@pytest.mark.slow
 def test_many_threads_may_share_one_embedder(nano: Embedder) -> None:
     wanted = nano.encode_query(TEXTS)
     results: dict[int, np.ndarray] = {}

@@ -75,10 +75,10 @@ def test_layers_in_turn_need_less_memory_by_the_weights(tmp_path: Path) -> None:
     subprocess.run([sys.executable, SYNTHETIC, "80M", tmp_path], check=True, capture_output=True)
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from f2gguf.evals import bench_sides, full_precision\n"
+        "from f2gguf.evals import full_precision\nfrom f2gguf.evals.bench import sides\n"
         "ids = [np.arange(n, dtype=np.int32) for n in (8, 64)]\n"
         "getattr(full_precision, sys.argv[1])(Path(sys.argv[2]), ids, pooling='last')\n"
-        "print(bench_sides.peak_rss_bytes())"
+        "print(sides.peak_rss_bytes())"
     )
     whole, streamed = (
         int(subprocess.run([sys.executable, "-c", code, way, tmp_path], check=True, capture_output=True).stdout)

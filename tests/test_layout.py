@@ -23,6 +23,14 @@ ALLOWED = {"runtime": {"runtime"}, "evals": {"evals", "runtime"}, "quantize": {"
 HEAVY = ("numpy", "llama_cpp", "gguf", "scipy", "tokenizers", "huggingface_hub", "torch", "transformers", "safetensors")
 HEAVY += ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
+MODULES = sorted(
+    "f2gguf." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+)
+IMPORT_ALL = f"import importlib\nfor name in {MODULES}:\n    importlib.import_module(name)"
+
 
 def test_mapping_lists_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -112,6 +120,10 @@ def test_every_script_imports_what_is_there() -> None:
         runpy.run_path(str(path), run_name="imported")
 
 
+def test_every_module_can_be_imported() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, capture_output=True)
+
+
 def test_f2gguf_quantize_is_the_same_group(run: Run) -> None:
     assert (
         run("f2gguf", "quantize", "--help").stdout.split("Commands:")[1]
@@ -140,6 +152,10 @@ def test_wheel_works_in_a_clean_environment(tmp_path: Path, nano_release: Releas
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
 
     assert str(environment) in output(scripts / "python", "-c", "import f2gguf.runtime; print(f2gguf.runtime.__file__)")
+    walk = "import f2gguf, pkgutil; print(*(m.name for m in pkgutil.walk_packages(f2gguf.__path__, 'f2gguf.')))"
+    assert set(MODULES) <= set(output(scripts / "python", "-c", walk).split())
+    output(scripts / "python", "-c", IMPORT_ALL)
+    output(scripts / "python", "-c", "from f2gguf import Embedder, quantize_model, judge")
     assert "all" in output(scripts / "quantize", "--help")
     assert "f2llm-nano" in output(scripts / "quantize", "all", "f2llm-nano", "--dry-run")
     assert "embedding" in output(scripts / "f2gguf", "embed", "-m", nano_release.file("Q8_0"), "a text")

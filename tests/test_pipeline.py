@@ -177,6 +177,7 @@ def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
     folder = write_tiny(tmp_path / "tiny")
     arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
@@ -189,6 +190,7 @@ def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
     assert first["tiny-Q8_0.gguf"] != second["tiny-Q8_0.gguf"]
 
 
+@pytest.mark.slow
 def test_damaged_variant_is_made_again(tmp_path: Path, run: Run) -> None:
     folder = write_tiny(tmp_path / "tiny")
     arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")

@@ -230,6 +230,7 @@ def test_large_objects_go_in_parts(site: Site) -> None:
     assert len(site.hub.asked("PUT", "/upload/")) == 1 + 4 + 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(site: Site) -> None:
     code = (
         "import sys; from f2gguf.quantize.cli import quantize\n"

@@ -114,6 +114,7 @@ def test_term_under_load_loses_no_request_that_was_accepted(nano_f16: Path, nano
             np.testing.assert_allclose(rows, np.tile(wanted, (20, 1)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_while_draining_health_is_a_503_and_what_was_accepted_goes_on(nano_f16: Path) -> None:
     with serving_process("-m", nano_f16) as served, ThreadPoolExecutor(1) as clients:
         with httpx.Client(base_url=served.url) as watcher:

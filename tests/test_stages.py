@@ -13,8 +13,10 @@ import pytest
 from checkpoints import edit_json, edit_tensors, tiny_tensors, write_tiny
 from conftest import facts_of
 from f2gguf.evals.texts import load_texts
+from f2gguf.quantize import job as job_module
 from f2gguf.quantize import pipeline
-from f2gguf.quantize.pipeline import Job, make_release
+from f2gguf.quantize.job import Job
+from f2gguf.quantize.pipeline import make_release
 from f2gguf.quantize.repair import search
 from f2gguf.quantize.report import picture
 from f2gguf.quantize.report.report import Report
@@ -131,7 +133,7 @@ def test_changed_texts_and_versions_repeat_everything(runs: Runs, monkeypatch: p
     monkeypatch.setattr(pipeline, "load_texts", lambda: TEXTS[1:])
     runs()
     assert runs.stages == ALL
-    monkeypatch.setattr(pipeline, "made_with", lambda: {"f2gguf": "0.0.1"})
+    monkeypatch.setattr(job_module, "made_with", lambda: {"f2gguf": "0.0.1"})
     runs()
     assert runs.stages == ALL
 
@@ -226,7 +228,7 @@ def test_a_second_run_in_one_folder_is_told_so_at_once(runs: Runs, monkeypatch: 
         messages.append(str(refusal.value))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_start", second)
+    monkeypatch.setattr(pipeline, "start_report", second)
     with pytest.raises(KeyboardInterrupt):
         runs()
     assert messages[0].startswith(f"{runs.out / 'tiny'}: ")

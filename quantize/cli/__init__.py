@@ -7,26 +7,10 @@ from typing import Any
 
 import click
 from f2gguf.evals.bench.cli import bench
-from f2gguf.quantize.cli import files as cli_file
-from f2gguf.quantize.cli import hub as cli_hub
-from f2gguf.quantize.cli import push as cli_push
-from f2gguf.quantize.cli.options import (
-    CALIBRATION,
-    DEVICE,
-    FORCE,
-    IMATRIX,
-    JSON,
-    LOCK,
-    MAX_DRIFT,
-    MAX_SIZE,
-    PATH,
-    POOLING,
-    STOCK,
-    facts_of,
-    refuse_together,
-)
+from f2gguf.quantize.cli import checkpoint, files, release
+from f2gguf.quantize.cli import options as shared
 from f2gguf.runtime.cli import f2gguf
-from f2gguf.runtime.console import Commands, progress
+from f2gguf.runtime.console import Commands
 from f2gguf.runtime.errors import OverBound, WrongUsage
 from f2gguf.runtime.server.cli import serve
 
@@ -43,18 +27,20 @@ def quantize() -> None:
 @quantize.command("all")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="Variants to make besides F16.")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that gets a folder for each model.")
-@MAX_DRIFT
-@MAX_SIZE
-@STOCK
-@CALIBRATION
-@IMATRIX
-@POOLING
-@DEVICE
-@LOCK
+@click.option(
+    "--out", type=shared.PATH, default="dist", show_default=True, help="Folder that gets a folder for each model."
+)
+@shared.MAX_DRIFT
+@shared.MAX_SIZE
+@shared.STOCK
+@shared.CALIBRATION
+@shared.IMATRIX
+@shared.POOLING
+@shared.DEVICE
+@shared.LOCK
 @click.option("--force", is_flag=True, help="Make everything again, even what is there.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
-@JSON
+@shared.JSON
 def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fetch, convert, calibrate, quantise, measure, write the card.
 
@@ -71,7 +57,7 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama.library import require_device
 
-    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     lock = read_lock(options["lock"])
     names = [require_variant(name.strip()) for name in variants.split(",")]
     require_device(options["device"])
@@ -99,52 +85,15 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
         raise OverBound(f"over the bound of {bound}: {', '.join(over)}. Every file was written, and says so.")
 
 
-@click.command()
-@click.argument("model")
-@click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
-@click.option("-o", "--output", type=PATH, help="File to write [default: NAME-DTYPE.gguf].")
-@FORCE
-@POOLING
-@LOCK
-def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock: Path | None) -> None:
-    """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
-    from f2gguf.evals.texts import load_texts
-    from f2gguf.quantize.convert.write import require_dtype
-    from f2gguf.quantize.pipeline import convert_checked
-    from f2gguf.runtime.files import require_absent, writing
-
-    require_dtype(dtype)
-    facts = facts_of(model, pooling, lock)
-    path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
-    require_absent(path, force=force)
-    with writing(path) as part:
-        convert_checked(facts, part, dtype=dtype, progress=progress, texts=load_texts())
-    click.echo(str(path))
-
-
-@click.command()
-@click.argument("model")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
-def card(model: str, out: Path) -> None:
-    """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
-    from f2gguf.quantize.release.check import find_release
-    from f2gguf.quantize.release.write import write_release
-    from f2gguf.quantize.report.report import read_report
-
-    folder = find_release(model, out)
-    for path in write_release(folder, read_report(folder)):
-        click.echo(str(path))
-
-
 for command in (
-    cli_hub.fetch,
-    cli_hub.lock,
-    convert,
-    cli_file.imatrix,
-    cli_file.variant,
-    cli_file.verify,
-    card,
-    cli_push.push,
+    checkpoint.fetch,
+    checkpoint.lock,
+    checkpoint.convert,
+    files.imatrix,
+    files.variant,
+    files.verify,
+    release.card,
+    release.push,
 ):
     quantize.add_command(command)
 f2gguf.add_command(bench)

@@ -9,33 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from f2gguf.quantize.cli.options import (
-    CALIBRATION,
-    DEVICE,
-    FORCE,
-    IMATRIX,
-    JSON,
-    LOCK,
-    MAX_DRIFT,
-    MAX_SIZE,
-    PATH,
-    POOLING,
-    STOCK,
-    facts_of,
-    refuse_together,
-    require_number,
-)
+from f2gguf.quantize.cli import options as shared
 from f2gguf.runtime.cli import COLUMN
 from f2gguf.runtime.console import progress, text_table
 from f2gguf.runtime.errors import OverBound, WrongUsage
 
 
 @click.command()
-@click.argument("source", type=PATH)
-@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
-@FORCE
-@CALIBRATION
-@DEVICE
+@click.argument("source", type=shared.PATH)
+@click.option("-o", "--output", type=shared.PATH, help="File to write [default: beside SOURCE].")
+@shared.FORCE
+@shared.CALIBRATION
+@shared.DEVICE
 def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
     """Write the importance matrix of the F16 file SOURCE, as llama-quantize reads it."""
     from f2gguf.quantize.repair.study import study_source
@@ -51,26 +36,26 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 
 
 @click.command()
-@click.argument("source", type=PATH)
+@click.argument("source", type=shared.PATH)
 @click.argument("name", metavar="VARIANT")
-@click.option("-o", "--output", type=PATH, help="File to write [default: beside SOURCE].")
-@FORCE
-@click.option("--recipe", type=PATH, help="Make the file by the recipe of this .gguf or .json file.")
-@MAX_DRIFT
-@MAX_SIZE
-@STOCK
-@CALIBRATION
-@IMATRIX
-@DEVICE
-@JSON
+@click.option("-o", "--output", type=shared.PATH, help="File to write [default: beside SOURCE].")
+@shared.FORCE
+@click.option("--recipe", type=shared.PATH, help="Make the file by the recipe of this .gguf or .json file.")
+@shared.MAX_DRIFT
+@shared.MAX_SIZE
+@shared.STOCK
+@shared.CALIBRATION
+@shared.IMATRIX
+@shared.DEVICE
+@shared.JSON
 def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Make one VARIANT (Q8_0, Q4_K_M, Q4_0) of the F16 file SOURCE, repaired until it holds the bound, and measured."""
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.repair.tensors import Weights
     from f2gguf.runtime.files import require_absent, writing
 
-    refuse_together(options, "recipe", "stock", "max_size", "calibration")
-    refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.refuse_together(options, "recipe", "stock", "max_size", "calibration")
+    shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
@@ -89,7 +74,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
 
 
 @click.command()
-@click.argument("candidate", type=PATH)
+@click.argument("candidate", type=shared.PATH)
 @click.option(
     "--against", required=True, metavar="FILE|MODEL|URL", help="What to compare with: the four kinds named above."
 )
@@ -100,16 +85,16 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     "thresholds",
     type=click.FloatRange(-1, 1),
     multiple=True,
-    callback=require_number,
+    callback=shared.require_number,
     help="Similarity from which you count a pair; repeatable [default: quantiles of the scores].",
 )
 @click.option("--endpoint-model", metavar="NAME", help="Model that a URL is asked for.")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable with the key of a URL.")
-@MAX_DRIFT
-@POOLING
-@DEVICE
-@LOCK
-@JSON
+@shared.MAX_DRIFT
+@shared.POOLING
+@shared.DEVICE
+@shared.LOCK
+@shared.JSON
 def verify(
     candidate: Path, against: str, corpus: str | None, thresholds: tuple[float, ...], as_json: bool, **options: Any
 ) -> None:
@@ -164,7 +149,7 @@ def _checkpoint_baseline(model: str, texts: Any, pooling: str | None, lock: Path
     from f2gguf.quantize.convert.readback import reference_ids
 
     require_transformers()
-    facts = facts_of(model, pooling, lock)
+    facts = shared.facts_of(model, pooling, lock)
     run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
     ids = reference_ids(facts, texts)
 

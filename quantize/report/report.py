@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -179,4 +180,18 @@ def read_report(folder: Path) -> Report:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. {again}") from error
     with parsing(path, InputError, again):
-        return TypeAdapter(Report).validate_json(content)
+        report, document = TypeAdapter(Report).validate_json(content), json.loads(content)
+        derived = json.loads(json_text(report.as_dict()))
+        if (contradicted := _first_difference(document, derived)) is not None:
+            raise ValueError(f"{contradicted} is not what follows from the rest of it")
+    return report
+
+
+def _first_difference(document: Any, derived: Any) -> str | None:
+    """Where two JSON documents differ first, such as 'variants.Q8_0.holds'; None where they are the same."""
+    if not (isinstance(document, dict) and isinstance(derived, dict)):
+        return None if document == derived else ""
+    for key in [*derived, *document]:
+        if (place := _first_difference(document.get(key, ...), derived.get(key, ...))) is not None:
+            return f"{key}.{place}".rstrip(".")
+    return None

@@ -1,18 +1,18 @@
-"""Commands that ask the Hub: `quantize fetch` and `lock`."""
+"""Commands about checkpoints: `quantize fetch`, `lock` and `convert`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
-from f2gguf.quantize.cli.options import LOCK
-from f2gguf.runtime.console import say
+from f2gguf.quantize.cli import options as shared
+from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import CheckpointError, HubError, HubUnreachable, RateLimited
 
 
 @click.command()
 @click.argument("model")
-@LOCK
+@shared.LOCK
 def fetch(model: str, lock: Path | None) -> None:
     """Download a checkpoint at its pinned revision, and print its folder."""
     from f2gguf.quantize.source.fetch import fetch as fetch_model
@@ -25,7 +25,7 @@ def fetch(model: str, lock: Path | None) -> None:
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--check", is_flag=True, help="Change nothing, and say what has moved on the Hub.")
-@LOCK
+@shared.LOCK
 def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     """Pin models in models.lock: their commits, and their files' sizes and hashes.
 
@@ -57,3 +57,26 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
     if failed:
         outcome = "differ from it" if check else "not written"
         raise HubError(f"{known.path}: {', '.join(failed)} {outcome}. The reasons are in the lines before.")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
+@click.option("-o", "--output", type=shared.PATH, help="File to write [default: NAME-DTYPE.gguf].")
+@shared.FORCE
+@shared.POOLING
+@shared.LOCK
+def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock: Path | None) -> None:
+    """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
+    from f2gguf.evals.texts import load_texts
+    from f2gguf.quantize.convert.write import require_dtype
+    from f2gguf.quantize.pipeline import convert_checked
+    from f2gguf.runtime.files import require_absent, writing
+
+    require_dtype(dtype)
+    facts = shared.facts_of(model, pooling, lock)
+    path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
+    require_absent(path, force=force)
+    with writing(path) as part:
+        convert_checked(facts, part, dtype=dtype, progress=progress, texts=load_texts())
+    click.echo(str(path))

@@ -1,24 +1,40 @@
-"""The command that publishes a release: `quantize push`."""
+"""Commands about a finished release: `quantize card` and `push`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
-from f2gguf.quantize.cli.options import JSON, PATH
+from f2gguf.quantize.cli import options as shared
 from f2gguf.runtime.console import progress, say
 
 
 @click.command()
 @click.argument("model")
+@click.option("--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+def card(model: str, out: Path) -> None:
+    """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
+    from f2gguf.quantize.release.check import find_release
+    from f2gguf.quantize.release.write import write_release
+    from f2gguf.quantize.report.report import read_report
+    from f2gguf.runtime.files import locked
+
+    folder = find_release(model, out)
+    with locked(folder):
+        for path in write_release(folder, read_report(folder)):
+            click.echo(str(path))
+
+
+@click.command()
+@click.argument("model")
 @click.option("--repo", required=True, metavar="ORG/NAME", help="Repository on the Hub to push to.")
-@click.option("--out", type=PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+@click.option("--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
 @click.option("--tag", metavar="NAME", help="Tag of the commit [default: a name made from the release's content].")
 @click.option("--create", is_flag=True, help="Make the repository if there is none.")
 @click.option("--private", is_flag=True, help="Make it a private repository.")
 @click.option("--allow-over-bound", is_flag=True, help="Push files over the bound too.")
 @click.option("--yes", is_flag=True, help="Push. Without this flag the plan is printed and nothing is sent.")
-@JSON
+@shared.JSON
 def push(
     model: str,
     repo: str,

@@ -1,0 +1,171 @@
+"""One run of the main job: what it is asked to make and where, and what of an earlier run still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from f2gguf.evals.conversion import can_check
+from f2gguf.evals.texts import EvalText, texts_sha256
+from f2gguf.quantize.repair.calibration import load_calibration
+from f2gguf.quantize.repair.recipe import made_with
+from f2gguf.quantize.report.report import (
+    FILE_NAME,
+    Report,
+    Source,
+    Texts,
+    VariantInputs,
+    differing,
+    read_report,
+)
+from f2gguf.quantize.source.facts import Facts
+from f2gguf.runtime.console import Progress, progress, say
+from f2gguf.runtime.errors import InputError, WrongUsage
+from f2gguf.runtime.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model, where its files go, and how they are made and measured."""
+
+    facts: Facts
+    out: Path
+    max_drift: float
+    device: str
+    force: bool = False
+    stock: bool = False  # llama.cpp's plain recipes, whatever they drift
+    max_size: int | None = None  # bytes of each variant
+    calibration: Path | None = None  # texts of the user's own
+    imatrix: Path | None = None  # an importance matrix of the user's own
+    progress: Progress = progress
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def work(self) -> Path:
+        """Where a run keeps what only a resumed run needs; removed at the end."""
+        return self.folder / ".work"
+
+    @property
+    def reference_path(self) -> Path:
+        """Vectors of the F16 file, which variants are measured against."""
+        return self.work / "reference.npy"
+
+    @property
+    def imatrix_path(self) -> Path:
+        return self.folder / f"{self.name}.imatrix.gguf"
+
+    def file(self, variant: str) -> Path:
+        return self.folder / f"{self.name}-{variant}.gguf"
+
+
+def start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
+    """The report of an earlier run as far as it still holds, or a new one without files."""
+    new = _new_report(job, texts, claimed)
+    if job.force or not (job.folder / FILE_NAME).exists():
+        return new
+    try:
+        old = read_report(job.folder)
+    except InputError as error:
+        say(f"{error} All of it is made again.")
+        return new
+    if old.source.repo != new.source.repo:
+        raise WrongUsage(
+            f"{job.folder}: holds the release of {old.source.repo or 'a checkpoint folder'}, and this model comes from "
+            f"{new.source.repo or 'a checkpoint folder'}. Choose another folder with --out, or replace it with --force."
+        )
+    if changes := old.origin_changes(new):
+        say(f"F16: made again, because of another {', '.join(changes)}")
+        return new
+    was_checked = old.conversion is not None and old.conversion.holds is not None
+    if _has_bytes(job.folder, old, "F16") and (was_checked or not can_check()):
+        say(f"F16: {job.file('F16')} is there")
+        return replace(old, max_drift=job.max_drift)
+    if not was_checked:
+        say("F16: made again, because gate 1 was not run then and can be now")
+    variants = {name: file for name, file in old.files.items() if name != "F16"}  # they stay if F16 has the same bytes
+    return replace(new, files=variants, imatrix=old.imatrix, stock=old.stock, variants=old.variants)
+
+
+def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
+    facts, entry, checkpoint = job.facts, job.facts.entry, job.facts.checkpoint
+    source = Source(
+        repo=entry.repo,
+        revision=entry.revision,
+        sha256=checkpoint.sha256,
+        architecture=facts.architecture.name,
+        n_parameters=checkpoint.n_parameters,
+        pooling=facts.pooling,
+        prompts=dict(facts.prompts),
+        dims=facts.dims,
+        max_tokens=facts.max_tokens,
+        eos_token=facts.vocabulary.eos_token,
+        license=entry.license,
+        languages=entry.languages,
+        cache_bytes=facts.cache_bytes,
+    )
+    judged = Texts(
+        n=len(claimed),
+        sha256=texts_sha256(claimed),
+        ids=tuple(text.id for text in claimed),
+        languages=entry.languages or ("all that are shipped",),
+        n_conversion=len(texts),
+        conversion_sha256=texts_sha256(texts),
+    )
+    return Report(job.name, made_with(), source, judged, job.max_drift)
+
+
+def variant_inputs(job: Job, report: Report) -> VariantInputs:
+    """What this run makes variants from."""
+    f16 = report.files["F16"].sha256
+    if job.stock:
+        return VariantInputs(f16, job.max_drift, job.max_size, stock=True)
+    texts = load_calibration(job.calibration, job.facts.entry.languages)
+    imatrix = sha256_file(job.imatrix) if job.imatrix else None
+    return VariantInputs(f16, job.max_drift, job.max_size, False, texts_sha256(texts), imatrix)
+
+
+def keep_current(job: Job, report: Report, names: Sequence[str], inputs: VariantInputs) -> Report:
+    """Without the variants that are gone, that are to be made again, and that no longer compare with the others.
+
+    llama.cpp's own recipes stay: their drift does not depend on the bound, only the verdict does.
+    """
+    dropped = set()
+    for name, verdict in report.variants.items():
+        changes = differing(verdict.inputs, inputs)
+        if not _has_bytes(job.folder, report, name):
+            dropped.add(name)
+        elif name in names:
+            say(f"{name}: made again, because of another {', '.join(changes)}" if changes else f"{name}: is there")
+            dropped |= {name} if changes else set()
+        elif {"f16_sha256", "max_drift"} & set(changes):
+            say(f"{name}: {job.file(name)} was measured against another F16 file or bound: it is not listed any more")
+            dropped.add(name)
+    stock = {
+        name: replace(verdict, max_drift=inputs.max_drift)
+        for name, verdict in report.stock.items()
+        if verdict.inputs.f16_sha256 == inputs.f16_sha256
+    }
+    return replace(report.without_variants(dropped), stock=stock)
+
+
+def drop_lost_recipes(report: Report) -> Report:
+    """Without the variants that were made with an importance matrix which the folder no longer holds."""
+    known = ("", report.imatrix.sha256 if report.imatrix else "")
+    lost = {name for name, verdict in report.variants.items() if verdict.recipe.imatrix_sha256 not in known}
+    for name in lost:
+        say(f"{name}: was made with another importance matrix than the folder holds now, and is not listed any more")
+    return report.without_variants(lost)
+
+
+def _has_bytes(folder: Path, report: Report, name: str) -> bool:
+    """Whether a file of the report is there with the bytes that were measured."""
+    file = report.files.get(name)
+    return bool(file and (folder / file.file).is_file() and sha256_file(folder / file.file) == file.sha256)
