@@ -100,7 +100,7 @@ def _read_sums(path: Path) -> dict[str, str]:
         matches = [_SUMS_LINE.fullmatch(line) for line in lines]
         hashes = {match[2]: match[1] for match in matches if match}
         if rest or len(hashes) < len(lines):
-            raise ValueError("a line is no SHA-256, two spaces and a name, or comes twice")
+            raise ValueError("a line is no SHA-256, two spaces and a name, or is there twice")
         return hashes
 
 
@@ -138,7 +138,7 @@ def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, a
             if not (verdict.holds or allow_over_bound):
                 raise OverBound(
                     f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}. "
-                    "Pass --allow-over-bound to push it all the same; its header and the card say so."
+                    "Pass --allow-over-bound to push it anyway; its header and the card say so."
                 )
 
 

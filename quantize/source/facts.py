@@ -49,7 +49,7 @@ class Facts:
 
 
 def open_facts(model: str, *, pooling: str | None = None, lock: Path | None = None) -> Facts:
-    """The facts of what MODEL on the command line means. Its checkpoint is downloaded where it is not on this disk.
+    """The facts of the model that `model` names. Its checkpoint is downloaded where it is not on this disk.
 
     Raises the errors of `find_model`, `fetch` and `read_facts`.
     """
@@ -60,10 +60,10 @@ def open_facts(model: str, *, pooling: str | None = None, lock: Path | None = No
 
 
 def read_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
-    """Bring lock and checkpoint together; `pooling` is the user's word for a checkpoint that does not state it.
+    """Combine lock and checkpoint; `pooling` is what the user states where the checkpoint does not.
 
     Raises `Disagreement` where two sources contradict each other (it names both), `BrokenCheckpoint` for a checkpoint
-    that does not hold together, `UnsupportedCheckpoint` for one that f2gguf does not convert.
+    that contradicts itself, `UnsupportedCheckpoint` for one that f2gguf does not convert.
     """
     checkpoint = read_checkpoint(folder)
     architecture = architecture_of(checkpoint)

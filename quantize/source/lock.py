@@ -1,4 +1,4 @@
-"""models.lock: the models known by name, pinned, with what their checkpoints do not state."""
+"""models.lock: the models known by name, each with its commit and the facts that its checkpoint does not state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries of models.lock, written and compared: what the Hub states of a model's commit and files."""
+"""Writes entries of models.lock, and compares them with the commit and files that the Hub states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from f2gguf.runtime.hub.listing import Listing, RemoteFile, ask_for_files, hub_e
 
 @dataclass(frozen=True)
 class PinTarget:
-    """A model to lock: an entry, or one to come, and the revision that is asked for."""
+    """A model to lock: its entry (None for a new one), and the revision that is asked for."""
 
     name: str
     repo: str
@@ -25,7 +25,7 @@ class PinTarget:
 
 
 def find_targets(models: Iterable[str], lock: Lock) -> list[PinTarget]:
-    """What the MODELs of `quantize lock` mean; without any, every entry that is fetched from the Hub.
+    """The models that `quantize lock` was asked for; without any, every entry that is fetched from the Hub.
 
     org/name finds the entry of that repository. Raises `WrongUsage` for what is not on the Hub, and for a new entry
     whose name is taken.
@@ -46,7 +46,7 @@ def _target(model: str, lock: Lock) -> PinTarget:
 
 
 def lock_model(target: PinTarget, path: Path | None = None) -> str:
-    """Write a model's commit, and its files' sizes and hashes, into a lock; what was written, in a line.
+    """Write a model's commit, and its files' sizes and hashes, into a lock; gives a line that says so.
 
     Without `path` that is the models.lock of the current folder, or of the checkout.
     """
@@ -61,7 +61,7 @@ def lock_model(target: PinTarget, path: Path | None = None) -> str:
 
 
 def check_model(target: PinTarget) -> str:
-    """What moved on the Hub since a model was locked, in a line.
+    """A line that says what changed on the Hub since a model was locked.
 
     Raises `HashMismatch` where the Hub states other files for the locked commit, `RepoMissing` where repository or
     commit are gone, `RepoRenamed`.
@@ -80,7 +80,7 @@ def check_model(target: PinTarget) -> str:
 
 
 def _card_facts(listing: Listing) -> dict[str, Any]:
-    """What the front matter of the model's card says that an entry can state."""
+    """Licence and languages, as the front matter of the model's card states them."""
     from huggingface_hub import HfApi, constants
 
     with hub_errors(str(listing)):
@@ -88,7 +88,8 @@ def _card_facts(listing: Listing) -> dict[str, Any]:
         info = HfApi().model_info(listing.repo, revision=listing.commit, timeout=timeout_s)
     card = vars(info.card_data) if info.card_data else {}
     licences, languages = (_texts(card.get(key)) for key in ("license", "language"))
-    return {**({"license": licences[0]} if licences else {}), **({"languages": languages} if languages else {})}
+    facts = {"license": licences and licences[0], "languages": languages}
+    return {key: value for key, value in facts.items() if value}
 
 
 def _texts(value: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""Golden vectors: probe texts in a file's header, their token ids, and what the maker measured of them."""
+"""Golden vectors: probe texts in a file's header, their token ids, and the maker's measurements."""
 
 from __future__ import annotations
 

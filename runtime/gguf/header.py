@@ -39,7 +39,7 @@ POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """What a .gguf file says of itself. Make one with `read_header`."""
+    """The facts that a .gguf file states. Make one with `read_header`."""
 
     path: Path
     values: dict[str, Any]
@@ -118,7 +118,7 @@ class Header:
     def require_pooling(self, pooling: str | None = None) -> str:
         """The pooling to use: `pooling` where the caller states it, else the header's.
 
-        Raises `NotAnEmbeddingModel` for what cannot give text vectors, `PoolingMissing` where nobody says.
+        Raises `NotAnEmbeddingModel` for a file that cannot give text vectors, `PoolingMissing` where neither is stated.
         """
         self._require_model()
         pooling = self.pooling if pooling is None else pooling
@@ -185,7 +185,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def _require_sane(path: Path, values: dict[str, Any]) -> None:
-    """Refuse values on which llama.cpp would stop the process, or f2gguf would go wrong."""
+    """Refuse values on which llama.cpp would stop the process, or f2gguf would compute nonsense."""
     architecture = values.get("general.architecture", "")
     checks = {key.replace("{arch}", str(architecture)): check for key, check in _CHECKS.items()}
     checks |= {key: _TEXT for key in values if key.startswith(KEY_PROMPT)}

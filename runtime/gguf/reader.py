@@ -38,10 +38,6 @@ class TensorInfo:
     size_bytes: int
     begin: int  # in the file
 
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
-
 
 class Reader:
     """Walks the header from front to back."""

@@ -19,7 +19,7 @@ COLUMNS = ("model", "variant", "size", "mean drift", "bound", "dims")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A .gguf file: what to pass to -m, its size, and its header, or the reason why that cannot be read."""
+    """A .gguf file: its name for -m, its size, and its header, or the reason why the header cannot be read."""
 
     model: str
     path: Path
@@ -62,7 +62,7 @@ def table_row(file: ModelFile) -> list[str]:
 
 
 def as_dict(file: ModelFile) -> dict[str, Any]:
-    """The file for machines; what a damaged or unmeasured one does not state is null."""
+    """The file for machines; a fact that a damaged or unmeasured file does not state is null."""
     header = file.header
     drift = drift_of(header) if header else None
     keys = {"mean_drift": "mean", "upper_drift": "upper", "max_drift": "max_drift", "holds": "holds"}
@@ -78,7 +78,7 @@ def as_dict(file: ModelFile) -> dict[str, Any]:
 
 
 def _in_cache() -> Iterator[tuple[str, Path]]:
-    """Models of the Hub's cache: what to pass to -m, and path."""
+    """Models of the Hub's cache: their names for -m, and their paths."""
     from huggingface_hub import constants
 
     for snapshot in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"):

@@ -24,7 +24,7 @@ REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub, or a lock, states of a file: its size, and one hash."""
+    """The size and one hash of a file, as the Hub or a lock states them."""
 
     size_bytes: int
     sha256: str | None = None  # of a file in LFS or Xet storage

@@ -88,7 +88,7 @@ def fetch_file(listing: Listing, name: str) -> Path:
 
 
 def first_usual(holding: Iterable[str], there: Container[str]) -> str:
-    """The variant to recommend of those that are there: the first usual one that holds its bound, else F16."""
+    """The variant to recommend: the first usual one that is there and holds its bound, else F16."""
     good = {*holding, "F16"}
     return next((name for name in USUAL if name in good and name in there), "F16")
 
@@ -122,7 +122,7 @@ def variant_of(name: str) -> str | None:
 
 
 def _locate(file: HubFile) -> Path:
-    """The file, from the cache where that holds what the Hub named when it was last asked."""
+    """The file from the cache, where that holds the file that the Hub named in its last answer; else from the Hub."""
     if known := recorded_files(file.repo, file.revision):
         names = matching(known, file.variant)
         if len(names) == 1 and (folder := cached_folder(known, names)):

@@ -66,7 +66,7 @@ class Encoder:
     ) -> Tokens:
         """Ids of texts behind `prompt`, cut to `max_tokens` [that of the settings]; special tokens are added to ids.
 
-        Raises `TextError` for what is no text; `label` says which one it is, by its {number} or {index}.
+        Raises `TextError` for an input that is no text; `label` names it, by its {number} or {index}.
         """
         most = max_tokens or self.settings.max_tokens
         ids: list[Ids] = []
@@ -105,13 +105,13 @@ class Encoder:
         )[index]
 
     def finish(self, rows: Rows, *, width: int, normalize: bool | None = None) -> Rows:
-        """The leading `width` numbers of raw vectors, of length 1 where `normalize` says so, or for None the file."""
+        """The leading `width` numbers of raw vectors, of length 1 if `normalize`, or if None and the file says so."""
         rows = np.ascontiguousarray(rows[:, :width])
         is_normalized = self.header.is_normalized if normalize is None else normalize
         return normalized(rows) if is_normalized else rows
 
     def _prompt_ids(self, prompt: str) -> Ids:
-        """Ids of a prompt, kept where it is the file's own: a server asks for them with every request."""
+        """Ids of a prompt. Those of the file's own prompts are kept, because a server needs them for every request."""
         ids = self._kept_prompts.get(prompt)
         if ids is None:
             ids, _ = self._tokenizer(prompt, max_tokens=self.settings.max_tokens)

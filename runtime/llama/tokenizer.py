@@ -54,7 +54,7 @@ class Tokenizer:
         return self._cut(ids, max_tokens)
 
     def complete(self, ids: Sequence[int], *, max_tokens: int | None = None) -> tuple[Ids, bool]:
-        """Ids that somebody else's tokenizer gave, with the special tokens that they lack, and whether they were cut.
+        """Ids from another tokenizer, with the special tokens that they lack, and whether they were cut.
 
         Raises `TextError` for no ids, or one that is not in the vocabulary.
         """
@@ -89,7 +89,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
-    """The tokenizer of a file, of which only the vocabulary is loaded."""
+    """The tokenizer of a file; only its vocabulary is loaded."""
     with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
         yield Tokenizer(model, header)
 
