@@ -38,9 +38,7 @@ from f2gguf.quantize.report.report import (
     read_report,
     write_report,
 )
-from f2gguf.quantize.source.facts import Facts, settle_facts
-from f2gguf.quantize.source.fetch import fetch, find_model
-from f2gguf.quantize.source.lock import read_lock
+from f2gguf.quantize.source.facts import Facts, open_facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import Progress, say
 from f2gguf.runtime.errors import ConversionMismatch
@@ -70,10 +68,7 @@ def quantize_model(
     """
     names = [require_variant(name.strip()) for name in (variants.split(",") if isinstance(variants, str) else variants)]
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
-    entry, folder = find_model(str(model), read_lock(lock))
-    checkpoint = fetch(entry, folder)
-    say(f"{entry.name}: {checkpoint}")
-    facts = settle_facts(entry, checkpoint, pooling=pooling)
+    facts = open_facts(str(model), pooling=pooling, lock=lock)
     job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix)
     return make_release(job, names)
 

@@ -165,9 +165,9 @@ def pull(model: str) -> None:
     from f2gguf.runtime.files import format_size
     from f2gguf.runtime.gguf.describe import describe_drift
     from f2gguf.runtime.gguf.header import read_header
-    from f2gguf.runtime.hub.models import fetch_file, find_file, parse_reference
+    from f2gguf.runtime.hub.models import fetch_file, find_file, parse_model
 
-    reference = parse_reference(model)
+    reference = parse_model(model)
     if reference is None:
         raise WrongUsage(f"{model}: is no repository on the Hub. Write org/name[:VARIANT][@revision].")
     listing, name = find_file(reference)

@@ -14,9 +14,9 @@ from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, Trun
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.hub.models import open_header
-from f2gguf.runtime.llama.context import Watch
+from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
-from f2gguf.runtime.llama.engine import ComputeSettings, unusable
+from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import default_threads
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
@@ -77,8 +77,10 @@ class Embedder:
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim
         self.max_seq_length = self.header.require_max_tokens(max_tokens)  # in tokens, special tokens included
-        settings = ComputeSettings(device, n_gpu_layers, n_threads or default_threads(), self.pooling, deterministic)
-        self._encoder: Encoder | None = Encoder(self.header, settings, max_tokens=self.max_seq_length, watch=watch)
+        settings = ComputeSettings(
+            device, n_gpu_layers, n_threads or default_threads(), self.pooling, self.max_seq_length, deterministic
+        )
+        self._encoder: Encoder | None = Encoder(self.header, settings, watch=watch)
         self._warned = False
         log.info("%s", self.description)
         if selftest:
@@ -87,7 +89,7 @@ class Embedder:
     @property
     def description(self) -> str:
         """File, device, threads and way of computing, in one line."""
-        return f"{self.header.path.name}: {self.encoder.description}"
+        return f"{self.header.path.name}: {self.encoder.engine.description}"
 
     @property
     def encoder(self) -> Encoder:
@@ -99,7 +101,7 @@ class Embedder:
     @property
     def compute_seconds(self) -> float:
         """Time spent inside llama.cpp so far; what is left of the wall time is f2gguf's own."""
-        return self.encoder.compute_seconds
+        return self.encoder.engine.compute_seconds
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -200,7 +202,7 @@ class Embedder:
         """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
         if self._encoder:
             encoder, self._encoder = self._encoder, None
-            encoder.close(wait=wait)
+            encoder.engine.close(wait=wait)
 
     def __enter__(self) -> Embedder:
         return self

@@ -77,7 +77,7 @@ def selftest(encoder: Encoder) -> Selftest:
     faults = [*_token_faults(encoder, golden), *_vector_faults(encoder, golden, cosines)]
     return Selftest(
         path=encoder.header.path,
-        device=encoder.description,
+        device=encoder.engine.description,
         n_texts=len(golden.texts),
         min_cosine=float(cosines[golden.is_compared].min()),
         maker_min_cosine=float(golden.cosines[golden.is_compared].min()),
@@ -162,8 +162,8 @@ def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64
         "vectors",
         f"{len(bad)} of {len(cosines)} texts are off, at worst text {i + 1} ({_shown(golden.texts[i])}): {value}, "
         f"where the maker had {golden.cosines[i]:.6f} and {_floors(golden)[i]:.6f} is the least allowed. "
-        f"Computed on {encoder.description}. "
-        + ("Try --device cpu." if encoder.is_offloaded else f"The weights are damaged. {_AGAIN}"),
+        f"Computed on {encoder.engine.description}. "
+        + ("Try --device cpu." if encoder.engine.model.offloaded else f"The weights are damaged. {_AGAIN}"),
     )
 
 
@@ -179,5 +179,6 @@ def _floors(golden: Golden) -> NDArray[np.float64]:
 
 def _cosines_by(encoder: Encoder, golden: Golden, pooling: str) -> NDArray[np.float64]:
     settings = replace(encoder.settings, pooling=pooling)
-    with contextlib.closing(Encoder(encoder.header, settings, max_tokens=encoder.max_tokens)) as other:
+    other = Encoder(encoder.header, settings)
+    with contextlib.closing(other.engine):
         return golden.cosines_of(probe_vectors(other, golden))

@@ -22,7 +22,7 @@ import pytest
 from checkpoints import MINILM, NANO, write_tiny
 from endpoint import Api, serving
 from f2gguf.quantize.convert.write import convert
-from f2gguf.quantize.source.facts import Facts, settle_facts
+from f2gguf.quantize.source.facts import Facts, read_facts
 from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime import Embedder
 from filelock import FileLock
@@ -114,12 +114,12 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def nano_facts() -> Facts:
-    return settle_facts(read_lock().entry("f2llm-nano"), NANO)
+    return read_facts(read_lock().entry("f2llm-nano"), NANO)
 
 
 @pytest.fixture(scope="session")
 def minilm_facts() -> Facts:
-    return settle_facts(read_lock().entry("all-MiniLM-L6-v2"), MINILM)
+    return read_facts(read_lock().entry("all-MiniLM-L6-v2"), MINILM)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +167,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def facts_of(folder: Path, **stated: object) -> Facts:
     """The settled facts of a folder that no lock knows."""
-    return settle_facts(Entry(name=folder.name, **stated), folder)  # type: ignore[arg-type]
+    return read_facts(Entry(name=folder.name, **stated), folder)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

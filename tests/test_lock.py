@@ -149,14 +149,14 @@ def test_shipped_lock_is_copied_before_it_is_written(installed: Path) -> None:
         ('default = ["a"]\n[models.a]', "default \"\\['a'\\]\" is not among"),
         ('default = "a"\n[models.a]\nlike = ["b"]', "a is like \\['b'\\], which"),
         ('default = "a"\n[models.a]\npooling = ["cls"]', "a has pooling = "),
-        ('default = "a"\n[models.a]\nmax_tokens = -5', "a has max_tokens = -5, which is no such thing"),
+        ('default = "a"\n[models.a]\nmax_tokens = -5', "a has max_tokens = -5: Input should be greater than 1"),
         ('default = "a"\n[models.a]\nprompts = "x"', "a has prompts = 'x'"),
         (
             f'default = "a"\n[models.a]\nfiles = {{ f = {{ size_bytes = 1, sha256 = "{"0" * 64}" }} }}',
             "no commit as its",
         ),
         *[
-            (f'default = "a"\n[models.a]\nrevision = "{"0" * 40}"\nfiles = {files}', "a has files = ")
+            (f'default = "a"\n[models.a]\nrevision = "{"0" * 40}"\nfiles = {files}', "a has files")
             for files in (
                 "{}",
                 "5",

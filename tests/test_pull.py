@@ -13,7 +13,7 @@ from conftest import Release
 from f2gguf.quantize.cli import f2gguf
 from f2gguf.runtime.errors import NotGGUF
 from f2gguf.runtime.hub.listing import Listing, RemoteFile
-from f2gguf.runtime.hub.models import HubFile, matching, open_header, parse_reference, variant_of
+from f2gguf.runtime.hub.models import HubFile, matching, open_header, parse_model, variant_of
 from hub import ALWAYS, Fault, Hub, flip_bit, only_error, run_command, run_python, serving
 
 Run = Callable[..., CompletedProcess[str]]
@@ -310,7 +310,7 @@ def test_what_may_be_both_is_told_as_both(command: Run, hub: Hub) -> None:
     ],
 )
 def test_references_are_told_from_paths(text: str, file: HubFile | None) -> None:
-    assert parse_reference(text) == file
+    assert parse_model(text) == file
 
 
 def test_path_too_long_for_any_file_system_is_one_clear_error() -> None:

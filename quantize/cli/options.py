@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import WrongUsage
 
 PATH = click.Path(path_type=Path)
@@ -53,14 +52,9 @@ STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe
 
 def facts_of(model: str, pooling: str | None, lock: Path | None) -> Any:
     """The facts of MODEL, which is fetched if it is not here yet."""
-    from f2gguf.quantize.source.facts import settle_facts
-    from f2gguf.quantize.source.fetch import fetch, find_model
-    from f2gguf.quantize.source.lock import read_lock
+    from f2gguf.quantize.source.facts import open_facts
 
-    entry, folder = find_model(model, read_lock(lock))
-    checkpoint = fetch(entry, folder)
-    say(f"{entry.name}: {checkpoint}")
-    return settle_facts(entry, checkpoint, pooling=pooling)
+    return open_facts(model, pooling=pooling, lock=lock)
 
 
 def refuse_together(options: Mapping[str, object], first: str, *others: str) -> None:

@@ -1,8 +1,7 @@
-"""The folder that `quantize all` wrote, read again: complete, unchanged, every file measured; else refused."""
+"""Reads the folder that `quantize all` wrote, and refuses it unless it is complete, unchanged and measured."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from f2gguf.quantize.report.report import FILE_NAME, Measured, Report, read_repo
 from f2gguf.runtime.errors import HashMismatch, InputError, OverBound, UnfitRelease, UnknownName, parsing
 from f2gguf.runtime.files import format_bound, sha256_file
 from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.describe import is_reference
 from f2gguf.runtime.gguf.header import Header, read_header
 
 REPORT, SUMS, CARD = FILE_NAME, "SHA256SUMS", "README.md"
 _SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
-_REFERENCE_TYPES = ("F16", "BF16", "F32")
 _REPORT_DIGITS = 1e-6  # drift.json rounds to six
 _MAKE_AGAIN = "Run `quantize all` for it again, or move the file out of the folder."
 # header key -> key of the verdict in drift.json that states the same
@@ -31,7 +30,7 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Release:
-    """What may be pushed. Make one with `read_release`."""
+    """A folder that may be pushed. Make one with `read_release`."""
 
     folder: Path
     report: Report
@@ -40,7 +39,7 @@ class Release:
 
     @property
     def tag(self) -> str:
-        """A name that says what the release holds: another one as soon as a byte of it differs."""
+        """A name made from the content: it changes when a byte of the release does."""
         return f"f2gguf-{self.report.made_with['f2gguf']}-{self.hashes[SUMS][:8]}"
 
     def size_bytes(self, name: str) -> int:
@@ -64,7 +63,7 @@ def find_release(model: str, out: Path) -> Path:
 
 
 def read_release(folder: Path, *, allow_over_bound: bool = False) -> Release:
-    """Read a release, and every byte of it that is not known to be unchanged.
+    """Read a release, and check every byte of it.
 
     Raises `UnfitRelease` for one that is incomplete, unmeasured or contradicts itself, `HashMismatch` for a file that
     changed since it was measured, `OverBound` for a variant over the bound unless `allow_over_bound`.
@@ -82,10 +81,14 @@ def read_release(folder: Path, *, allow_over_bound: bool = False) -> Release:
         report = read_report(folder)
     except InputError as error:
         raise UnfitRelease(str(error)) from error
-    _require_same_hashes(folder, hashes, report)
+    for file in report.files.values():
+        if hashes.get(file.file) != file.sha256:
+            raise UnfitRelease(
+                f"{folder / file.file}: {REPORT} and {SUMS} state different hashes of it, or one lacks it. "
+                + _make_again(SUMS)
+            )
     _require_measured(folder, hashes, report, allow_over_bound=allow_over_bound)
-    content = (folder / SUMS).read_bytes()
-    listed = {**hashes, SUMS: hashlib.sha256(content).hexdigest()}
+    listed = {**hashes, SUMS: sha256_file(folder / SUMS)}
     unlisted = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in listed)
     return Release(folder, report, listed, tuple(sorted(unlisted)))
 
@@ -97,39 +100,24 @@ def _read_sums(path: Path) -> dict[str, str]:
         matches = [_SUMS_LINE.fullmatch(line) for line in lines]
         hashes = {match[2]: match[1] for match in matches if match}
         if rest or len(hashes) < len(lines):
-            raise ValueError("a line is no SHA-256, two spaces and a name, or comes twice")
+            raise ValueError("a line is no SHA-256, two spaces and a name, or is there twice")
         return hashes
 
 
 def _require_bytes(path: Path, sha256: str) -> None:
+    again = _make_again(path.name)
     if not path.is_file():
-        leave_out = " with its variant among --variants, or without it to take it off the lists"
-        raise UnfitRelease(
-            f"{path}: is listed in {SUMS} and not there. "
-            + _make_again(path.name, leave_out if path.suffix == ".gguf" else "")
-        )
-    actual = sha256_file(path)
-    if actual != sha256:
-        raise HashMismatch(
-            f"{path}: has the SHA-256 {actual}, and {SUMS} states {sha256}: the file changed since it was measured. "
-            + _make_again(path.name)
-        )
+        if path.suffix == ".gguf":
+            again = f"{again[:-1]} with its variant among --variants, or without it to take it off the lists."
+        raise UnfitRelease(f"{path}: is listed in {SUMS} and not there. {again}")
+    if (actual := sha256_file(path)) != sha256:
+        changed = "the file changed since it was measured"
+        raise HashMismatch(f"{path}: has the SHA-256 {actual}, and {SUMS} states {sha256}: {changed}. {again}")
 
 
-def _make_again(name: str, how: str = "") -> str:
-    """The command that writes a file of the release."""
+def _make_again(name: str) -> str:
     is_measured = name == REPORT or name.endswith(".gguf")
-    return f"Run `quantize {'all' if is_measured else 'card'}` for the model again{how}."
-
-
-def _require_same_hashes(folder: Path, hashes: dict[str, str], report: Report) -> None:
-    """drift.json states the hash of every file that was measured."""
-    for file in report.files.values():
-        if hashes.get(file.file) != file.sha256:
-            raise UnfitRelease(
-                f"{folder / file.file}: {REPORT} and {SUMS} state different hashes of it, or one lacks it. "
-                + _make_again(SUMS)
-            )
+    return f"Run `quantize {'all' if is_measured else 'card'}` for the model again."
 
 
 def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, allow_over_bound: bool) -> None:
@@ -146,22 +134,25 @@ def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, a
         elif variants[name] == "F16":
             _require_reference(header, report)
         else:
-            _require_verdict(header, variants[name], report)
-            if not (header.values[keys.KEY_HOLDS] or allow_over_bound):
-                _refuse_over_bound(path, report.variants[variants[name]])
+            verdict = _require_verdict(header, variants[name], report)
+            if not (verdict.holds or allow_over_bound):
+                raise OverBound(
+                    f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}. "
+                    "Pass --allow-over-bound to push it anyway; its header and the card say so."
+                )
 
 
 def _require_reference(header: Header, report: Report) -> None:
-    """The F16 file is what others are measured against, and its own measure is gate 1."""
-    is_variant = keys.KEY_VARIANT in header.values or header.file_type not in _REFERENCE_TYPES
+    """The F16 file is what others are measured against; it is itself measured by gate 1."""
+    is_variant = keys.KEY_VARIANT in header.values or not is_reference(header)
     _require(not is_variant, header.path, f"is no 16-bit file, as {REPORT} says")
     check = report.conversion
     _require(check is not None, header.path, f"is unmeasured: {REPORT} has no conversion check of it")
     _require(check is None or check.holds is not False, header.path, "does not do what the checkpoint does")
 
 
-def _require_verdict(header: Header, variant: str, report: Report) -> None:
-    """A variant's header states a verdict, and the one of drift.json."""
+def _require_verdict(header: Header, variant: str, report: Report) -> Measured:
+    """The verdict on a variant, which its header and drift.json must both state."""
     path, values = header.path, header.values
     missing = ", ".join(key for key in _SAME if key not in values)
     _require(not missing, path, f"is unmeasured: its header lacks {missing}")
@@ -169,19 +160,14 @@ def _require_verdict(header: Header, variant: str, report: Report) -> None:
     _require(values.get(keys.KEY_VARIANT) == variant, path, f"is no {variant}, as {REPORT} says")
     is_same_source = values.get(keys.KEY_SOURCE_SHA256) == report.source.sha256
     _require(is_same_source, path, f"is of another checkpoint than {REPORT}")
+    verdict = report.variants[variant]
     for key, name in _SAME.items():
-        reported = getattr(report.variants[variant], name)
+        reported = getattr(verdict, name)
         is_same = math.isclose(values[key], reported, rel_tol=1e-6, abs_tol=_REPORT_DIGITS)
         _require(is_same, path, f"states {key} = {values[key]}, and {REPORT} {name} = {reported}")
+    return verdict
 
 
 def _require(condition: bool, path: Path, otherwise: str) -> None:
     if not condition:
         raise UnfitRelease(f"{path}: {otherwise}. {_MAKE_AGAIN}")
-
-
-def _refuse_over_bound(path: Path, verdict: Measured) -> None:
-    raise OverBound(
-        f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}. "
-        "Pass --allow-over-bound to push it all the same; its header and the card say so."
-    )

@@ -1,4 +1,4 @@
-"""What a push to the Hub will do: every file, the card's diff, the tag; or why it cannot be done."""
+"""The plan of a push to the Hub: every file, the card's diff, the tag; or the reason why it cannot be done."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TAG = re.compile(r"\w[\w+-]*(\.[\w+-]+)*")
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push will do. Make one with `make_plan`."""
+    """What a push will send. Make one with `make_plan`."""
 
     release: Release
     repo: str
@@ -72,13 +72,16 @@ class PushPlan:
 
 
 def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bool, private: bool) -> PushPlan:
-    """What a push of `release` to `repo` will do; nothing is sent.
+    """Plan a push of `release` to `repo`; nothing is sent.
 
     Raises `WrongUsage` for flags that cannot work, `RepoMissing` for a repository that is not there unless `create`,
     `RepoMoved` for a tag that is taken, `UnfitRelease` for a card that the Hub refuses, a `HubError` for a token
     without the right to write.
     """
-    _require_names(repo, tag)
+    if not REPO.fullmatch(repo):
+        raise WrongUsage(f"--repo: {repo!r} is no repository. Write it as org/name.")
+    if tag is not None and not _TAG.fullmatch(tag):
+        raise WrongUsage(f"--tag: {tag!r} is no name for a tag. Use letters, digits, and - _ + . between them.")
     _require_token()
     listing = _find_repo(repo, create=create)
     if listing and private and not listing.is_private:
@@ -86,19 +89,10 @@ def make_plan(release: Release, repo: str, *, tag: str | None = None, create: bo
     _require_valid_card(release.folder / CARD)
     states = {name: _state(listing, release.folder / name) for name in release.hashes}
     tag = tag or release.tag
-    is_changing = set(states.values()) != {"same"}
-    is_tagged = _is_tagged(listing, tag, is_changing=is_changing) if listing else False
+    is_tagged = listing is not None and _is_tagged(listing, tag, is_changing={*states.values()} != {"same"})
     is_private = listing.is_private if listing else private
-    return PushPlan(
-        release, repo, listing, is_private, tag, is_tagged, states, _card_diff(release, listing, states[CARD])
-    )
-
-
-def _require_names(repo: str, tag: str | None) -> None:
-    if not REPO.fullmatch(repo):
-        raise WrongUsage(f"--repo: {repo!r} is no repository. Write it as org/name.")
-    if tag is not None and not _TAG.fullmatch(tag):
-        raise WrongUsage(f"--tag: {tag!r} is no name for a tag. Use letters, digits, and - _ + . between them.")
+    card_diff = _card_diff(release, listing, states[CARD])
+    return PushPlan(release, repo, listing, is_private, tag, is_tagged, states, card_diff)
 
 
 def _require_token() -> None:
@@ -112,7 +106,7 @@ def _require_token() -> None:
 
 
 def _find_repo(repo: str, *, create: bool) -> Listing | None:
-    """What the Hub holds, for those who may write to it; None where the repository is to be created."""
+    """What the repository holds, if the token may write to it; None if it will be created."""
     from huggingface_hub import HfApi
 
     try:
@@ -130,7 +124,7 @@ def _find_repo(repo: str, *, create: bool) -> Listing | None:
 
 
 def _require_valid_card(path: Path) -> None:
-    """Ask the Hub, which would refuse the whole commit for its card after everything else was sent."""
+    """Ask the Hub now. It would refuse the whole commit for its card after all files were sent."""
     import yaml  # type: ignore[import-untyped]
     from huggingface_hub import RepoCard
 
@@ -178,6 +172,5 @@ def _card_diff(release: Release, listing: Listing | None, state: str) -> str:
 
 
 def _labels(report: Report) -> dict[str, str]:
-    """What was measured of each file: "under 2%"."""
     labels = {report.files["F16"].file: "reference"}
     return labels | {report.files[name].file: verdict.label for name, verdict in report.variants.items()}

@@ -1,4 +1,4 @@
-"""A release goes to the Hub: sent in one commit, read back, and only then tagged."""
+"""Sends a release to the Hub in one commit, reads it back, and tags it after that."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from f2gguf.runtime.hub.listing import Listing, ask_for_files, hub_errors
 
 
 def push(plan: PushPlan, progress: Progress) -> str:
-    """Do what `plan` says; gives the commit, which then holds the release and has the tag.
+    """Push what `plan` says, and give the commit, which then holds the release and has the tag.
 
-    What the Hub holds already is not sent again. Raises `HashMismatch` where it holds or sends other bytes than
+    Files that the Hub holds already are not sent again. Raises `HashMismatch` where it holds or sends other bytes than
     SHA256SUMS states, `RepoMoved` where somebody committed since the plan, and a `HubError` for all else.
     """
+    from huggingface_hub import HfApi
+
     listing = plan.listing or _create_repo(plan)
     commit = _send(plan, listing) if plan.changed else listing.commit
     _read_back(plan, commit, progress)
-    _set_tag(plan, commit)
+    if not plan.is_tagged:
+        with hub_errors(f"{plan.repo}: tag {plan.tag}"):
+            HfApi().create_tag(plan.repo, tag=plan.tag, revision=commit)
     return commit
 
 
@@ -36,7 +40,7 @@ def _create_repo(plan: PushPlan) -> Listing:
 
 
 def _send(plan: PushPlan, listing: Listing) -> str:
-    """Large files one by one, so that a push that is cut off goes on where it was; then all files in one commit."""
+    """Send large files one by one, so that an interrupted push goes on where it was; then all files in one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not sys.stderr.isatty():
@@ -78,7 +82,7 @@ def _read_back(plan: PushPlan, commit: str, progress: Progress) -> None:
 
 
 def _stated_faults(plan: PushPlan, commit: str) -> dict[str, str]:
-    """What the Hub states otherwise of the files that were pushed, by name."""
+    """How the Hub's hashes differ from those of the files here, by name."""
     from huggingface_hub import HfApi
 
     with hub_errors(plan.repo):
@@ -87,11 +91,3 @@ def _stated_faults(plan: PushPlan, commit: str) -> dict[str, str]:
     for one in compared.mismatches:
         faults[one["path"]] = f"{one['algorithm']} {one['expected']} instead of {one['actual']}"
     return {name: faults[name] for name in plan.release.hashes if name in faults}
-
-
-def _set_tag(plan: PushPlan, commit: str) -> None:
-    from huggingface_hub import HfApi
-
-    if not plan.is_tagged:
-        with hub_errors(f"{plan.repo}: tag {plan.tag}"):
-            HfApi().create_tag(plan.repo, tag=plan.tag, revision=commit)

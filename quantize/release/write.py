@@ -1,4 +1,4 @@
-"""What goes beside the .gguf files: model card, picture, report, Ollama's Modelfile, licence texts, checksums."""
+"""The files beside the .gguf files: model card, picture, report, Ollama's Modelfile, licence texts, checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def write_release(folder: Path, report: Report) -> list[Path]:
     drift.png is drawn only where matplotlib is installed. Without it, an older picture is removed, since it would show
     other figures.
     """
-    texts = {"README.md": model_card(report), "Modelfile": ollama_modelfile(report), "report.html": report_html(report)}
+    # Source: https://docs.ollama.com/modelfile
+    modelfile = f"FROM ./{report.files[report.recommended].file}\nPARAMETER num_ctx {report.source.max_tokens}\n"
+    texts = {"README.md": model_card(report), "Modelfile": modelfile, "report.html": report_html(report)}
     for name, text in texts.items():
         write_text(folder / name, text)
     legal = sorted(path.name for path in folder.iterdir() if is_legal(path.name) and path.is_file())
@@ -41,20 +43,13 @@ def copy_legal_files(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, part)
 
 
-def ollama_modelfile(report: Report) -> str:
-    """For the recommended file. Source: https://docs.ollama.com/modelfile"""
-    return f"FROM ./{report.files[report.recommended].file}\nPARAMETER num_ctx {report.source.max_tokens}\n"
-
-
 def _draw(path: Path, report: Report) -> list[str]:
-    """Draw the picture where that is possible; gives the names of what was drawn."""
+    """Draw the picture where that is possible; gives its name then."""
     if not can_draw(report):
         path.unlink(missing_ok=True)
         if report.variants:
-            say(
-                f"{path.name}: not drawn, because matplotlib is missing. Run: pip install 'f2gguf[plots]', then "
-                "quantize card"
-            )
+            again = "Run: pip install 'f2gguf[plots]', then quantize card"
+            say(f"{path.name}: not drawn, because matplotlib is missing. {again}")
         return []
     with writing(path) as part:
         draw(report, part, file_format="png")

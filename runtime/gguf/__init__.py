@@ -1,1 +1,1 @@
-"""What a .gguf file says of itself: its header, its golden vectors."""
+"""The header of a .gguf file, and the golden vectors in it."""

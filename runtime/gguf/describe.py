@@ -1,4 +1,4 @@
-"""What a .gguf file says of itself, in human words and as JSON."""
+"""The header of a .gguf file, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,12 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.gguf.reader import LongArray
 
 _DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
-
-_REFERENCES = ("F16", "BF16", "F32")
-
-_PATHS = {
-    True: "last-token path: outputs for last tokens only, the LM head is never run",
-    False: "llama.cpp's own pooling",
-}
+_LAST_TOKEN_PATH = "last-token path: outputs for last tokens only, the LM head is never run"
 
 
 @dataclass(frozen=True)
 class StatedDrift:
-    """What a file states of its measurement: mean of 1 - cosine, the upper end of its interval, and the verdict."""
+    """The drift that a file's header states: mean of 1 - cosine, the upper end of its interval, and the verdict."""
 
     mean: float
     upper: float
@@ -43,7 +37,7 @@ def drift_of(header: Header) -> StatedDrift | None:
 
 def is_reference(header: Header) -> bool:
     """Whether others are measured against such a file."""
-    return header.file_type in _REFERENCES
+    return header.file_type in ("F16", "BF16", "F32")
 
 
 def describe_drift(header: Header) -> str:
@@ -59,8 +53,9 @@ def describe_drift(header: Header) -> str:
 
 def describe(header: Header) -> str:
     """The header for people: one fact a line."""
-    width = max(len(label) for label, _ in _facts(header))
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in _facts(header))
+    facts = _facts(header)
+    width = max(len(label) for label, _ in facts)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in facts)
 
 
 def as_dict(header: Header) -> dict[str, Any]:
@@ -99,7 +94,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("recipe", _recipe(header)),
         ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
-        ("computed", _PATHS[header.takes_last_tokens(header.pooling)]),
+        ("computed", _LAST_TOKEN_PATH if header.takes_last_tokens(header.pooling) else "llama.cpp's own pooling"),
         ("vectors", "L2-normalised" if header.is_normalized else "not normalised"),
         ("dimensions", ", ".join(map(str, header.dims))),
         ("longest input", f"{header.max_tokens:,} tokens (positions: {header.n_ctx_train:,})"),
@@ -136,14 +131,13 @@ def _recipe(header: Header) -> str:
 
     with parsing(f"{header.path}, its recipe", NotGGUF, "Download or make it again."):
         recipe = TypeAdapter(_StatedRecipe).validate_json(text)
-    parts = [f"stock {recipe.variant}"]
-    if recipe.imatrix_sha256:
-        parts.append(f"importance matrix {recipe.imatrix_sha256[:12]}")
-    if recipe.exponents:
-        parts.append(f"channels scaled in {len(recipe.exponents)} places")
-    if recipe.types:
-        parts.append(f"other types for {len(recipe.types)} tensors")
-    return ", ".join(parts)
+    parts = {
+        f"stock {recipe.variant}": True,
+        f"importance matrix {(recipe.imatrix_sha256 or '')[:12]}": recipe.imatrix_sha256,
+        f"channels scaled in {len(recipe.exponents)} places": recipe.exponents,
+        f"other types for {len(recipe.types)} tensors": recipe.types,
+    }
+    return ", ".join(part for part, is_there in parts.items() if is_there)
 
 
 def _plain(key: str, value: Any) -> Any:

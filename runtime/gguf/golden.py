@@ -1,4 +1,4 @@
-"""Golden vectors: probe texts in a file's header, their token ids, and what the maker measured of them."""
+"""Golden vectors: probe texts in a file's header, their token ids, and the maker's measurements."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def golden_of(header: Header) -> Golden:
 
 
 def golden_flaw(values: Mapping[str, Any], n_embd: int) -> str | None:
-    """What is wrong with the golden values of a header, in words; None where nothing is, or there are none."""
+    """A sentence on what is wrong with a header's golden values; None where nothing is, or there are none."""
     if not any(key in values for key in _TYPES):
         return None
     for key, kind in _TYPES.items():

@@ -1,22 +1,16 @@
-"""The header of a .gguf file: what the runtime must know, and nothing that it has to guess."""
+"""The header of a .gguf file: every fact that the runtime needs, so that it guesses nothing."""
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.errors import (
-    NotAnEmbeddingModel,
-    NotGGUF,
-    PoolingMissing,
-    UnknownDims,
-    UnknownName,
-    WrongUsage,
-)
+from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownDims, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.golden import golden_flaw
 from f2gguf.runtime.gguf.reader import Reader, TensorInfo
 
@@ -45,7 +39,7 @@ POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """What a .gguf file says of itself. Make one with `read_header`."""
+    """The facts that a .gguf file states. Make one with `read_header`."""
 
     path: Path
     values: dict[str, Any]
@@ -83,10 +77,6 @@ class Header:
     def pooling(self) -> str | None:
         """'last', 'mean' or 'cls'; None where the file does not say."""
         return POOLING_TYPES.get(self._of_architecture("pooling_type", -1))
-
-    @property
-    def is_causal(self) -> bool:
-        return bool(self._of_architecture("attention.causal", True))
 
     @property
     def is_normalized(self) -> bool:
@@ -128,27 +118,24 @@ class Header:
     def require_pooling(self, pooling: str | None = None) -> str:
         """The pooling to use: `pooling` where the caller states it, else the header's.
 
-        Raises `NotAnEmbeddingModel` for what cannot give text vectors, `PoolingMissing` where nobody says.
+        Raises `NotAnEmbeddingModel` for a file that cannot give text vectors, `PoolingMissing` where neither is stated.
         """
         self._require_model()
-        if pooling is not None:
-            if pooling not in POOLING_IDS:
-                raise UnknownName("pooling", pooling, POOLING_IDS)
-            return pooling
-        if self.pooling is None:
+        pooling = self.pooling if pooling is None else pooling
+        if pooling is None:
             raise PoolingMissing(
                 f"{self.path}: the header has no pooling type, so it is no embedding model, or was converted without "
                 "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls)."
             )
-        return self.pooling
+        if pooling not in POOLING_IDS:
+            raise UnknownName("pooling", pooling, POOLING_IDS)
+        return pooling
 
     def require_width(self, truncate_dim: int | None) -> int:
         """`truncate_dim`, or the full width for None. Raises `UnknownDims` for a width that was not trained."""
         if truncate_dim is None or truncate_dim in (*self.dims, self.n_embd):
             return self.n_embd if truncate_dim is None else truncate_dim
-        trained = (
-            f"was trained for {', '.join(map(str, self.dims))}" if len(self.dims) > 1 else f"gives only {self.dims[0]}"
-        )
+        trained = f"{'was trained for' if len(self.dims) > 1 else 'gives only'} {', '.join(map(str, self.dims))}"
         raise UnknownDims(f"{truncate_dim} dimensions: {self.name} {trained} (--dims, truncate_dim).")
 
     def require_max_tokens(self, max_tokens: int | None) -> int:
@@ -161,7 +148,7 @@ class Header:
 
     def takes_last_tokens(self, pooling: str | None) -> bool:
         """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""
-        return pooling == "last" and self.is_causal
+        return pooling == "last" and bool(self._of_architecture("attention.causal", True))
 
     def _require_model(self) -> None:
         kind = self.values.get("general.type", "model")
@@ -190,68 +177,57 @@ def read_header(path: str | Path) -> Header:
             raise NotGGUF(f"{path}: is no file. Pass the .gguf file itself.")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return Header(path, *Reader(path, data, size_bytes).read(lambda values: _require_sane(path, values)))
+    except FileNotFoundError as error:
+        again = "Make one with `quantize all MODEL`, or `f2gguf pull org/name`."
+        raise NotGGUF(f"{path}: no such file. {again}") from error
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        if isinstance(error, FileNotFoundError):
-            raise NotGGUF(
-                f"{path}: no such file. Make one with `quantize all MODEL`, or `f2gguf pull org/name`."
-            ) from error
         raise NotGGUF(f"{path}: cannot be read as GGUF: {error}. Download or make it again.") from error
 
 
 def _require_sane(path: Path, values: dict[str, Any]) -> None:
-    """Refuse values on which llama.cpp would stop the process, or f2gguf would go wrong."""
+    """Refuse values on which llama.cpp would stop the process, or f2gguf would compute nonsense."""
     architecture = values.get("general.architecture", "")
     checks = {key.replace("{arch}", str(architecture)): check for key, check in _CHECKS.items()}
-    for key, value in values.items():
-        check = _is_text if key.startswith(KEY_PROMPT) else checks.get(key)
-        if check and not check(value):
+    checks |= {key: _TEXT for key in values if key.startswith(KEY_PROMPT)}
+    for key in filter(checks.__contains__, values):
+        kind, is_sane = checks[key]
+        if type(value := values[key]) is not kind or not is_sane(value):
             raise NotGGUF(f"{path}: its header has {key} = {value!r}; the file is damaged. Download or make it again.")
     if flaw := golden_flaw(values, values.get(f"{architecture}.embedding_length", 0)):
         raise NotGGUF(f"{path}: {flaw}; the file is damaged. Download or make it again.")
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_text, value))
+def _has_type(normalizer: str) -> bool:
+    try:
+        return isinstance(json.loads(normalizer)["type"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
-def _is_positive(value: object) -> bool:
-    return type(value) is float and 0 < value < float("inf")
-
-
-def _is_fraction(value: object) -> bool:
-    return type(value) is float and -1 < value <= 2
-
-
-def _is_normalizer(value: object) -> bool:
-    try:
-        return isinstance(value, str) and isinstance(json.loads(value)["type"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-# header key -> what its value must be, where it is there
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "general.architecture": _is_text,
-    "general.alignment": lambda value: _is_count(value) and value >= 32 and value & (value - 1) == 0,
-    "general.languages": _is_texts,
-    "{arch}.block_count": _is_count,
-    "{arch}.embedding_length": _is_count,
-    "{arch}.context_length": _is_count,
-    "{arch}.attention.layer_norm_rms_epsilon": _is_positive,
-    "{arch}.attention.layer_norm_epsilon": _is_positive,
-    KEY_MAX_TOKENS: lambda value: _is_count(value) and value > 1,
-    KEY_MATRYOSHKA_DIMS: lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
-    KEY_NORMALIZER: _is_normalizer,
-    KEY_SPECIAL_TOKENS: _is_texts,
-    KEY_MEAN_DRIFT: _is_fraction,
-    KEY_UPPER_DRIFT: _is_fraction,
-    KEY_MAX_DRIFT: _is_fraction,
+_TEXT = (str, lambda _: True)
+_TEXTS = (tuple, lambda value: all(isinstance(text, str) for text in value))
+_COUNT = (int, _is_count)
+_EPSILON = (float, lambda value: 0 < value < math.inf)
+_DRIFT = (float, lambda value: -1 < value <= 2)
+# header key -> the type of its value, and what the value must be
+_CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
+    "general.architecture": _TEXT,
+    "general.alignment": (int, lambda value: _is_count(value) and value >= 32 and value & (value - 1) == 0),
+    "general.languages": _TEXTS,
+    "{arch}.block_count": _COUNT,
+    "{arch}.embedding_length": _COUNT,
+    "{arch}.context_length": _COUNT,
+    "{arch}.attention.layer_norm_rms_epsilon": _EPSILON,
+    "{arch}.attention.layer_norm_epsilon": _EPSILON,
+    KEY_MAX_TOKENS: (int, lambda value: _is_count(value) and value > 1),
+    KEY_MATRYOSHKA_DIMS: (tuple, lambda value: all(map(_is_count, value))),
+    KEY_NORMALIZER: (str, _has_type),
+    KEY_SPECIAL_TOKENS: _TEXTS,
+    KEY_MEAN_DRIFT: _DRIFT,
+    KEY_UPPER_DRIFT: _DRIFT,
+    KEY_MAX_DRIFT: _DRIFT,
 }

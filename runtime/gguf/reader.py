@@ -23,7 +23,7 @@ _MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that was passed over because nobody needs it in Python: its length."""
+    """The length of an array that was not read because nobody needs it in Python."""
 
     length: int
 
@@ -37,10 +37,6 @@ class TensorInfo:
     type: str
     size_bytes: int
     begin: int  # in the file
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
 
 
 class Reader:
@@ -81,8 +77,7 @@ class Reader:
 
     def _require_complete(self, tensors: tuple[TensorInfo, ...]) -> None:
         for tensor in tensors:
-            end = tensor.begin + tensor.size_bytes
-            if end > self.size_bytes:
+            if (end := tensor.begin + tensor.size_bytes) > self.size_bytes:
                 raise NotGGUF(
                     f"{self.path}: truncated: {tensor.name} ends at byte {end:,} and the file at {self.size_bytes:,}. "
                     "Download or make it again."
@@ -121,12 +116,9 @@ class Reader:
         if kind in _SCALARS:
             start = self._take(length * struct.calcsize("<" + _SCALARS[kind]))
             return struct.unpack_from(f"<{length}{_SCALARS[kind]}", self.data, start) if is_read else LongArray(length)
-        if is_read:
-            return tuple(self._string() for _ in range(length))
-        self._skip_strings(length)
-        return LongArray(length)
+        return tuple(self._string() for _ in range(length)) if is_read else self._skip_strings(length)
 
-    def _skip_strings(self, n: int) -> None:
+    def _skip_strings(self, n: int) -> LongArray:
         """Walk past `n` strings without reading them: a vocabulary and its merges have 300,000."""
         length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
         try:
@@ -136,6 +128,7 @@ class Reader:
             at = self.size_bytes + 1
         self.at = at
         self._take(0)
+        return LongArray(n)
 
     def _tensor(self) -> TensorInfo:
         """A tensor whose `begin` still counts from the first tensor's."""

@@ -1,1 +1,1 @@
-"""Files on the Hugging Face Hub: what it holds, its cache, and what -m means."""
+"""Files on the Hugging Face Hub: their lists, the local cache, and the models that -m names."""

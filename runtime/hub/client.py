@@ -1,4 +1,4 @@
-"""What the Hub's own client cannot do: go on with a file where an earlier run, or a broken connection, stopped.
+"""Downloads that go on where an earlier run or a broken connection stopped, which the Hub's own client cannot do.
 
 The names from `huggingface_hub.utils` are public, but on none of the client's documented pages: they are imported here
 only, and pyproject.toml bounds the client's version for them.
@@ -14,7 +14,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def receive(repo: str, commit: str, name: str, size_bytes: int, *, start: int = 0) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, as the Hub sends them: how many and which, the caller checks."""
+    """The bytes of a file from `start` on, as the Hub sends them. The caller checks them."""
     import httpx2
     from huggingface_hub import hf_hub_url
 
@@ -37,17 +37,17 @@ def _chunks(url: str, start: int) -> Iterator[bytes]:
     from huggingface_hub import constants, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers, http_stream_backoff  # type: ignore[attr-defined]
 
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range of what was compressed is of no use
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range of compressed bytes is useless
     headers |= {"Range": f"bytes={start}-"} if start else {}
     with http_stream_backoff(
         "GET",
         url,
         headers=headers,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        retry_on_exceptions=(),  # they come in the middle of a file as well: `receive` tries again
+        retry_on_exceptions=(),  # `receive` tries again, also in the middle of a file
     ) as response:
         hf_raise_for_status(response)
-        n_known = start if response.status_code == 200 else 0  # it may send the whole file all the same
+        n_known = start if response.status_code == 200 else 0  # the Hub may ignore the range
         for chunk in response.iter_bytes(_CHUNK_BYTES):
             if new := chunk[n_known:]:
                 yield new

@@ -28,30 +28,29 @@ def cached_folder(listing: Listing, names: Iterable[str]) -> Path | None:
 
 
 def download(listing: Listing, names: Iterable[str]) -> Path:
-    """`cached_folder`, after what is missing or differs was fetched. LFS files go on where a killed run stopped.
+    """`cached_folder`, after files that are missing or differ were fetched. LFS files go on where a killed run stopped.
 
     Raises `HashMismatch` where the Hub sends other bytes twice, `OutputError` before a disk that is too small, and the
     errors of `list_files`.
     """
-    missing = _missing(listing, names)
-    if missing:
+    if missing := _missing(listing, names):
         _download_all(listing, missing)
     return _snapshot(listing)
 
 
 def _missing(listing: Listing, names: Iterable[str]) -> list[str]:
-    return [name for name in names if not _is_sound(listing, name)]
+    """The files that the cache lacks; one with other bytes than stated is removed, and counts as missing."""
+    from huggingface_hub import try_to_load_from_cache
 
-
-def _is_sound(listing: Listing, name: str) -> bool:
-    """Whether the cache holds the file with the right bytes; one with others is removed."""
-    path = listing.path(name)
-    if path is None:
-        return False
-    if listing.files[name].fault(path) is None:
-        return True
-    _remove(path)
-    return False
+    missing = []
+    for name in names:
+        path = try_to_load_from_cache(listing.repo, name, revision=listing.commit)
+        if not isinstance(path, str):
+            missing.append(name)
+        elif listing.files[name].fault(Path(path)):
+            _remove(Path(path))
+            missing.append(name)
+    return missing
 
 
 def _remove(path: Path) -> None:
@@ -69,7 +68,7 @@ def _download_all(listing: Listing, names: list[str]) -> None:
         pool = ThreadPoolExecutor(_N_AT_ONCE)
         try:
             list(pool.map(lambda name: _download(listing, name, bar), names))
-        except BaseException as error:  # who interrupts the downloads under way does not wait for them
+        except BaseException as error:  # Ctrl-C does not wait for downloads under way
             pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
             raise
 
@@ -82,8 +81,7 @@ def _download(listing: Listing, name: str, bar: type) -> None:
             if listing.files[name].sha256 and not _is_in_xet(listing, name):
                 _resume(listing, name, bar)
             path = Path(hf_hub_download(listing.repo, name, revision=listing.commit, tqdm_class=bar))
-        fault = listing.files[name].fault(path)
-        if fault is None:
+        if (fault := listing.files[name].fault(path)) is None:
             return
         _remove(path)
     raise HashMismatch(f"{listing}: the Hub sends {name} with {fault}, twice. Nothing of it was kept.")
@@ -122,7 +120,7 @@ def _resume(listing: Listing, name: str, bar: type) -> None:
 
 
 def _part(listing: Listing, name: str) -> Path:
-    """What there is of an LFS file that has not come whole, beside the cache's other blobs."""
+    """Where the first part of an unfinished LFS file is, beside the cache's other blobs."""
     return _repo_folder(listing) / "blobs" / f"{listing.files[name].sha256}.f2gguf.incomplete"
 
 
@@ -137,7 +135,7 @@ def _repo_folder(listing: Listing) -> Path:
 
 
 def _bar_class(advance: Callable[[int], None]) -> type:
-    """What the client takes for its progress bar, one a file and thread: all of them advance the same line."""
+    """A class that the client uses as its progress bar, one for each file and thread. All advance the same line."""
     lock = threading.Lock()
 
     class Bar:
@@ -155,7 +153,7 @@ def _bar_class(advance: Callable[[int], None]) -> type:
                 advance(n_bytes)
 
         def update_transfer(self, *_: object, **__: object) -> None:
-            """Of Xet, which counts what it received apart from what it wrote."""
+            """Xet calls this for the bytes that it received, and `update` for those that it wrote."""
 
         set_postfix_str = set_transfer_postfix_str = update_transfer
 

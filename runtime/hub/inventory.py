@@ -19,7 +19,7 @@ COLUMNS = ("model", "variant", "size", "mean drift", "bound", "dims")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A .gguf file: what to pass to -m, its size, and its header, or the reason why that cannot be read."""
+    """A .gguf file: its name for -m, its size, and its header, or the reason why the header cannot be read."""
 
     model: str
     path: Path
@@ -35,7 +35,7 @@ class ModelFile:
 def find_models(folders: Sequence[Path]) -> list[ModelFile]:
     """Every .gguf model of the Hub's cache, then those below `folders`: by repository or folder, the smallest first.
 
-    Only headers are read. Of several names that a file has, the shortest stands.
+    Only headers are read. A file with several names is listed by the shortest one.
     """
     named = [*_in_cache(), *((str(path), path) for folder in folders for path in _model_files(folder))]
     by_file: dict[Path, tuple[str, Path]] = {}
@@ -62,33 +62,31 @@ def table_row(file: ModelFile) -> list[str]:
 
 
 def as_dict(file: ModelFile) -> dict[str, Any]:
-    """The file for machines; what a damaged or unmeasured one does not state is null."""
+    """The file for machines; a fact that a damaged or unmeasured file does not state is null."""
     header = file.header
     drift = drift_of(header) if header else None
+    keys = {"mean_drift": "mean", "upper_drift": "upper", "max_drift": "max_drift", "holds": "holds"}
     return {
         "model": file.model,
         "path": str(file.path),
         "variant": header.variant if header else None,
         "size_bytes": file.size_bytes,
-        "mean_drift": drift.mean if drift else None,
-        "upper_drift": drift.upper if drift else None,
-        "max_drift": drift.max_drift if drift else None,
-        "holds": drift.holds if drift else None,
+        **{key: getattr(drift, name, None) for key, name in keys.items()},
         "dims": list(header.dims) if header else None,
         "error": file.error,
     }
 
 
 def _in_cache() -> Iterator[tuple[str, Path]]:
-    """Models of the Hub's cache: what to pass to -m, and path."""
+    """Models of the Hub's cache: their names for -m, and their paths."""
     from huggingface_hub import constants
 
     for snapshot in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"):
         for path in _model_files(snapshot):
-            yield _reference_to(snapshot, path) or str(path), path
+            yield _hub_name(snapshot, path) or str(path), path
 
 
-def _reference_to(snapshot: Path, path: Path) -> str | None:
+def _hub_name(snapshot: Path, path: Path) -> str | None:
     """`org/name:VARIANT`, with a revision where main is another commit; None for what f2gguf did not download."""
     repo, commit = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/", 1), snapshot.name
     name, main, listing = path.relative_to(snapshot).as_posix(), recorded_files(repo), recorded_files(repo, commit)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub through its own client: what a repository holds, and its errors in words."""
+"""What a repository on the Hugging Face Hub holds, asked through the Hub's own client, and the client's errors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2gguf.runtime.errors import (
-    F2ggufError,
-    HubError,
-    HubUnreachable,
-    OutputError,
-    RateLimited,
-    RepoGated,
-    RepoMissing,
-    RepoMoved,
-    RepoRenamed,
-    parsing,
-)
+from f2gguf.runtime import errors
 from f2gguf.runtime.files import recall, remember, sha256_file
 
 if TYPE_CHECKING:
@@ -35,7 +24,7 @@ REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub, or a lock, states of a file: its size, and one hash."""
+    """The size and one hash of a file, as the Hub or a lock states them."""
 
     size_bytes: int
     sha256: str | None = None  # of a file in LFS or Xet storage
@@ -45,7 +34,7 @@ class RemoteFile:
         return f"{self.size_bytes} bytes with {'SHA-256' if self.sha256 else 'git blob'} {self.sha256 or self.blob_id}"
 
     def fault(self, path: Path) -> str | None:
-        """How the file at `path` differs; None where it is the one."""
+        """How the file at `path` differs from this; None where it does not."""
         if path.stat().st_size != self.size_bytes:
             return f"{path.stat().st_size} bytes instead of {self.size_bytes}"
         kind, stated = ("SHA-256", self.sha256) if self.sha256 else ("git blob", self.blob_id)
@@ -65,17 +54,11 @@ class Listing:
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
 
-    def path(self, name: str) -> Path | None:
-        """Where the Hub's cache holds a file, whatever its content; None where it does not."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        return Path(path) if isinstance(path, str) else None
-
 
 def list_files(repo: str, revision: str = "main") -> Listing:
-    """What `repo` holds at `revision` (a commit, branch or tag), from the Hub; a commit that was asked about before,
-    and any revision while the Hub is out of reach, from what it said then.
+    """What `repo` holds at `revision` (a commit, branch or tag).
+
+    The Hub's recorded answer is used for a commit that was asked about before, and while the Hub cannot be reached.
 
     Raises `RepoMissing`, `RepoGated`, `RepoRenamed`, `RateLimited`, `HubUnreachable` or another `HubError`.
     """
@@ -83,7 +66,7 @@ def list_files(repo: str, revision: str = "main") -> Listing:
         return known
     try:
         return ask_for_files(repo, revision)
-    except HubUnreachable:
+    except errors.HubUnreachable:
         if known := recorded_files(repo, revision):
             return known
         raise
@@ -92,13 +75,11 @@ def list_files(repo: str, revision: str = "main") -> Listing:
 def ask_for_files(repo: str, revision: str = "main") -> Listing:
     """`list_files` that always asks the Hub, and records its answer."""
     what = f"{repo}@{revision}"
-    with parsing(what, HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
+    with errors.parsing(what, errors.HubError, "The Hub's answer is not one that f2gguf knows. Try again."):
         info = _model_info(what, repo, revision)
         files = {file.rfilename: _remote_file(file) for file in info.siblings or []}
-        if any(map(leads_out, files)):
-            raise ValueError("a file's name leads out of the repository")
     if info.id != repo:
-        raise RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
+        raise errors.RepoRenamed(f"{repo}: is called {info.id} now. Use that name.")
     listing = Listing(repo, str(info.sha), files, bool(info.private))
     for name in {revision, listing.commit}:
         remember(_record(repo, name), asdict(listing))
@@ -106,7 +87,7 @@ def ask_for_files(repo: str, revision: str = "main") -> Listing:
 
 
 def _model_info(what: str, repo: str, revision: str) -> ModelInfo:
-    """What the Hub says of a repository; `ValueError` where the client makes nothing of its answer."""
+    """The Hub's answer about a repository; `ValueError` where the client cannot read it."""
     from huggingface_hub import HfApi, constants
 
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # its default here is to wait for ever
@@ -118,15 +99,13 @@ def _model_info(what: str, repo: str, revision: str) -> ModelInfo:
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
-    if file.size is None:
-        raise ValueError(f"{file.rfilename} has no size")
-    if file.lfs:
-        return RemoteFile(file.size, sha256=file.lfs.sha256)
-    return RemoteFile(file.size, blob_id=file.blob_id)
+    if file.size is None or leads_out(file.rfilename):
+        raise ValueError(f"{file.rfilename} has no size, or its path leads out of the repository")
+    return RemoteFile(file.size, sha256=file.lfs.sha256) if file.lfs else RemoteFile(file.size, blob_id=file.blob_id)
 
 
 def leads_out(name: str) -> bool:
-    """Whether a file's path is not one within its repository."""
+    """Whether a file's path is outside of its repository."""
     return name.startswith("/") or ".." in name.split("/")
 
 
@@ -138,22 +117,24 @@ def git_blob_id(path: Path) -> str:
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises on `what` into one `HubError` that says what to do."""
+    """Turn the errors of the Hub's client about `what` into one `HubError` with the next step."""
     import httpx2
 
     try:
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise _in_words(what, error) from error
+        raise _error_of(what, error) from error
 
 
-def _in_words(what: str, error: Exception) -> F2ggufError:
+def _error_of(what: str, error: Exception) -> errors.F2ggufError:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     if isinstance(error, OSError) and error.errno:  # of this machine: the client's own have no number
         where = error.filename or constants.HF_HUB_CACHE
-        return OutputError(f"{what}: {where}: {error.strerror}. Free some space, or choose another disk with HF_HOME.")
+        return errors.OutputError(
+            f"{what}: {where}: {error.strerror}. Free some space, or choose another disk with HF_HOME."
+        )
     cause: Any = error  # the client keeps the Hub's answer in the cause of what it raises
     while not isinstance(cause, hub.HfHubHTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -161,27 +142,27 @@ def _in_words(what: str, error: Exception) -> F2ggufError:
     reason = " ".join(said.split()).rstrip(".") or type(cause).__name__
     if isinstance(cause, hub.GatedRepoError):
         url = f"{constants.ENDPOINT}/{what.partition('@')[0]}"
-        return RepoGated(f"{what}: is gated. Ask for access at {url}, then set HF_TOKEN to your token.")
+        return errors.RepoGated(f"{what}: is gated. Ask for access at {url}, then set HF_TOKEN to your token.")
     if isinstance(cause, hub.RepositoryNotFoundError):
-        return RepoMissing(f"{what}: repository not found. Check its name; for a private one set HF_TOKEN.")
+        return errors.RepoMissing(f"{what}: repository not found. Check its name; for a private one set HF_TOKEN.")
     if isinstance(cause, hub.RevisionNotFoundError):
-        return RepoMissing(f"{what}: revision not found in this repository.")
+        return errors.RepoMissing(f"{what}: revision not found in this repository.")
     if not isinstance(cause, hub.HfHubHTTPError):
-        check = (
-            "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run the same command again: it goes on from here."
-        )
-        return HubUnreachable(f"{what}: the Hub cannot be reached ({reason}). {check}")
+        check = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run the same command again"
+        return errors.HubUnreachable(f"{what}: the Hub cannot be reached ({reason}). {check}: it goes on from here.")
     status = cause.response.status_code
     if status == 429:
         wait_s = cause.response.headers.get("Retry-After", "")
         when = f"in {wait_s} s" if wait_s.isdigit() else "later"
         advice = f"Try again {when}: it goes on from here. The Hub answers more requests where HF_TOKEN is set."
-        return RateLimited(f"{what}: too many requests for the Hub. {advice}")
+        return errors.RateLimited(f"{what}: too many requests for the Hub. {advice}")
     if status == 412:
-        return RepoMoved(f"{what}: has moved since: somebody committed. Run it again: it sends only what is missing.")
+        return errors.RepoMoved(
+            f"{what}: has moved since: somebody committed. Run it again: it sends only what is missing."
+        )
     if status in (401, 403):
-        return HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
-    return HubError(f"{what}: the Hub answers {status}: {reason}. Try again: it goes on from here.")
+        return errors.HubError(f"{what}: the Hub refuses it ({status}): {reason}. Check the rights of HF_TOKEN.")
+    return errors.HubError(f"{what}: the Hub answers {status}: {reason}. Try again: it goes on from here.")
 
 
 def _record(repo: str, revision: str) -> str:
@@ -189,7 +170,7 @@ def _record(repo: str, revision: str) -> str:
 
 
 def recorded_files(repo: str, revision: str = "main") -> Listing | None:
-    """What the Hub said of `revision` when it was asked last; None where it never was."""
+    """The Hub's last answer about `revision`; None where it was never asked."""
     try:
         content = recall(_record(repo, revision))
         files = {name: RemoteFile(**file) for name, file in content["files"].items()}

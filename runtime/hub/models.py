@@ -1,4 +1,4 @@
-"""What `-m` and `Embedder` are given: a .gguf file, or one of a repository on the Hugging Face Hub."""
+"""The model that `-m` and `Embedder` name: a .gguf file here, or one of a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,24 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.errors import (
-    DriftWarning,
-    HashMismatch,
-    HubError,
-    HubUnreachable,
-    NotGGUF,
-    RepoMissing,
-    UnknownName,
-    WrongUsage,
-    parsing,
-)
+from f2gguf.runtime import errors
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.hub.download import cached_folder, download
 from f2gguf.runtime.hub.listing import REPO, Listing, list_files, recorded_files
 
-USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first that holds its bound is recommended
-# Where nobody measured, bytes are no argument: plain 4-bit embedders have been seen to drift by 0.3
+USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first of them that holds its bound is recommended
+# In a repository without drift.json, precision goes before size: plain 4-bit files drifted by up to 0.3
 _UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 _HUB_FILE = re.compile(rf"(?P<repo>{REPO.pattern})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # llama-gguf-split's names
@@ -37,7 +27,7 @@ _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
 
 @dataclass(frozen=True)
 class _Report:
-    """What is read of a repository's drift.json."""
+    """The part of a repository's drift.json that is used here."""
 
     files: dict[str, dict[str, Any]]
     variants: dict[str, dict[str, Any]]
@@ -52,7 +42,7 @@ class HubFile:
     revision: str = "main"
 
 
-def parse_reference(text: str) -> HubFile | None:
+def parse_model(text: str) -> HubFile | None:
     """`org/name[:VARIANT][@revision]`; None for anything else, such as what ends in .gguf before the colon."""
     match = _HUB_FILE.fullmatch(text)
     if not match or match["repo"].lower().endswith(".gguf"):
@@ -61,17 +51,17 @@ def parse_reference(text: str) -> HubFile | None:
 
 
 def open_header(model: str | Path) -> Header:
-    """The header of `model`: a path, or where nothing has that path, a reference to a file on the Hub.
+    """The header of `model`: a path, or where no file has that path, the name of a file on the Hub.
 
     A `Path` is always a path. Warns of a file from the Hub that is over its bound, or was never measured. Raises
     `NotGGUF`, `UnknownName`, `WrongUsage`, and what downloads raise.
     """
-    file = None if isinstance(model, Path) or os.path.lexists(model) else parse_reference(model)
+    file = None if isinstance(model, Path) or os.path.lexists(model) else parse_model(model)
     if file is None:
         return read_header(model)
     try:
         header = read_header(_locate(file))
-    except (RepoMissing, HubUnreachable) as error:
+    except (errors.RepoMissing, errors.HubUnreachable) as error:
         raise type(error)(f"{model}: no such file here, and on the Hub: {error}") from error
     _warn_unless_good(header, str(model))
     return header
@@ -88,28 +78,31 @@ def fetch_file(listing: Listing, name: str) -> Path:
 
     Raises `HashMismatch` where the two differ, before the download where the Hub states a SHA-256.
     """
-    if stated := _sums(listing).get(name):
-        found = listing.files[name].sha256 or sha256_file(download(listing, [name]) / name)
-        if found != stated:
-            raise HashMismatch(
-                f"{listing}: {name} has the SHA-256 {found}, and the repository's SHA256SUMS states {stated}: one of "
-                "them was not uploaded as it was made. Tell its owner, or name an earlier revision: org/name@revision."
-            )
+    digest = listing.files[name].sha256 or sha256_file(download(listing, [name]) / name)
+    if (stated := _sums(listing).get(name, digest)) != digest:
+        raise errors.HashMismatch(
+            f"{listing}: {name} has the SHA-256 {digest}, and the repository's SHA256SUMS states {stated}: one of "
+            "them was not uploaded as it was made. Tell its owner, or name an earlier revision: org/name@revision."
+        )
     return download(listing, [name]) / name
 
 
 def first_usual(holding: Iterable[str], there: Container[str]) -> str:
-    """The variant to recommend of those that are there: the first usual one that holds its bound, else F16."""
+    """The variant to recommend: the first usual one that is there and holds its bound, else F16."""
     good = {*holding, "F16"}
     return next((name for name in USUAL if name in good and name in there), "F16")
 
 
 def matching(listing: Listing, variant: str | None) -> list[str]:
-    """The model files that a variant names: one, or none, or several that end alike."""
+    """The model files that a variant names: one, or none, or several that end alike.
+
+    `quantize all` calls them NAME-VARIANT.gguf, others also name.VARIANT.gguf.
+    """
     names = [name for name in listing.files if is_model_file(name)]
     if variant is None:
         return _recommended(listing, names)
-    return [name for name in names if name == variant or _is_called(name, variant)]
+    ends = tuple(f"{sign}{variant}.gguf".lower() for sign in "-./")
+    return [name for name in names if name == variant or f"/{_PART.sub('', name)}".lower().endswith(ends)]
 
 
 def is_model_file(name: str) -> bool:
@@ -119,7 +112,7 @@ def is_model_file(name: str) -> bool:
 
 def is_part(name: str) -> bool:
     """Whether a model was split over several files, and this is one of them."""
-    return _PART.search(name) is not None
+    return bool(_PART.search(name))
 
 
 def variant_of(name: str) -> str | None:
@@ -129,9 +122,8 @@ def variant_of(name: str) -> str | None:
 
 
 def _locate(file: HubFile) -> Path:
-    """The file: where the cache holds what the Hub named when it was asked last, without asking."""
-    known = recorded_files(file.repo, file.revision)
-    if known:
+    """The file from the cache, where that holds the file that the Hub named in its last answer; else from the Hub."""
+    if known := recorded_files(file.repo, file.revision):
         names = matching(known, file.variant)
         if len(names) == 1 and (folder := cached_folder(known, names)):
             return folder / names[0]
@@ -142,32 +134,32 @@ def _choose(listing: Listing, variant: str | None) -> str:
     """The one whole file that `variant` names, or an error that says which there are."""
     known = list(dict.fromkeys(variant_of(name) or name for name in listing.files if is_model_file(name)))
     if not known:
-        raise NotGGUF(f"{listing}: holds no .gguf model. Make one: quantize all {listing.repo}")
+        raise errors.NotGGUF(f"{listing}: holds no .gguf model. Make one: quantize all {listing.repo}")
     names = matching(listing, variant)
     if variant and not names:
-        raise UnknownName(f"variant of {listing}", variant, known)
+        raise errors.UnknownName(f"variant of {listing}", variant, known)
     if names and all(map(is_part, names)):
-        raise NotGGUF(
+        raise errors.NotGGUF(
             f"{listing}: {names[0]} is one part of a split model, which f2gguf does not read. Join the parts with "
             f"`llama-gguf-split --merge`, or name another variant of: {', '.join(known)}."
         )
     if len(names) != 1:
-        raise WrongUsage(
+        raise errors.WrongUsage(
             f"{listing}: which of {', '.join(names or known)}? Name one: {listing.repo}:VARIANT, or {listing.repo}:FILE"
         )
     return names[0]
 
 
 def _recommended(listing: Listing, names: Sequence[str]) -> list[str]:
-    """By the repository's drift.json, as `quantize all` writes it; without one, the nearest to full precision."""
+    """The file that drift.json recommends, as `quantize all` writes it; without one, by the order of _UNMEASURED."""
     if "drift.json" in listing.files:
         holding, files = _read_report(listing)
         there = {variant: name for variant, name in files.items() if name in listing.files}
         best = there.get(first_usual(holding, there))
         return [best] if best else list(names)
     whole = [name for name in names if not is_part(name)]
-    found = ([name for name in whole if variant_of(name) == variant] for variant in _UNMEASURED)
-    return next(filter(None, found), whole or list(names))
+    of_variants = ([name for name in whole if variant_of(name) == variant] for variant in _UNMEASURED)
+    return next(filter(None, of_variants), whole or list(names))
 
 
 def _read_report(listing: Listing) -> tuple[list[str], dict[str, str]]:
@@ -175,20 +167,13 @@ def _read_report(listing: Listing) -> tuple[list[str], dict[str, str]]:
     from pydantic import TypeAdapter
 
     content = (download(listing, ["drift.json"]) / "drift.json").read_bytes()
-    with parsing(f"{listing}: drift.json", HubError, f"Name a variant: {listing.repo}:Q8_0."):
+    with errors.parsing(f"{listing}: drift.json", errors.HubError, f"Name a variant: {listing.repo}:Q8_0."):
         report = TypeAdapter(_Report).validate_json(content)
         holding = [variant for variant, verdict in report.variants.items() if verdict["holds"]]
         return holding, {variant: str(file["file"]) for variant, file in report.files.items()}
 
 
-def _is_called(name: str, variant: str) -> bool:
-    """Whether a file is NAME-VARIANT.gguf, as `quantize all` names them, or name.VARIANT.gguf as others do."""
-    stem = _PART.sub("", name).lower().removesuffix(".gguf")
-    return re.search(rf"(?:^|[-./]){re.escape(variant.lower())}$", stem) is not None
-
-
 def _sums(listing: Listing) -> dict[str, str]:
-    """file -> SHA-256 as the repository's SHA256SUMS states it."""
     if "SHA256SUMS" not in listing.files:
         return {}
     with (download(listing, ["SHA256SUMS"]) / "SHA256SUMS").open(encoding="utf-8", errors="replace") as lines:
@@ -200,4 +185,4 @@ def _warn_unless_good(header: Header, model: str) -> None:
 
     drift = drift_of(header)
     if not (drift.holds if drift else is_reference(header)):
-        warnings.warn(f"{model}: drift: {describe_drift(header)}", DriftWarning, stacklevel=3)
+        warnings.warn(f"{model}: drift: {describe_drift(header)}", errors.DriftWarning, stacklevel=3)

@@ -6,6 +6,7 @@ import ctypes
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import llama_cpp
@@ -24,7 +25,6 @@ N_UBATCH = 512  # tokens in one pass; with last-token pooling a longer text take
 # On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
 # file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
 MIN_FLASH = 64
-KV_TYPES = {"F16": llama_cpp.GGML_TYPE_F16, "F32": llama_cpp.GGML_TYPE_F32}
 TAPPED = b"result_norm"  # llama.cpp's name for the final norm's output
 _HELD = 0  # the sequence that holds the shared prefix
 
@@ -35,31 +35,35 @@ libggml.ggml_nbytes.restype = ctypes.c_size_t
 libggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 
 
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How to compute: what a user chooses when opening a file."""
+
+    device: str
+    n_gpu_layers: int
+    n_threads: int
+    pooling: str
+    max_tokens: int  # of a text, special tokens included
+    deterministic: bool  # every text is a batch of its own
+
+
 class Watch(Protocol):
-    """Somebody who is shown tensors while the graph runs. Errors must be kept: a C callback has nobody to raise to."""
+    """Is shown tensors while the graph runs. It must keep its errors: nobody catches what a C callback raises."""
 
     def wants(self, tensor: int) -> bool:
-        """Asked before a ggml_tensor, given by address, is computed: should it be shown?"""
+        """Whether to show a ggml_tensor, named by its address. Called before the tensor is computed."""
 
     def take(self, tensor: int) -> None:
-        """Shown a wanted tensor once it and its operands are there."""
+        """Called with a tensor that `wants` asked for, once it and its operands are computed."""
 
 
 class Context:
-    """Room for one batch of texts on a model: KV cache and compute buffers for `n_ctx` tokens."""
+    """KV cache and compute buffers for one batch of texts of up to `n_ctx` tokens; a cache in F32 if `f32`."""
 
     batch_tokens = 512  # short texts are packed up to this; 256 took 1.09 of the time for all-MiniLM-L6-v2
 
     def __init__(
-        self,
-        model: Model,
-        *,
-        n_ctx: int,
-        pooling: str,
-        n_threads: int,
-        flash: bool,
-        kv_type: str,
-        watch: Watch | None = None,
+        self, model: Model, settings: ComputeSettings, *, n_ctx: int, flash: bool, f32: bool, watch: Watch | None = None
     ) -> None:
         params = llama_cpp.llama_context_default_params()
         # llama.cpp pools each pass by itself, so that a text must fit one
@@ -69,12 +73,12 @@ class Context:
         # tokens), since ggml skips tiles of attention that are masked throughout, and takes 256 cells for each.
         params.kv_unified = True
         params.embeddings = True
-        params.pooling_type = POOLING_IDS[pooling]
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.pooling_type = POOLING_IDS[settings.pooling]
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32 if f32 else llama_cpp.GGML_TYPE_F16
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        params.n_threads = params.n_threads_batch = n_threads
+        params.n_threads = params.n_threads_batch = settings.n_threads
         self._prepare(params, watch)
         with captured_errors() as errors:
             pointer = llama_cpp.llama_init_from_model(model.pointer, params)
@@ -91,24 +95,21 @@ class Context:
         self._free.atexit = False  # after Ctrl-C a batch may still be running
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
-        """Pooled vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32, raw.
+        """Pooled raw vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32.
 
-        The `n_shared` leading ids are the same in all texts; only the last-token path makes use of it.
+        The `n_shared` leading ids are the same in all texts. Only the last-token path uses that.
         """
         if self._memory:
             llama_cpp.llama_memory_clear(self._memory, False)
         self._decode(texts, outputs="all")
-        vectors = np.empty((len(texts), self.n_embd), dtype=np.float32)
-        for i in range(len(texts)):
-            pointer = llama_cpp.llama_get_embeddings_seq(self._pointer, i)
-            vectors[i] = np.ctypeslib.as_array(pointer, (self.n_embd,))
-        return vectors
+        pointers = (llama_cpp.llama_get_embeddings_seq(self._pointer, i) for i in range(len(texts)))
+        return np.stack([np.ctypeslib.as_array(pointer, (self.n_embd,)) for pointer in pointers])
 
     def close(self) -> None:
         self._free()
 
     def _prepare(self, params: Any, watch: Watch | None) -> None:
-        """What the way to take vectors changes in the context's parameters."""
+        """Set the parameters that depend on how vectors are taken."""
         if watch:
             self._tap = _Tap(None, watch)
             params.cb_eval = self._tap.callback
@@ -124,7 +125,7 @@ class Context:
 
 
 class LastTokenContext(Context):
-    """Last-token pooling without waste: the final norm's rows of the last tokens, and no LM head.
+    """Last-token pooling from the final norm's rows of the last tokens, without the LM head.
 
     llama.cpp's own pooling makes every token an output and runs the LM head on each: half of the work of an 80M model.
     Here only last tokens are outputs, and the graph is stopped once the rows of its `result_norm` were taken. Leading
@@ -144,7 +145,7 @@ class LastTokenContext(Context):
         params.cb_eval = self._tap.callback
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
-        """See `Context.embed`. Raises `TensorMissing` where the model's graph has no such tensor to take."""
+        """See `Context.embed`. Raises `TensorMissing` where the model's graph has no tensor TAPPED."""
         own = [ids[n_shared:] for ids in texts]
         llama_cpp.llama_memory_seq_keep(self._memory, _HELD)
         if len(self._held) + sum(map(len, own)) > self.n_ctx:
@@ -155,14 +156,13 @@ class LastTokenContext(Context):
             llama_cpp.llama_memory_seq_cp(self._memory, _HELD, sequence, 0, n_shared)
         self._tap.rows.clear()
         self._decode_passes(own, outputs="last", first_position=n_shared, first_sequence=1)
-        rows = self._tap.rows
-        vectors = np.concatenate(rows).reshape(-1, self.n_embd) if rows else np.empty((0, self.n_embd), np.float32)
-        if len(vectors) != len(texts):
-            raise TensorMissing(f"{len(vectors)} rows of {TAPPED.decode()} for {len(texts)} texts")
-        return vectors
+        values = np.concatenate([np.empty(0, np.float32), *self._tap.rows])
+        if len(values) != len(texts) * self.n_embd:
+            raise TensorMissing(f"{len(values) // self.n_embd} rows of {TAPPED.decode()} for {len(texts)} texts")
+        return values.reshape(-1, self.n_embd)
 
     def _decode_passes(self, texts: Sequence[Ids], *, outputs: str, first_position: int, first_sequence: int) -> None:
-        """One pass for what fits it; equal ones for a single longer text, so that none of them is under MIN_FLASH."""
+        """One pass for texts that fit it; equal passes for one longer text, so that none is under MIN_FLASH."""
         n_passes = -(-sum(map(len, texts)) // N_UBATCH)
         if n_passes > 1:
             *earlier, last = np.array_split(texts[0], n_passes)
@@ -173,7 +173,7 @@ class LastTokenContext(Context):
         self._decode(texts, outputs=outputs, first_position=first_position, first_sequence=first_sequence)
 
     def _hold(self, prefix: Ids) -> None:
-        """Have the keys and values of `prefix` in the sequence _HELD, computing only what is not there yet."""
+        """Compute the keys and values of `prefix` into the sequence _HELD, except those that it holds already."""
         n_there = leading_length(prefix, self._held)
         if n_there == len(prefix):
             return
@@ -187,7 +187,7 @@ class LastTokenContext(Context):
 
 
 class TensorMissing(Exception):
-    """The graph of this model has no `result_norm` to take: llama.cpp's own pooling must do."""
+    """The graph of this model has no `result_norm`: llama.cpp's own pooling must be used."""
 
 
 class _Tap:

@@ -1,6 +1,6 @@
 """The one way from texts to vectors, step by step: prompt, token ids, computing, width and length, unusable rows.
 
-`Embedder`, the server, the selftest and whoever measures take these steps; each adds its own words and nothing else.
+`Embedder`, the server, the selftest and all measurements take these steps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.context import Watch
-from f2gguf.runtime.llama.engine import ComputeSettings, Engine, Rows
+from f2gguf.runtime.llama.context import ComputeSettings, Watch
+from f2gguf.runtime.llama.engine import Engine, Rows
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
 from f2gguf.runtime.llama.tokenizer import Tokenizer
 from numpy.typing import NDArray
@@ -49,30 +49,12 @@ def normalized(rows: Rows) -> Rows:
 class Encoder:
     """An open .gguf file: its engine and its tokenizer. Many threads may share one."""
 
-    def __init__(
-        self, header: Header, settings: ComputeSettings, *, max_tokens: int, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, header: Header, settings: ComputeSettings, *, watch: Watch | None = None) -> None:
         self.header = header
         self.settings = settings
-        self.max_tokens = max_tokens
-        self._engine = Engine(header, settings, watch=watch)
-        self._tokenizer = Tokenizer(self._engine.model, header)
+        self.engine = Engine(header, settings, watch=watch)
+        self._tokenizer = Tokenizer(self.engine.model, header)
         self._kept_prompts: dict[str, Ids] = {}
-
-    @property
-    def description(self) -> str:
-        """Device, threads and way of computing."""
-        return self._engine.description
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether a GPU holds weights."""
-        return bool(self._engine.model.offloaded)
-
-    @property
-    def compute_seconds(self) -> float:
-        """Time spent inside llama.cpp so far."""
-        return self._engine.compute_seconds
 
     def tokenize(
         self,
@@ -82,11 +64,11 @@ class Encoder:
         max_tokens: int | None = None,
         label: str = "text {number} of {total}",
     ) -> Tokens:
-        """Ids of texts behind `prompt`, cut to `max_tokens` [the encoder's]; special tokens are added to ids.
+        """Ids of texts behind `prompt`, cut to `max_tokens` [that of the settings]; special tokens are added to ids.
 
-        Raises `TextError` for what is no text; `label` says which one it is, by its {number} or {index}.
+        Raises `TextError` for an input that is no text; `label` names it, by its {number} or {index}.
         """
-        most = max_tokens or self.max_tokens
+        most = max_tokens or self.settings.max_tokens
         ids: list[Ids] = []
         truncated = np.zeros(len(inputs), dtype=np.bool_)
         for i, text in enumerate(inputs):
@@ -103,7 +85,7 @@ class Encoder:
 
     def pieces(self, ids: Ids) -> list[tuple[int, str, bool]]:
         """Each token with its text, and whether it is a special one."""
-        model = self._engine.model
+        model = self.engine.model
         return [(i, model.piece(i).decode(errors="replace"), model.is_special(i)) for i in ids.tolist()]
 
     def compute(
@@ -116,27 +98,23 @@ class Encoder:
         """
         different, index = unique(texts)
         counts = np.bincount(index, minlength=len(different))
-        return self._engine.embed(
+        return self.engine.embed(
             different,
             n_shared=shared_length(different if prompt is None else [*different, prompt]),
             on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
         )[index]
 
     def finish(self, rows: Rows, *, width: int, normalize: bool | None = None) -> Rows:
-        """The leading `width` numbers of raw vectors, of length 1 where `normalize` says so, or for None the file."""
+        """The leading `width` numbers of raw vectors, of length 1 if `normalize`, or if None and the file says so."""
         rows = np.ascontiguousarray(rows[:, :width])
         is_normalized = self.header.is_normalized if normalize is None else normalize
         return normalized(rows) if is_normalized else rows
 
     def _prompt_ids(self, prompt: str) -> Ids:
-        """Ids of a prompt, kept where it is the file's own: a server asks for them with every request."""
+        """Ids of a prompt. Those of the file's own prompts are kept, because a server needs them for every request."""
         ids = self._kept_prompts.get(prompt)
         if ids is None:
-            ids, _ = self._tokenizer(prompt, max_tokens=self.max_tokens)
+            ids, _ = self._tokenizer(prompt, max_tokens=self.settings.max_tokens)
             if prompt in self.header.prompts.values():
                 self._kept_prompts[prompt] = ids
         return ids
-
-    def close(self, *, wait: bool = True) -> None:
-        """Free the context behind every call that came before; the model goes with its last user."""
-        self._engine.close(wait=wait)

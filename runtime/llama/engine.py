@@ -1,16 +1,23 @@
-"""Token ids become raw vectors: batches, contexts that grow, and no text that spoils another."""
+"""Token ids become raw vectors, in batches and in contexts that grow. A text without a vector spoils no other text."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.context import MAX_TEXTS, MIN_FLASH, Context, LastTokenContext, TensorMissing, Watch
+from f2gguf.runtime.llama.context import (
+    MAX_TEXTS,
+    MIN_FLASH,
+    ComputeSettings,
+    Context,
+    LastTokenContext,
+    TensorMissing,
+    Watch,
+)
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, pack
 from f2gguf.runtime.llama.tokenizer import load_overrides
@@ -19,20 +26,9 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 
-_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text does not rebuild one
+_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text needs no new one
 
 log = logging.getLogger("f2gguf")
-
-
-@dataclass(frozen=True)
-class ComputeSettings:
-    """How to compute: what a user chooses when opening a file."""
-
-    device: str
-    n_gpu_layers: int
-    n_threads: int
-    pooling: str
-    deterministic: bool
 
 
 def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
@@ -57,13 +53,10 @@ class Engine:
     @property
     def description(self) -> str:
         """Device, threads and way of computing."""
-        path = "last-token path" if self._takes_last_tokens else f"llama.cpp's {self.settings.pooling} pooling"
+        is_last_token = self._context_type is LastTokenContext
+        path = "last-token path" if is_last_token else f"llama.cpp's {self.settings.pooling} pooling"
         n_threads = self.settings.n_threads
         return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}"
-
-    @property
-    def _takes_last_tokens(self) -> bool:
-        return self._context_type is LastTokenContext
 
     @property
     def compute_seconds(self) -> float:
@@ -71,18 +64,17 @@ class Engine:
         return self._past_seconds + sum(context.compute_seconds for context in list(self._contexts.values()))
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int, on_batch: Callable[[list[int]], None]) -> Rows:
-        """Raw vectors, (n_texts, n_embd) float32; NaN rows for texts that have no finite vector, whatever was tried.
+        """Raw vectors, (n_texts, n_embd) float32; NaN rows for texts that have no finite vector.
 
         `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished.
         """
-        if self.settings.deterministic or self._watch or not self._takes_last_tokens:
+        if self.settings.deterministic or self._watch or self._context_type is Context:
             n_shared = 0  # a watch sees every text whole
         vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
         lengths = [len(ids) - n_shared for ids in texts]
         n_texts = 1 if self.settings.deterministic else MAX_TEXTS
         for batch in pack(lengths, n_tokens=self._context_type.batch_tokens, n_texts=n_texts):
-            chosen = [texts[i] for i in batch]
-            vectors[batch] = self._worker(partial(self._embed, chosen, n_shared))
+            vectors[batch] = self._worker(partial(self._embed, [texts[i] for i in batch], n_shared))
             on_batch(batch)
         return vectors
 
@@ -95,12 +87,12 @@ class Engine:
         return Model(self.header.path, device=device, n_gpu_layers=self.settings.n_gpu_layers, overrides=overrides)
 
     def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
-        """Vectors of one batch. Texts without a finite vector are halved down to single ones and tried again."""
+        """Vectors of one batch. Texts without a finite vector are tried again in halves, at last each by itself."""
         rows = self._run(texts, n_shared)
         bad = unusable(rows)
         if not bad:
             return rows
-        self._drop_contexts()  # what it computed stays in its memory, and 0 * NaN is NaN for whoever comes next
+        self._drop_contexts()  # their memory holds the NaN, and 0 * NaN is NaN for the next batch
         if len(texts) == 1:
             return self._retry(texts[0])
         for half in filter(len, np.array_split(bad, 2)):
@@ -124,48 +116,31 @@ class Engine:
         flash = (n_tokens >= MIN_FLASH or bool(self.model.offloaded)) and not self._needs_f32
         context = self._contexts.get(flash)
         if context is None or context.n_ctx < n_shared + n_tokens:
-            self._drop(flash)
-            kv_type = "F32" if self._needs_f32 else "F16"
-            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, kv_type=kv_type)
+            self._drop_contexts([flash])
+            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, f32=self._needs_f32)
             self._contexts[flash] = context
         return context
 
     def _retry(self, ids: Ids) -> Rows:
         """The vector of one text in higher precision, then on the CPU; a NaN row where nothing helps, (1, n_embd)."""
-        for where, model in self._retries():
-            context = self._new_context(model, len(ids), flash=False, kv_type="F32")  # flash attention rounds to F16
+        for on_cpu in ["", " on the CPU"] if self.model.offloaded else [""]:
+            model = self._load("cpu") if on_cpu else self.model
+            context = self._new_context(model, len(ids), flash=False, f32=True)  # flash attention rounds to F16
             row = context.embed([ids])
             context.close()
             if not unusable(row):
-                log.warning("%s: a text of %d tokens has a vector only %s", self.header.path, len(ids), where)
-                # The next text may need it as well; but its bytes must not depend on this one where that was asked for.
+                words = "%s: a text of %d tokens has a vector only with an F32 KV cache%s"
+                log.warning(words, self.header.path, len(ids), on_cpu)
+                # The next text may need it as well. With `deterministic` its bytes must not depend on this text.
                 self._needs_f32 = model is self.model and not self.settings.deterministic
                 return row
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
 
-    def _retries(self) -> Iterator[tuple[str, Model]]:
-        yield "with an F32 KV cache", self.model
-        if self.model.offloaded:
-            cpu = self._load("cpu")
-            yield "with an F32 KV cache on the CPU", cpu
-            cpu.close()
+    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool) -> Context:
+        n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
+        return self._context_type(model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, watch=self._watch)
 
-    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, kv_type: str) -> Context:
-        return self._context_type(
-            model,
-            n_ctx=-(-n_tokens // _CTX_STEP) * _CTX_STEP,
-            pooling=self.settings.pooling,
-            n_threads=self.settings.n_threads,
-            flash=flash,
-            kv_type=kv_type,
-            watch=self._watch,
-        )
-
-    def _drop_contexts(self) -> None:
-        for flash in list(self._contexts):
-            self._drop(flash)
-
-    def _drop(self, flash: bool) -> None:
-        if context := self._contexts.pop(flash, None):
+    def _drop_contexts(self, which: Sequence[bool] = (True, False)) -> None:
+        for context in filter(None, (self._contexts.pop(flash, None) for flash in which)):
             self._past_seconds += context.compute_seconds
             context.close()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.errors import GGUFError, TextError, parsing
+from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids
@@ -54,7 +54,7 @@ class Tokenizer:
         return self._cut(ids, max_tokens)
 
     def complete(self, ids: Sequence[int], *, max_tokens: int | None = None) -> tuple[Ids, bool]:
-        """Ids that somebody else's tokenizer gave, with the special tokens that they lack, and whether they were cut.
+        """Ids from another tokenizer, with the special tokens that they lack, and whether they were cut.
 
         Raises `TextError` for no ids, or one that is not in the vocabulary.
         """
@@ -89,20 +89,14 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
-    """The tokenizer of a file, of which only the vocabulary is loaded."""
+    """The tokenizer of a file; only its vocabulary is loaded."""
     with Model(header.path, device="cpu", vocab_only=True, overrides=load_overrides(header)) as model:
         yield Tokenizer(model, header)
 
 
 def normalizer_spec(header: Header) -> dict[str, Any] | None:
     """The checkpoint's normaliser, as its tokenizer.json states it; None where there is none."""
-    if not header.normalizer:
-        return None
-    with parsing(f"{header.path}, its text normaliser", GGUFError, "Download or make it again."):
-        spec = json.loads(header.normalizer)
-        if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-            raise ValueError("no JSON object with a type")
-        return spec
+    return json.loads(header.normalizer) if header.normalizer else None  # `read_header` has checked it
 
 
 def load_overrides(header: Header) -> dict[str, bool]:

@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 class Worker:
-    """Runs calls one after the other, in the order they came, whichever thread they come from.
+    """Runs the calls of all threads one after the other, in the order of their arrival.
 
-    Signals reach only the main thread, which waits in Python: Ctrl-C is answered while the call goes on unheard; in
+    Signals reach only the main thread, which waits in Python, so that Ctrl-C is answered while the call still runs. In
     the thread of the call, it would raise inside a callback, where ctypes swallows it. And llama.cpp's OpenMP keeps
     one team of threads, instead of one for every caller.
     """
@@ -39,7 +39,7 @@ class Worker:
 
 
 def interruptible(work: Callable[[], Result]) -> Result:
-    """Run one call into llama.cpp in a thread of its own, so that Ctrl-C is answered while it goes on unheard."""
+    """Run one call into llama.cpp in a thread of its own, so that Ctrl-C is answered while the call still runs."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
     try:
         return executor.submit(work).result()

@@ -115,9 +115,9 @@ def named_files(models: tuple[str, ...]) -> dict[str, str]:
 
 def _own_name(model: str) -> str:
     """'dist/nano/nano-Q8_0.gguf' and 'org/nano:Q8_0' -> 'nano-Q8_0'."""
-    from f2gguf.runtime.hub.models import parse_reference
+    from f2gguf.runtime.hub.models import parse_model
 
-    reference = None if Path(model).exists() else parse_reference(model)
+    reference = None if Path(model).exists() else parse_model(model)
     if reference is None:
         return Path(model).stem
     return "-".join([reference.repo.split("/")[1], *([reference.variant] if reference.variant else [])])
