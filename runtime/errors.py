@@ -73,44 +73,34 @@ class UnknownName(WrongUsage):
         super().__init__(f"no {what} is called {name!r}.{suggestion} Known: {', '.join(known) or 'none'}.{hint}")
 
 
-class UnknownDims(WrongUsage):
-    pass
+class UnknownDims(WrongUsage): ...
 
 
-class CheckpointError(F2ggufError):
-    pass
+class CheckpointError(F2ggufError): ...
 
 
-class UnsupportedCheckpoint(CheckpointError):
-    pass
+class UnsupportedCheckpoint(CheckpointError): ...
 
 
-class BrokenCheckpoint(CheckpointError):
-    pass
+class BrokenCheckpoint(CheckpointError): ...
 
 
-class Disagreement(CheckpointError):
-    pass
+class Disagreement(CheckpointError): ...
 
 
-class GGUFError(F2ggufError):
-    pass
+class GGUFError(F2ggufError): ...
 
 
-class NotGGUF(GGUFError):
-    pass
+class NotGGUF(GGUFError): ...
 
 
-class NotAnEmbeddingModel(GGUFError):
-    pass
+class NotAnEmbeddingModel(GGUFError): ...
 
 
-class PoolingMissing(GGUFError):
-    pass
+class PoolingMissing(GGUFError): ...
 
 
-class SelftestMissing(GGUFError):
-    pass
+class SelftestMissing(GGUFError): ...
 
 
 class SelftestFailed(GGUFError):
@@ -121,28 +111,22 @@ class SelftestFailed(GGUFError):
         self.faults = faults
 
 
-class ConversionMismatch(F2ggufError):
-    pass
+class ConversionMismatch(F2ggufError): ...
 
 
-class QuantizationFailed(F2ggufError):
-    pass
+class QuantizationFailed(F2ggufError): ...
 
 
-class NonFiniteActivations(F2ggufError):
-    pass
+class NonFiniteActivations(F2ggufError): ...
 
 
-class WrongImatrix(F2ggufError):
-    pass
+class WrongImatrix(F2ggufError): ...
 
 
-class WrongRecipe(F2ggufError):
-    pass
+class WrongRecipe(F2ggufError): ...
 
 
-class TextError(F2ggufError):
-    pass
+class TextError(F2ggufError): ...
 
 
 class NoVector(TextError):
@@ -154,72 +138,55 @@ class NoVector(TextError):
         self.embeddings = embeddings
 
 
-class Closed(F2ggufError):
-    pass
+class Closed(F2ggufError): ...
 
 
-class InputError(F2ggufError):
-    pass
+class InputError(F2ggufError): ...
 
 
-class OutputError(F2ggufError):
-    pass
+class OutputError(F2ggufError): ...
 
 
-class UnfitRelease(F2ggufError):
-    pass
+class UnfitRelease(F2ggufError): ...
 
 
-class DeviceMissing(F2ggufError):
-    pass
+class DeviceMissing(F2ggufError): ...
 
 
-class HubError(F2ggufError):
-    pass
+class HubError(F2ggufError): ...
 
 
-class RepoMissing(HubError):
-    pass
+class RepoMissing(HubError): ...
 
 
-class RepoGated(HubError):
-    pass
+class RepoGated(HubError): ...
 
 
-class RepoRenamed(HubError):
-    pass
+class RepoRenamed(HubError): ...
 
 
-class RepoMoved(HubError):
-    pass
+class RepoMoved(HubError): ...
 
 
-class RateLimited(HubError):
-    pass
+class RateLimited(HubError): ...
 
 
-class HubUnreachable(HubError):
-    pass
+class HubUnreachable(HubError): ...
 
 
-class HashMismatch(HubError):
-    pass
+class HashMismatch(HubError): ...
 
 
-class EndpointFailed(F2ggufError):
-    pass
+class EndpointFailed(F2ggufError): ...
 
 
-class BenchFailed(F2ggufError):
-    pass
+class BenchFailed(F2ggufError): ...
 
 
-class MemoryMissing(F2ggufError):
-    pass
+class MemoryMissing(F2ggufError): ...
 
 
-class ExtraMissing(F2ggufError):
-    pass
+class ExtraMissing(F2ggufError): ...
 
 
 class OverBound(F2ggufError):
