@@ -118,8 +118,10 @@ def router(models: Models) -> APIRouter:
         inputs: Any = [body.input] if is_single else body.input
         job = Job(inputs, prompt_name, body.dimensions, truncate=body.truncate)
         answer = await model.embed(job, request.state.facts)
-        encode = _base64 if body.encoding_format == "base64" else lambda row: row
-        data = [{"object": "embedding", "index": i, "embedding": encode(row)} for i, row in enumerate(answer.rows)]
+        rows: Any = answer.rows
+        if body.encoding_format == "base64":
+            rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+        data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
         usage = {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens}
         fields = {"object": "list", "data": data, "model": body.model, "usage": usage, "truncated": answer.truncated}
         return json_response(fields, headers=answer.headers)
@@ -135,10 +137,6 @@ def router(models: Models) -> APIRouter:
         return json_response(_model(name, models))
 
     return routes
-
-
-def _base64(row: Any) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
 def _model(name: str, models: Models) -> dict[str, Any]:
