@@ -49,18 +49,19 @@ def read_texts(source: str, *, column: str = "text") -> Texts:
     `column` names the key or column of the text. "id" and "kind" are read too, if the file has them. Raises
     `InputError` with file and line for what does not parse.
     """
-    if source == "-":
-        content = _decode("stdin", sys.stdin.buffer.read())
-        return from_arguments(text for _, text, _ in _read_lines(Path("stdin"), content, column))
-    path = Path(source)
-    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
+    path, readers = Path(source), {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    read = _read_lines if source == "-" else readers.get(path.suffix.lower())
+    if read is None:
         raise UnknownName("input format", path.suffix or path.name, readers, " The file's ending decides (--input).")
     try:
-        content = _decode(source, path.read_bytes())
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, name = data.count(b"\n", 0, error.start) + 1, "stdin" if source == "-" else source
+        raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-    rows = list(readers[path.suffix.lower()](path, content, column))
+    rows = list(read(path, content, column))
     has_ids = any(row_id is not None for row_id, _, _ in rows)
     ids = tuple(i if row_id is None else row_id for i, (row_id, _, _) in enumerate(rows))
     kinds = tuple(kind if isinstance(kind, str) else "" for _, _, kind in rows)
@@ -127,14 +128,6 @@ _WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
     ".jsonl": _write_jsonl,
     ".safetensors": _write_safetensors,
 }
-
-
-def _decode(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
 
 
 def _read_lines(_path: Path, content: str, _column: str) -> Iterator[Row]:

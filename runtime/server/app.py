@@ -73,9 +73,10 @@ class Health(BaseModel):
 
 def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) -> FastAPI:
     """The ASGI app over open models. `app.state.drain` tells it that the server is about to end."""
-    app = FastAPI(
-        title="f2gguf", version=metadata.version("f2gguf"), description=DESCRIPTION, docs_url=None, redoc_url=None
-    )
+    version = metadata.version("f2gguf")
+    app = FastAPI(title="f2gguf", version=version, description=DESCRIPTION, docs_url=None, redoc_url=None)
+    for kind in (Refused, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _on_error)
     app.state.drain = drain = Drain()
     models = {model.name: model for model in served}
     for dialect in DIALECTS:
@@ -83,7 +84,6 @@ def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) 
         errors: dict[int | str, dict[str, Any]] = {status: {"model": dialect.error} for status in statuses}
         app.include_router(dialect.router(models), prefix=dialect.prefix, responses=errors)
     _add_operations(app, models, metrics, drain)
-    _add_error_handlers(app)
     paths = frozenset({"/", "/openapi.json", *app.openapi()["paths"]})
     headers = served[0].headers if len(served) == 1 else {}
     app.add_middleware(
@@ -187,25 +187,18 @@ def _hash_of(html: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error the shape of the dialect that speaks at its path."""
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return error_response(error, request.url.path)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(_invalid(error), request.url.path)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        code, words = _HTTP_ERRORS.get(error.status_code, ("invalid_value", "the body is no JSON in UTF-8."))
-        return error_response(Refused(code, words, headers=error.headers), request.url.path)
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(_refusal(error), request.url.path)
 
 
-def _invalid(error: RequestValidationError) -> Refused:
+def _refusal(error: Exception) -> Refused:
     """What is wrong and where, without the value itself. Of a union's branches, the one that went furthest counts."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, HTTPException):
+        code, words = _HTTP_ERRORS.get(error.status_code, ("invalid_value", "the body is no JSON in UTF-8."))
+        return Refused(code, words, headers=error.headers)
+    assert isinstance(error, RequestValidationError)
     worst = max(error.errors(), key=lambda one: len(one["loc"]))
     if worst["type"] == "json_invalid":
         words = f"the body is no JSON: {worst['ctx']['error']} at character {worst['loc'][-1]}."

@@ -14,21 +14,23 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-Options = Annotated[dict[str, Any] | None, Field(description="Accepted and ignored: a file says how it is to be used.")]
-KeepAlive = Annotated[
-    StrictFloat | StrictInt | StrictStr | None, Field(description="Accepted and ignored: models stay loaded.")
-]
 
+class OllamaRequest(BaseModel):
+    """What both requests for vectors have in common."""
 
-class OllamaEmbedRequest(BaseModel):
     model: ModelName
+    options: dict[str, Any] | None = Field(None, description="Accepted and ignored: a file says how it is to be used.")
+    keep_alive: StrictFloat | StrictInt | StrictStr | None = Field(
+        None, description="Accepted and ignored: models stay loaded."
+    )
+
+
+class OllamaEmbedRequest(OllamaRequest):
     input: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] = Field(
         description="A text or texts; '' gives none."
     )
     truncate: StrictBool | None = Field(True, description="Cut texts that are too long. With false they get a 400.")
     dimensions: Width | None = Field(None, description="One of the trained widths.")
-    options: Options = None
-    keep_alive: KeepAlive = None
 
 
 class OllamaEmbedResponse(BaseModel):
@@ -40,11 +42,8 @@ class OllamaEmbedResponse(BaseModel):
     truncated: list[int] = Field(description="Indices of the texts that were cut.")
 
 
-class OllamaEmbeddingsRequest(BaseModel):
-    model: ModelName
+class OllamaEmbeddingsRequest(OllamaRequest):
     prompt: StrictStr = ""
-    options: Options = None
-    keep_alive: KeepAlive = None
 
 
 class OllamaEmbeddingsResponse(BaseModel):
