@@ -20,7 +20,7 @@ class Commands(click.Group):
     """A group of commands that prints every F2ggufError as its message and ends with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             return super().invoke(ctx)
         except F2ggufError as error:
@@ -59,7 +59,3 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {message}")

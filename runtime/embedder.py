@@ -83,6 +83,7 @@ class Embedder:
         watch: Watch | None = None,
     ) -> None:
         self.header: Header = open_header(path)
+        self.prompts = self.header.prompts
         self.pooling = self.header.require_pooling(pooling)
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim
@@ -109,10 +110,6 @@ class Embedder:
         if self._encoder is None:
             raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
         return self._encoder
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        return self.header.prompts
 
     def default_prompt(self, kind: str) -> str | None:
         """Name of the prompt for a 'query' or 'document', None where the model has none for it."""

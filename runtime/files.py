@@ -143,7 +143,7 @@ def remember(name: str, value: Any) -> None:
     """Keep a JSON value in the cache folder. If the folder cannot be written, later runs only take longer."""
     text = json.dumps(value)
     with contextlib.suppress(OutputError):
-        write_text(cache_folder() / f"{name}.json", f"{_checksum(text)}\n{text}\n")
+        write_text(cache_folder() / f"{name}.json", f"{sha256_text(text)}\n{text}\n")
 
 
 def recall(name: str) -> Any:
@@ -153,10 +153,10 @@ def recall(name: str) -> Any:
     except (OSError, ValueError):
         return None
     text = text.removesuffix("\n")
-    return json.loads(text) if checksum == _checksum(text) else None
+    return json.loads(text) if checksum == sha256_text(text) else None
 
 
-def _checksum(text: str) -> str:
+def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -123,18 +123,15 @@ def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
     )
     names = {golden.prompts[i] for i in others}
     if "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]:
-        yield Fault("prompt", " ".join(_prompt_words(name, header.prompts) for name in sorted(names)) + where)
+        known = {name: f"is {text!r}, not the one that the file was made with" for name, text in header.prompts.items()}
+        words = (f"The {name} prompt {known.get(name, 'is missing')}." for name in sorted(names))
+        yield Fault("prompt", " ".join(words) + where)
     else:
         yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
 
 
 def _differs_only_at_the_end(here: Ids, makers: Ids) -> bool:
     return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
-
-
-def _prompt_words(name: str, prompts: dict[str, str]) -> str:
-    state = f"is {prompts[name]!r}, not the one that the file was made with" if name in prompts else "is missing"
-    return f"The {name} prompt {state}."
 
 
 def _shown(text: str) -> str:

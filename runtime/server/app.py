@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import re
 import signal
 import socket
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-EXPOSED = ["X-Embedding-Fingerprint", "X-Embedding-Truncated", "X-Request-Id", "Retry-After"]
 DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference and Ollama.
 
 A model's name may end in ':query' or ':document' (or another of its prompts' names), in every dialect: the prompt is
@@ -45,8 +44,8 @@ _HTTP_ERRORS = {
 _BRANCHES = ("str", "int", "float")  # pydantic's names for branches of a union that look like names of fields
 # A policy for browsers: the page's own script and style run, nothing else does, and nothing is sent elsewhere.
 _POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 
 
@@ -95,7 +94,7 @@ def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) 
             allow_origins=limits.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
-            expose_headers=EXPOSED,
+            expose_headers=["X-Embedding-Fingerprint", "X-Embedding-Truncated", "X-Request-Id", "Retry-After"],
         )
     return app
 
@@ -172,19 +171,15 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        parts = re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)
+        hashes = {tag: hashlib.sha256(content.encode()).digest() for tag, content in parts}
         headers = {
-            "Content-Security-Policy": _POLICY.format(script=_hash_of(html, "script"), style=_hash_of(html, "style")),
+            "Content-Security-Policy": _POLICY.format(**{tag: b64encode(h).decode() for tag, h in hashes.items()}),
             "Cache-Control": "no-cache",
             "Referrer-Policy": "no-referrer",
             "X-Content-Type-Options": "nosniff",
         }
         return HTMLResponse(html, headers=headers)
-
-
-def _hash_of(html: str, tag: str) -> str:
-    """The hash by which the policy knows the page's one <script> or <style>."""
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -43,10 +43,6 @@ class _Request:
         n_tokens = len(self.texts[self.n_taken])
         return n_tokens if self.prompt is None else max(1, n_tokens - len(self.prompt))
 
-    def take(self) -> Ids:
-        self.n_taken += 1
-        return self.texts[self.n_taken - 1]
-
     def give(self, outcome: Rows | Exception) -> None:
         """Receive the vector of the next text, or its error. The last vector finishes the request."""
         if self.done.done():  # cancelled, or failed by another of its texts
@@ -121,7 +117,8 @@ class Batcher:
             if not request.n_taken:
                 self._metrics["queue_seconds"].observe(time.perf_counter() - request.begin)
             used += request.next_cost
-            step.append((request, request.take()))
+            step.append((request, request.texts[request.n_taken]))
+            request.n_taken += 1
             if request.n_taken < len(request.texts):
                 self._turns.append(request)
         self._count(-sum(len(text) for _, text in step))

@@ -108,7 +108,10 @@ class Guard:
         try:
             self._require_welcome(scope)
             body = await self._body(Headers(scope=scope), receive)
-            _read_as_json(scope)
+            # Read a body as JSON whatever its stated type: curl's -d calls it a form, and Ollama's users leave it so.
+            # Bodies from browsers keep their type: pages could otherwise write here without asking first (CORS).
+            if "origin" not in Headers(scope=scope):
+                MutableHeaders(scope=scope)["content-type"] = "application/json"
             work = self.app(scope, _replayed(body, receive), answer)
             await (_until_left(work, receive) if body else work)
         except _Left:
@@ -224,16 +227,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replayed
-
-
-def _read_as_json(scope: Scope) -> None:
-    """Read a body as JSON whatever its stated type: curl's -d calls it a form, and Ollama's users leave it so.
-
-    Bodies from browsers keep their type: pages could otherwise write to this server without asking it first (CORS).
-    """
-    headers = MutableHeaders(scope=scope)
-    if "origin" not in headers:
-        headers["content-type"] = "application/json"
 
 
 def _digest(key: str) -> bytes:

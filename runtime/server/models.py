@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import TextError, UnknownDims
-from f2gguf.runtime.files import sha256_file
+from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.encoder import Input, Tokens
@@ -76,8 +75,8 @@ class ServedModel:
         Vectors compare where SPACE is equal: file, pooling and width. PROMPT tells queries from documents.
         """
         width = dimensions or self.header.n_embd
-        space = _digest(f"{self.sha256} {self.embedder.pooling} {width}")[:16]
-        return space if prompt is None else f"{space}.{_digest(prompt)[:8]}"
+        space = sha256_text(f"{self.sha256} {self.embedder.pooling} {width}")[:16]
+        return space if prompt is None else f"{space}.{sha256_text(prompt)[:8]}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -208,7 +207,3 @@ def find_model(models: Models, name: str | None, prompt_name: str | None = None)
 def _require_at_most(limit: int, n: int, unit: str, code: str) -> None:
     if n > limit:
         raise Refused(code, f"{n:,} {unit}: a request may have {limit:,}.")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
