@@ -82,7 +82,7 @@ def embed(
     embedding. Texts are documents unless --query says otherwise. If texts have no finite vector, an error names them,
     and the vectors of all others are written.
     """
-    from f2gguf.runtime.tables import json_rows, require_output, write_vectors
+    from f2gguf.runtime.tables import WRITERS, json_rows, require_output
 
     flags = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
     chosen = [flag for flag, value in flags.items() if value is not None]
@@ -107,7 +107,7 @@ def embed(
             )
         except NoVector as error:
             failure, embeddings, rows = error, error.embeddings, rows.without(error.indices)
-    for line in write_vectors(output, rows, embeddings) if output else json_rows(rows, embeddings):
+    for line in WRITERS[output.suffix](output, rows, embeddings) if output else json_rows(rows, embeddings):
         click.echo(line)
     if failure:
         raise failure
@@ -232,12 +232,12 @@ def selftest(model: str, as_json: bool, **opening: Any) -> None:
 
 
 def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:
-    from f2gguf.runtime.tables import from_arguments, read_texts
+    from f2gguf.runtime.tables import Texts, read_texts
 
     if arguments and input_path is not None:
         raise WrongUsage("TEXT and --input: give one of them.")
     if arguments:
-        return from_arguments(arguments)
+        return Texts(tuple(range(len(arguments))), arguments, ("",) * len(arguments))
     next_step = "Give TEXT arguments, --input FILE, or lines on stdin."
     if input_path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise WrongUsage(f"no text. {next_step}")

@@ -113,9 +113,7 @@ def write_text(path: Path, text: str) -> None:
 
 def require_free_space(folder: Path, size_bytes: int, what: str, *, choose_with: str = "--out") -> None:
     """Raise `OutputError` unless the disk of `folder` can take `size_bytes` more for `what`."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size_bytes:
         raise OutputError(

@@ -104,7 +104,7 @@ def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
         for name, text in zip(golden.prompts, golden.texts, strict=True)
     ]
     differing = [i for i, ids in enumerate(here) if not np.array_equal(ids, golden.ids[i])]
-    closing = [i for i in differing if _differs_only_at_the_end(here[i], golden.ids[i])]
+    closing = [i for i in differing if _differ_only_at_the_end(here[i], golden.ids[i])]
     others = [i for i in differing if i not in closing]
     if closing:
         ids, makers = here[closing[0]], golden.ids[closing[0]]
@@ -130,7 +130,7 @@ def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
         yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
 
 
-def _differs_only_at_the_end(here: Ids, makers: Ids) -> bool:
+def _differ_only_at_the_end(here: Ids, makers: Ids) -> bool:
     return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
 
 

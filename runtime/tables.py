@@ -38,11 +38,6 @@ class Texts:
         return Texts(ids, texts, tuple(self.kinds[i] for i in kept), self.has_ids)
 
 
-def from_arguments(texts: Iterable[str]) -> Texts:
-    chosen = tuple(texts)
-    return Texts(tuple(range(len(chosen))), chosen, ("",) * len(chosen))
-
-
 def read_texts(source: str, *, column: str = "text") -> Texts:
     """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (header row) file; '-' is stdin, as lines.
 
@@ -70,19 +65,11 @@ def read_texts(source: str, *, column: str = "text") -> Texts:
 
 def require_output(path: Path, *, force: bool) -> None:
     """Refuse an output of unknown format, or one that exists. Call it before the work."""
-    if path.suffix not in _WRITERS:
-        raise UnknownName("output format", path.suffix or path.name, _WRITERS, " The file's ending decides (-o).")
+    if path.suffix not in WRITERS:
+        raise UnknownName("output format", path.suffix or path.name, WRITERS, " The file's ending decides (-o).")
     require_absent(path, force=force)
     if path.suffix == ".npy":
         require_absent(_ids_path(path), force=force)
-
-
-def write_vectors(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
-    """Write vectors (n_texts, n_dims) in the format of the file's ending. Gives the paths of the written files.
-
-    A .npy file holds the vectors only: ids of the input file go to NAME.ids.jsonl beside it.
-    """
-    return _WRITERS[path.suffix](path, texts, embeddings)
 
 
 def json_rows(texts: Texts, embeddings: Embeddings) -> Iterator[str]:
@@ -123,7 +110,9 @@ def _ids_path(path: Path) -> Path:
     return path.with_suffix(".ids.jsonl")
 
 
-_WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
+# By the file's ending: each writes vectors (n_texts, n_dims), and gives the paths of the written files. A .npy file
+# holds the vectors only: ids of the input file go to NAME.ids.jsonl beside it.
+WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
     ".npy": _write_npy,
     ".jsonl": _write_jsonl,
     ".safetensors": _write_safetensors,

@@ -157,11 +157,9 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
     @app.get("/health", tags=["operations"], response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """200 once the models are loaded and tested; 503 while the server is shutting down."""
-        body = {
-            "status": "draining" if drain.has_begun else "ok",
-            "models": {m.name: m.selftest for m in models.values()},
-        }
-        return json_response(body, status=503 if drain.has_begun else 200)
+        status, code = ("draining", 503) if drain.has_begun else ("ok", 200)
+        tested = {name: model.selftest for name, model in models.items()}
+        return json_response({"status": status, "models": tested}, status=code)
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     async def get_metrics() -> Response:

@@ -40,7 +40,7 @@ def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds such a key, or several.")
 @click.option("--allow-open", is_flag=True, help="Let other machines in without a key.")
 @click.option(
-    "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Let in pages of this origin; repeatable."
+    "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Accept pages of this origin; repeatable."
 )
 @click.option("--selftest", is_flag=True, help="Refuse files without golden vectors. Files that have them are tested.")
 @_limit("--max-body", "max_body_bytes", 16 << 20, "Bytes that a request's body may have.")

@@ -104,7 +104,6 @@ class Guard:
             self._report(scope["path"], facts, answer.status, time.perf_counter() - begin)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """Run the app, or refuse."""
         try:
             self._require_welcome(scope)
             body = await self._body(Headers(scope=scope), receive)

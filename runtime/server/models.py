@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +41,27 @@ class Limits:
     step_tokens: int = 1024
 
 
+@dataclass(eq=False)
 class ServedModel:
     """An open file and its queue. Tests of failures pass a `compute` of their own."""
 
-    def __init__(
-        self,
-        name: str,
-        embedder: Embedder,
-        limits: Limits,
-        metrics: Metrics,
-        *,
-        selftest: str = "not run",
-        compute: Compute | None = None,
-    ) -> None:
-        self.name = name
-        self.embedder = embedder
-        self.encoder = embedder.encoder
-        self.header = embedder.header
-        self.limits = limits
-        self.selftest = selftest
-        self.sha256 = sha256_file(embedder.header.path)  # at the start: a large file takes a while
-        self.metrics = metrics.of(name)
+    name: str
+    embedder: Embedder
+    limits: Limits
+    all_metrics: InitVar[Metrics]
+    _: KW_ONLY
+    selftest: str = "not run"
+    compute: InitVar[Compute | None] = None
+
+    def __post_init__(self, all_metrics: Metrics, compute: Compute | None) -> None:
+        self.encoder = self.embedder.encoder
+        self.header = self.embedder.header
+        self.sha256 = sha256_file(self.header.path)  # at the start: a large file takes a while
+        self.metrics = all_metrics.of(self.name)
         self.batcher = Batcher(
             compute or self.encoder.compute,
-            step_tokens=limits.step_tokens,
-            max_waiting_tokens=limits.max_waiting_tokens,
+            step_tokens=self.limits.step_tokens,
+            max_waiting_tokens=self.limits.max_waiting_tokens,
             metrics=self.metrics,
         )
 
@@ -145,10 +141,8 @@ class ServedModel:
         raise Refused("invalid_value", words, param="input")
 
     def _width(self, dimensions: int | None) -> int:
-        if dimensions is None:
-            return self.embedder.get_sentence_embedding_dimension()
         try:
-            return self.header.require_width(dimensions)
+            return self.header.require_width(dimensions or self.embedder.truncate_dim)
         except UnknownDims as error:
             trained = ", ".join(map(str, self.header.dims))
             words = f"{dimensions} dimensions: {self.name} was trained for {trained}."

@@ -148,7 +148,6 @@ def router(models: Models) -> APIRouter:
 
 
 def _facts(model: ServedModel) -> dict[str, Any]:
-    """What both /api/tags and /api/show say of a model."""
     values, changed = model.header.values, model.header.path.stat().st_mtime
     details = {
         "parent_model": str(values.get("general.base_model.0.name", "")),

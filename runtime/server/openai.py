@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from f2gguf.runtime.gguf.describe import drift_of, is_reference
+from f2gguf.runtime.gguf.describe import StatedDrift, drift_of, is_reference
 from f2gguf.runtime.server.answers import Job, ModelName, Refused, Text, TokenIds, Width, json_response
 from f2gguf.runtime.server.models import Models, find_model
 from fastapi import APIRouter, Request
@@ -50,16 +50,6 @@ class EmbeddingsResponse(BaseModel):
     model: str
     usage: Usage
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
-
-
-class StatedDrift(BaseModel):
-    """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
-
-    mean: float
-    upper: float = Field(description="Where the mean's 95% interval ends.")
-    max_drift: float = Field(description="The bound.")
-    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep it.")
-    n_texts: int
 
 
 class Model(BaseModel):
