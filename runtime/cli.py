@@ -79,13 +79,13 @@ def embed(
     """Turn texts into vectors: arguments, lines on stdin, or --input.
 
     Without -o, one JSON object for each text is printed: its id, its number of tokens, whether it was cut, its
-    embedding. Texts are documents unless --query says otherwise. Texts without a finite vector are named in an error;
-    the vectors of all others are written.
+    embedding. Texts are documents unless --query says otherwise. If texts have no finite vector, an error names them,
+    and the vectors of all others are written.
     """
-    from f2gguf.runtime.tables import json_rows, require_output, write_vectors
+    from f2gguf.runtime.tables import WRITERS, json_rows, require_output
 
-    prompts = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
-    chosen = [name for name, value in prompts.items() if value is not None]
+    flags = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
+    chosen = [flag for flag, value in flags.items() if value is not None]
     if len(chosen) > 1:
         raise WrongUsage(f"{' and '.join(chosen)}: choose one.")
     if output:
@@ -107,12 +107,8 @@ def embed(
             )
         except NoVector as error:
             failure, embeddings, rows = error, error.embeddings, rows.without(error.indices)
-    if output is None:
-        for row in json_rows(rows, embeddings):
-            click.echo(row)
-    else:
-        for path in write_vectors(output, rows, embeddings):
-            click.echo(str(path))
+    for line in WRITERS[output.suffix](output, rows, embeddings) if output else json_rows(rows, embeddings):
+        click.echo(line)
     if failure:
         raise failure
 
@@ -146,10 +142,10 @@ def search(
         if as_json:
             hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
             click.echo(json.dumps(hit, ensure_ascii=False))
-        else:
-            line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
-            shown = line if len(line) <= 100 else line[:97] + "..."
-            click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown}")
+            continue
+        line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
+        shown = line if len(line) <= 100 else line[:97] + "..."
+        click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown}")
 
 
 @f2gguf.command()
@@ -157,10 +153,10 @@ def search(
 def pull(model: str) -> None:
     """Download a .gguf file from the Hugging Face Hub, verified.
 
-    MODEL is org/name[:VARIANT][@revision]. VARIANT is how the file's name ends (Q8_0 finds NAME-Q8_0.gguf), or all of
-    it. Without it: the first of Q4_K_M, Q8_0, Q4_0 that holds its bound by the repository's drift.json, or F16; where
-    nobody measured, Q8_0 before F16. The bytes must have the hash that the Hub and the repository's SHA256SUMS state.
-    From then on -m MODEL uses the file without asking the Hub; pull asks again, and updates it.
+    MODEL is org/name[:VARIANT][@revision]. VARIANT is the file's name, or how it ends (Q8_0 finds NAME-Q8_0.gguf).
+    Without VARIANT, pull takes the first of Q4_K_M, Q8_0, Q4_0 that holds its bound by the repository's drift.json,
+    else F16. If nobody measured, it prefers Q8_0 to F16. The bytes must have the hash that the Hub and the repository's
+    SHA256SUMS state. Later, -m MODEL uses the file without asking the Hub. Another pull updates it.
     """
     from f2gguf.runtime.files import format_size
     from f2gguf.runtime.gguf.describe import describe_drift
@@ -186,22 +182,22 @@ def pull(model: str) -> None:
 def list_(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the models on this disk, and their measured drift.
 
-    Those of the Hub's cache, and of every FOLDER [default: dist]. The first column is what to pass to -m.
+    The models are in the Hub's cache, and in every FOLDER [default: dist]. Pass the first column to -m.
     """
     from f2gguf.runtime.hub.inventory import COLUMNS, as_dict, find_models, table_row
 
-    found = find_models(folders or [path for path in [Path("dist")] if path.is_dir()])
-    models = [one for one in found if one.is_embedding_model]
+    files = find_models(folders or [path for path in [Path("dist")] if path.is_dir()])
+    models = [file for file in files if file.is_embedding_model]
     if as_json:
-        click.echo(json.dumps([as_dict(one) for one in models], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([as_dict(model) for model in models], indent=2, ensure_ascii=False))
     elif models:
-        click.echo(text_table(COLUMNS, [table_row(one) for one in models]))
-    for one in models:
-        if one.error:
-            say(f"damaged: {one.error}")
-    if n_others := len(found) - len(models):
+        click.echo(text_table(COLUMNS, [table_row(model) for model in models]))
+    for model in models:
+        if model.error:
+            say(f"damaged: {model.error}")
+    if n_others := len(files) - len(models):
         say(f"left out: {n_others} .gguf files that are no embedding models")
-    if not found:
+    if not files:
         say("no .gguf models here. Fetch one with `f2gguf pull org/name`, or make one with `quantize all f2llm-nano`.")
 
 
@@ -224,10 +220,10 @@ def inspect(model: str, as_json: bool) -> None:
 @THREADS
 @JSON
 def selftest(model: str, as_json: bool, **opening: Any) -> None:
-    """Embed a file's golden texts on this device, and compare them with what its maker measured.
+    """Embed a file's golden texts on this device, and compare the vectors with those that its maker measured.
 
-    Names what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors that this device
-    computes. Exit code 1 where anything is.
+    Says what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors of this device. The exit
+    code is then 1.
     """
     with _open(model, **opening) as embedder:
         outcome = embedder.selftest()
@@ -236,19 +232,18 @@ def selftest(model: str, as_json: bool, **opening: Any) -> None:
 
 
 def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:
-    from f2gguf.runtime.tables import from_arguments, read_texts
+    from f2gguf.runtime.tables import Texts, read_texts
 
     if arguments and input_path is not None:
         raise WrongUsage("TEXT and --input: give one of them.")
     if arguments:
-        return from_arguments(arguments)
+        return Texts(tuple(range(len(arguments))), arguments, ("",) * len(arguments))
+    next_step = "Give TEXT arguments, --input FILE, or lines on stdin."
     if input_path is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise WrongUsage("no text: give TEXT arguments, --input FILE, or lines on stdin.")
+        raise WrongUsage(f"no text. {next_step}")
     rows = read_texts("-" if input_path is None else input_path, column=column)
     if not rows.texts:
-        raise WrongUsage(
-            f"{input_path or 'stdin'}: holds no text. Give TEXT arguments, --input FILE, or lines on stdin."
-        )
+        raise WrongUsage(f"{input_path or 'stdin'}: holds no text. {next_step}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""How the commands speak: results on stdout, progress and errors on stderr, one exit code for each kind of error."""
+"""The output of commands: results on stdout, progress and errors on stderr, one exit code for each kind of error."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 class Commands(click.Group):
-    """A group of commands that turns every F2ggufError into its words and its exit code."""
+    """A group of commands that prints every F2ggufError as its message and ends with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             return super().invoke(ctx)
         except F2ggufError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except OSError as error:  # files have errors of their own: what is left is a closed or full stdout
+        except OSError as error:  # files raise OutputError or InputError: this is a closed or full stdout
             if isinstance(error, BrokenPipeError):
                 raise
             click.echo(f"error: {error.filename or 'stdout'}: {error.strerror}.", err=True)
@@ -40,13 +40,13 @@ class Commands(click.Group):
 
 
 def say(line: str) -> None:
-    """A line for the person who waits, on stderr."""
+    """Print a line on stderr, for the person who waits."""
     click.echo(line, err=True)
 
 
 @contextlib.contextmanager
 def progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, drawn only on a terminal; gives the function to advance it."""
+    """Draw a progress bar on stderr, if that is a terminal. Gives the function that advances it."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -59,7 +59,3 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {message}")

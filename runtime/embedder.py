@@ -1,4 +1,4 @@
-"""`Embedder`: texts become vectors, with the names and the conduct of sentence-transformers."""
+"""`Embedder`: texts become vectors. Names and behaviour are those of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName
@@ -29,11 +29,22 @@ PRECISIONS = ("float32", "float16")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors of texts, and what became of each text on the way."""
+    """Vectors of texts, the number of tokens of each text, and whether it was cut."""
 
     vectors: Vectors  # (n_texts, n_dims)
     n_tokens: NDArray[np.int64]  # (n_texts,) that the model saw, special tokens and prompt included
     truncated: NDArray[np.bool_]  # (n_texts,) whether the text was longer than that
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `embed`, which `encode` and its like take too."""
+
+    prompt_name: str | None
+    prompt: str | None
+    normalize_embeddings: bool | None
+    truncate_dim: int | None
+    precision: str
+    on_progress: Callable[[int], None] | None
 
 
 class Embedder:
@@ -44,15 +55,14 @@ class Embedder:
     >>> documents = model.encode_document(["tar is an archiving program"])
     >>> model.similarity(queries, documents)                              # (1, 1)
 
-    Everything it must know stands in the file's header. `pooling` and `max_tokens` state what a file from elsewhere
-    does not. `n_threads` is the number of physical cores unless given, `n_gpu_layers` all of them (-1). With
-    `deterministic` every text is a batch of its own: a quantised file gives a text the same bytes, whatever else is
-    embedded with it or was embedded before. Many threads may share one Embedder. With `selftest` the file's golden
-    texts are embedded first, and must give what its maker measured. `watch` is shown the tensors of llama.cpp's graph
-    that it wants.
+    The file's header states everything that the Embedder must know. Where a file from elsewhere does not, `pooling`
+    and `max_tokens` do. `n_threads` is the number of physical cores by default, and `n_gpu_layers` is all layers (-1).
+    With `deterministic` every text is a batch of its own, so that a quantised file gives a text the same bytes whatever
+    else is embedded. With `selftest` the file's golden texts are embedded first, and must give what its maker measured.
+    `watch` receives tensors of llama.cpp's graph. Many threads may share one Embedder.
 
-    A file of the Hub is fetched once, verified, and used from its cache without a request from then on, until
-    `f2gguf pull` updates it; a `Path`, and a string that is one, is never looked up there.
+    A file of the Hub is downloaded once and verified. Later it comes from the cache without a request, until
+    `f2gguf pull` updates it. A `Path`, or a string that is the path of a file, is never looked up on the Hub.
 
     Raises `NotGGUF`, `PoolingMissing`, `NotAnEmbeddingModel`, `DeviceMissing` or `GGUFError`; with `selftest` also
     `SelftestMissing` and `SelftestFailed`; for the Hub `UnknownName` or a `HubError`.
@@ -73,6 +83,7 @@ class Embedder:
         watch: Watch | None = None,
     ) -> None:
         self.header: Header = open_header(path)
+        self.prompts = self.header.prompts
         self.pooling = self.header.require_pooling(pooling)
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim
@@ -84,7 +95,11 @@ class Embedder:
         self._warned = False
         log.info("%s", self.description)
         if selftest:
-            self._require_sound()
+            try:
+                self.selftest().require_sound()
+            except F2ggufError:
+                self.close()
+                raise
 
     @property
     def description(self) -> str:
@@ -93,19 +108,10 @@ class Embedder:
 
     @property
     def encoder(self) -> Encoder:
-        """The steps that `embed` takes, for whoever batches by other rules. Raises `Closed` after `close`."""
+        """The single steps of `embed`, for callers that batch by other rules. Raises `Closed` after `close`."""
         if self._encoder is None:
             raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
         return self._encoder
-
-    @property
-    def compute_seconds(self) -> float:
-        """Time spent inside llama.cpp so far; what is left of the wall time is f2gguf's own."""
-        return self.encoder.engine.compute_seconds
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        return self.header.prompts
 
     def default_prompt(self, kind: str) -> str | None:
         """Name of the prompt for a 'query' or 'document', None where the model has none for it."""
@@ -119,28 +125,18 @@ class Embedder:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
         return self.encoder.tokenize(_texts_of(text)).ids[0]
 
-    def encode(
-        self,
-        sentences: str | Sequence[str],
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        normalize_embeddings: bool | None = None,
-        truncate_dim: int | None = None,
-        precision: str = "float32",
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Vectors:
+    def encode(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
         """Vectors of texts: (n_texts, n_dims), or (n_dims,) for a single string. See `embed`."""
-        vectors = self.embed(
-            sentences,
-            prompt_name=prompt_name,
-            prompt=prompt,
-            normalize_embeddings=normalize_embeddings,
-            truncate_dim=truncate_dim,
-            precision=precision,
-            on_progress=on_progress,
-        ).vectors
+        vectors = self.embed(sentences, **options).vectors
         return vectors[0] if isinstance(sentences, str) else vectors
+
+    def encode_query(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
+        """`encode` with the model's query prompt, where it has one."""
+        return self.encode(sentences, **self._with_prompt("query", options))
+
+    def encode_document(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
+        """`encode` with the model's document prompt, where it has one."""
+        return self.encode(sentences, **self._with_prompt("document", options))
 
     def embed(
         self,
@@ -155,30 +151,25 @@ class Embedder:
     ) -> Embeddings:
         """Vectors of texts, with the number of tokens of each and whether it was cut.
 
-        `prompt` (or the header's, by `prompt_name`) is put before every text that does not begin with it already.
+        `prompt` (or the header's prompt called `prompt_name`) is put before every text that does not begin with it.
         `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
-        widths. `on_progress` is told how many texts a batch has finished. Texts over the maximum length are cut,
-        their EOS kept, with one `TruncationWarning`. Raises `TextError` for what is no valid text, `NoVector` (which
-        carries all others) for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for an
-        untrained width.
+        widths. `precision` is float32 or float16. `on_progress` receives the number of texts that a batch finished.
+        Texts over the maximum length are cut but keep their EOS, with one `TruncationWarning`. Raises `TextError` for
+        what is no valid text, `NoVector` (which carries all other vectors) for texts without a finite vector,
+        `UnknownName` for an unknown prompt, and `UnknownDims` for a width that was not trained.
         """
         encoder = self.encoder
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
         tokens = encoder.tokenize(_texts_of(sentences), prompt if prompt is not None else self._prompt_of(prompt_name))
-        self._warn_of_cuts(tokens.truncated)
+        if tokens.truncated.any() and not self._warned:
+            self._warned = True
+            words = f"{tokens.truncated.sum()} of {len(tokens.ids)} texts are longer than {self.max_seq_length} tokens"
+            warnings.warn(f"{words} and were cut", TruncationWarning, stacklevel=3)
         rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
         vectors = encoder.finish(rows, width=width, normalize=normalize_embeddings).astype(precision, copy=False)
         return self._require_vectors(Embeddings(vectors, tokens.lengths, tokens.truncated))
-
-    def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode` with the model's query prompt, where it has one."""
-        return self._encode_as("query", sentences, options)
-
-    def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode` with the model's document prompt, where it has one."""
-        return self._encode_as("document", sentences, options)
 
     @staticmethod
     def similarity(embeddings1: Vectors, embeddings2: Vectors) -> NDArray[np.float32]:
@@ -188,18 +179,18 @@ class Embedder:
         return np.asarray(left @ right.T)
 
     def selftest(self) -> Selftest:
-        """What becomes of the file's golden texts on this device, against what its maker measured.
+        """Compare the file's golden texts on this device with what its maker measured.
 
-        Raises `SelftestMissing` for a file without them.
+        Raises `SelftestMissing` for a file without golden texts.
         """
         return selftest(self.encoder)
 
     def probe_vectors(self) -> NDArray[np.float32]:
-        """L2-normalised vectors of the golden texts' token ids, NaN rows where there is none, (n_texts, n_embd)."""
+        """L2-normalised vectors of the golden texts' token ids, (n_texts, n_embd); NaN for a text without one."""
         return probe_vectors(self.encoder, golden_of(self.header))
 
     def close(self, *, wait: bool = True) -> None:
-        """Free the model's memory, after the batches that other threads wait for. Closing twice does nothing."""
+        """Free the model's memory, once the batches of other threads are finished. Closing twice does nothing."""
         if self._encoder:
             encoder, self._encoder = self._encoder, None
             encoder.engine.close(wait=wait)
@@ -210,17 +201,8 @@ class Embedder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(wait=kind is not KeyboardInterrupt)  # Ctrl-C does not wait for the batch that is under way
 
-    def _require_sound(self) -> None:
-        try:
-            self.selftest().require_sound()
-        except F2ggufError:
-            self.close()
-            raise
-
-    def _encode_as(self, kind: str, sentences: str | Sequence[str], options: dict[str, Any]) -> Vectors:
-        if "prompt" not in options:
-            options = {"prompt_name": self.default_prompt(kind), **options}
-        return self.encode(sentences, **options)
+    def _with_prompt(self, kind: str, options: EncodeOptions) -> EncodeOptions:
+        return options if "prompt" in options else {"prompt_name": self.default_prompt(kind), **options}
 
     def _prompt_of(self, prompt_name: str | None) -> str:
         if prompt_name is None:
@@ -229,13 +211,6 @@ class Embedder:
             hint = " Pass the text itself with prompt=... (--prompt)."
             raise UnknownName(f"prompt of {self.header.path}", prompt_name, self.prompts, hint)
         return self.prompts[prompt_name]
-
-    def _warn_of_cuts(self, truncated: NDArray[np.bool_]) -> None:
-        if truncated.any() and not self._warned:
-            self._warned = True
-            n_cut, most = truncated.sum(), self.max_seq_length
-            words = f"{n_cut} of {len(truncated)} texts are longer than {most} tokens and were cut"
-            warnings.warn(words, TruncationWarning, stacklevel=4)
 
     def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""

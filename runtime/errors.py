@@ -1,46 +1,4 @@
-"""Every error a user can meet.
-
-F2ggufError
-├── WrongUsage               exit 2: an argument or flag that cannot work
-│   ├── UnknownName          a model, variant, device or prompt that does not exist; suggests the nearest
-│   └── UnknownDims          a width the model was not trained for
-├── CheckpointError          the Hugging Face side
-│   ├── UnsupportedCheckpoint    an architecture, tokenizer or module that f2gguf does not convert
-│   ├── BrokenCheckpoint         a file that is missing, truncated or contradicts another
-│   └── Disagreement             models.lock and the checkpoint state different facts
-├── GGUFError                the llama.cpp side
-│   ├── NotGGUF              no GGUF file, or a truncated one
-│   ├── NotAnEmbeddingModel  a GGUF file that holds something else
-│   ├── PoolingMissing       the header does not say how to pool
-│   ├── SelftestMissing      the header has no golden vectors to compare with
-│   └── SelftestFailed       a file or device that does not give what the file's maker measured; carries the faults
-├── ConversionMismatch       the written file does not do what the checkpoint does
-├── QuantizationFailed       llama.cpp's quantiser gave up
-├── NonFiniteActivations     a calibration text on which the model overflows; names tensor and text
-├── WrongImatrix             an importance matrix of another model, or none
-├── WrongRecipe              a recipe that does not parse, or belongs to other inputs
-├── TextError                a text that cannot be embedded
-│   └── NoVector                 texts whose vector is not finite; carries the vectors of all others
-├── Closed                   an Embedder that was closed
-├── InputError               an input file that does not parse
-├── OutputError              an output that cannot be written
-├── UnfitRelease             a release folder that is incomplete, unmeasured or contradicts itself
-├── DeviceMissing            this build of llama.cpp lacks the device
-├── HubError                 the Hub did not do what was asked
-│   ├── RepoMissing              no such repository or revision, or a private one
-│   ├── RepoGated                the owner grants access
-│   ├── RepoRenamed              it has another name now
-│   ├── RepoMoved                a branch or tag of it is not where it was, or was to be
-│   ├── RateLimited              too many requests
-│   ├── HubUnreachable           no connection, or told to do without one
-│   └── HashMismatch             other bytes than stated, on either side
-├── EndpointFailed           an embeddings endpoint gave no vectors
-├── BenchFailed              a side of `f2gguf bench` did not run
-├── MemoryMissing            a model does not fit this machine's memory
-├── ExtraMissing             an optional dependency is not installed
-├── OverBound                exit 3: measured, and over the bound (every file was written)
-└── OutOfReach               exit 3: no file can be that small
-"""
+"""Every error and warning that a user can meet."""
 
 from __future__ import annotations
 
@@ -52,17 +10,19 @@ from typing import Any
 
 
 class F2ggufError(Exception):
-    """Base of every error that f2gguf raises on purpose; its text names the file or flag and the next step."""
+    """Base of every error that f2gguf raises on purpose. Its text names the file or flag, and the next step."""
 
     exit_code = 1
 
 
 class WrongUsage(F2ggufError):
+    """An argument or flag that cannot work."""
+
     exit_code = 2
 
 
 class UnknownName(WrongUsage):
-    """`what` called `name` does not exist among `known`."""
+    """A model, variant, device or prompt that does not exist: no `what` is called `name`. Suggests the nearest."""
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = list(known)
@@ -73,76 +33,54 @@ class UnknownName(WrongUsage):
         super().__init__(f"no {what} is called {name!r}.{suggestion} Known: {', '.join(known) or 'none'}.{hint}")
 
 
-class UnknownDims(WrongUsage):
-    pass
+# The tree of errors without content, one a line.
+# fmt: off
+class UnknownDims(WrongUsage): ...                  # a width that the model was not trained for
 
+class CheckpointError(F2ggufError): ...             # the Hugging Face side
+class UnsupportedCheckpoint(CheckpointError): ...   # an architecture, tokenizer or module that f2gguf does not convert
+class BrokenCheckpoint(CheckpointError): ...        # a file that is missing, truncated or contradicts another
+class Disagreement(CheckpointError): ...            # models.lock and the checkpoint state different facts
 
-class CheckpointError(F2ggufError):
-    pass
+class GGUFError(F2ggufError): ...                   # the llama.cpp side
+class NotGGUF(GGUFError): ...                       # no GGUF file, or a truncated one
+class NotAnEmbeddingModel(GGUFError): ...           # a GGUF file that holds something else
+class PoolingMissing(GGUFError): ...                # the header does not say how to pool
+class SelftestMissing(GGUFError): ...               # the header has no golden vectors to compare with
 
+class HubError(F2ggufError): ...                    # the Hub did not do what was asked
+class RepoMissing(HubError): ...                    # no such repository or revision, or a private one
+class RepoGated(HubError): ...                      # the owner grants access
+class RepoRenamed(HubError): ...                    # the repository has another name now
+class RepoMoved(HubError): ...                      # a branch or tag of it is not where it was, or should be
+class RateLimited(HubError): ...                    # too many requests
+class HubUnreachable(HubError): ...                 # no connection, or a setting that forbids one
+class HashMismatch(HubError): ...                   # other bytes than stated, on either side
 
-class UnsupportedCheckpoint(CheckpointError):
-    pass
-
-
-class BrokenCheckpoint(CheckpointError):
-    pass
-
-
-class Disagreement(CheckpointError):
-    pass
-
-
-class GGUFError(F2ggufError):
-    pass
-
-
-class NotGGUF(GGUFError):
-    pass
-
-
-class NotAnEmbeddingModel(GGUFError):
-    pass
-
-
-class PoolingMissing(GGUFError):
-    pass
-
-
-class SelftestMissing(GGUFError):
-    pass
+class ConversionMismatch(F2ggufError): ...          # the written file does not do what the checkpoint does
+class QuantizationFailed(F2ggufError): ...          # llama.cpp's quantiser gave up
+class NonFiniteActivations(F2ggufError): ...        # the model overflows on a calibration text; names tensor and text
+class WrongImatrix(F2ggufError): ...                # an importance matrix of another model, or none
+class WrongRecipe(F2ggufError): ...                 # a recipe that does not parse, or belongs to other inputs
+class TextError(F2ggufError): ...                   # a text that cannot be embedded
+class Closed(F2ggufError): ...                      # an Embedder that was closed
+class InputError(F2ggufError): ...                  # an input file that does not parse
+class OutputError(F2ggufError): ...                 # an output that cannot be written
+class UnfitRelease(F2ggufError): ...                # a release folder that is incomplete or contradicts itself
+class DeviceMissing(F2ggufError): ...               # this build of llama.cpp lacks the device
+class EndpointFailed(F2ggufError): ...              # an embeddings endpoint gave no vectors
+class BenchFailed(F2ggufError): ...                 # a side of `f2gguf bench` did not run
+class MemoryMissing(F2ggufError): ...               # a model does not fit this machine's memory
+class ExtraMissing(F2ggufError): ...                # an optional dependency is not installed
+# fmt: on
 
 
 class SelftestFailed(GGUFError):
-    """`faults` says what each check found."""
+    """This file or device does not give what the file's maker measured. `faults` has a fault for each failed check."""
 
     def __init__(self, message: str, faults: tuple[Any, ...]) -> None:
         super().__init__(message)
         self.faults = faults
-
-
-class ConversionMismatch(F2ggufError):
-    pass
-
-
-class QuantizationFailed(F2ggufError):
-    pass
-
-
-class NonFiniteActivations(F2ggufError):
-    pass
-
-
-class WrongImatrix(F2ggufError):
-    pass
-
-
-class WrongRecipe(F2ggufError):
-    pass
-
-
-class TextError(F2ggufError):
-    pass
 
 
 class NoVector(TextError):
@@ -154,107 +92,34 @@ class NoVector(TextError):
         self.embeddings = embeddings
 
 
-class Closed(F2ggufError):
-    pass
-
-
-class InputError(F2ggufError):
-    pass
-
-
-class OutputError(F2ggufError):
-    pass
-
-
-class UnfitRelease(F2ggufError):
-    pass
-
-
-class DeviceMissing(F2ggufError):
-    pass
-
-
-class HubError(F2ggufError):
-    pass
-
-
-class RepoMissing(HubError):
-    pass
-
-
-class RepoGated(HubError):
-    pass
-
-
-class RepoRenamed(HubError):
-    pass
-
-
-class RepoMoved(HubError):
-    pass
-
-
-class RateLimited(HubError):
-    pass
-
-
-class HubUnreachable(HubError):
-    pass
-
-
-class HashMismatch(HubError):
-    pass
-
-
-class EndpointFailed(F2ggufError):
-    pass
-
-
-class BenchFailed(F2ggufError):
-    pass
-
-
-class MemoryMissing(F2ggufError):
-    pass
-
-
-class ExtraMissing(F2ggufError):
-    pass
-
-
 class OverBound(F2ggufError):
+    """A variant was measured, and is over the bound. Every file was written."""
+
     exit_code = 3
 
 
 class OutOfReach(F2ggufError):
+    """No file can be that small."""
+
     exit_code = 3
 
 
 @contextlib.contextmanager
 def parsing(what: object, kind: type[F2ggufError], next_step: str) -> Iterator[None]:
-    """Turn what Python raises on foreign data of the wrong shape into one clear `kind`.
+    """Turn the errors that Python raises on data of the wrong shape into one clear `kind`.
 
-    Keep the block to reading and checking that data: an error of our own code must not be called damage.
+    The block must only read and check that data: an error of our own code must not be called damage.
     """
     try:
         yield
-    except _MALFORMED as error:
-        reason = _reason(error)
+    except (ArithmeticError, LookupError, RecursionError, ValueError, struct.error) as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, ValueError) and callable(listed := getattr(error, "errors", None)):
+            first = listed()[0]  # of pydantic's list
+            reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
         shown = reason if len(reason) <= 160 else reason[:157] + "..."
-        raise kind(
-            f"{what}: is damaged, or not what it should be ({type(error).__name__}: {shown}). {next_step}"
-        ) from error
-
-
-_MALFORMED = (ArithmeticError, LookupError, RecursionError, ValueError, struct.error)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in a line; of pydantic's lists of errors the first, with the place of the value."""
-    if isinstance(error, ValueError) and callable(listed := getattr(error, "errors", None)):
-        first = listed()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-    return str(error) or type(error).__name__
+        words = f"is damaged, or not what it should be ({type(error).__name__}: {shown})"
+        raise kind(f"{what}: {words}. {next_step}") from error
 
 
 class DriftWarning(UserWarning):

@@ -18,15 +18,15 @@ from typing import Any
 from f2gguf.runtime.errors import OutputError
 
 PART_SUFFIX = ".part"
-_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS, FUSE: go on without
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)  # `write` names no file
-_NUMPY_FULL_DISK = re.compile(r"\d+ requested and \d+ written")  # numpy's `tofile` drops the number too
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS, FUSE: work without one
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)  # the error of `write` names no file
+_NUMPY_FULL_DISK = re.compile(r"\d+ requested and \d+ written")  # the error of numpy's `tofile` has no number either
 _REMEMBERED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
-_SETTLED_NS = 100_000_000  # a file system's clock may tick 100 times a second: a change within a tick shows nowhere
+_MIN_AGE_NS = 100_000_000  # a file system's clock may tick 100 times a second: two changes within a tick look like one
 
 
 def cache_folder() -> Path:
-    """What f2gguf remembers between runs: $F2GGUF_CACHE. All of it can be removed at any time."""
+    """The folder of what f2gguf remembers between runs: $F2GGUF_CACHE. It can be removed at any time."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "f2gguf")
     return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser()
 
@@ -39,8 +39,11 @@ def writing(path: Path) -> Iterator[Path]:
     its target is replaced. Raises `OutputError` with the reason of the operating system (full disk, no permission), for
     a path that is no regular file, and at once where another process writes it; other errors of the block pass.
     """
-    part = _part_of(path)
     with _output_errors(path, held="another process is writing it. Wait until that has ended, or name another file."):
+        target = path.resolve()
+        if not target.name or (target.exists() and not target.is_file()):
+            raise OutputError(f"{path}: is no regular file. Name another one.")
+        part = target.with_name(target.name + PART_SUFFIX)
         part.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_locked(part, os.O_RDWR | os.O_CREAT)
     try:
@@ -49,7 +52,7 @@ def writing(path: Path) -> Iterator[Path]:
             yield part
         with _output_errors(path):
             os.fsync(descriptor)
-            part.replace(path.resolve())
+            part.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -60,9 +63,9 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder`, which is made where it is not there; `OutputError` where one is at work in it.
+    """Keep other runs out of `folder`, which is made if it is missing. Raises `OutputError` if another run has it.
 
-    Nothing is left behind: the lock is on the folder itself, and ends with the process.
+    No lock file stays: the lock is on the folder itself, and ends with the process.
     """
     with _output_errors(folder, held="another run is at work there. Wait for its end, or choose another folder."):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def open_locked(path: Path, flags: int, *, wait: bool = False) -> int:
         descriptor = os.open(path, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # whoever held the lock may have renamed or removed the file since it was opened here
+            # the process that had the lock may have renamed or removed the file since it was opened here
             is_there = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
         except OSError as error:
             is_there = error.errno in _NO_LOCKS
@@ -95,7 +98,7 @@ def open_locked(path: Path, flags: int, *, wait: bool = False) -> int:
 
 
 def require_absent(path: Path, *, force: bool) -> None:
-    """Raise `OutputError` where `path` exists and may not be overwritten, before the work is done."""
+    """Raise `OutputError` if `path` exists and may not be overwritten. Call it before the work."""
     with _output_errors(path):
         exists = path.exists()
     if exists and not force:
@@ -103,16 +106,14 @@ def require_absent(path: Path, *, force: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 with Unix line ends, or raise `OutputError` and leave what was there."""
+    """Write `text` as UTF-8 with Unix line ends, or raise `OutputError` and leave the file as it was."""
     with writing(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def require_free_space(folder: Path, size_bytes: int, what: str, *, choose_with: str = "--out") -> None:
     """Raise `OutputError` unless the disk of `folder` can take `size_bytes` more for `what`."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size_bytes:
         raise OutputError(
@@ -130,35 +131,35 @@ def sha256_file(path: Path) -> str:
         return str(digest)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    is_settled = stamp == _stamp(path) and time.time_ns() - max(stamp[3:]) > _SETTLED_NS
-    if stamp[2] >= _REMEMBERED_BYTES and is_settled:
+    is_at_rest = stamp == _stamp(path) and time.time_ns() - max(stamp[3:]) > _MIN_AGE_NS
+    if stamp[2] >= _REMEMBERED_BYTES and is_at_rest:
         remember(record, [stamp, digest])
     return digest
 
 
 def remember(name: str, value: Any) -> None:
-    """Keep a JSON value in the cache folder. A folder that cannot be written costs time, nothing else."""
+    """Keep a JSON value in the cache folder. If the folder cannot be written, later runs only take longer."""
     text = json.dumps(value)
     with contextlib.suppress(OutputError):
-        write_text(cache_folder() / f"{name}.json", f"{_checksum(text)}\n{text}\n")
+        write_text(cache_folder() / f"{name}.json", f"{sha256_text(text)}\n{text}\n")
 
 
 def recall(name: str) -> Any:
-    """What `remember` kept; None where that is nothing, or was damaged since."""
+    """The value that `remember` kept, None if there is none or its file is damaged."""
     try:
         checksum, _, text = (cache_folder() / f"{name}.json").read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError):
         return None
     text = text.removesuffix("\n")
-    return json.loads(text) if checksum == _checksum(text) else None
+    return json.loads(text) if checksum == sha256_text(text) else None
 
 
-def _checksum(text: str) -> str:
+def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
-    """Whatever changes when a file's content does."""
+    """Values of which one changes when a file's content does."""
     it = path.stat()
     return [it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns]
 
@@ -177,19 +178,11 @@ def format_bound(fraction: float) -> str:
     return f"{100 * fraction:.4g}%"
 
 
-def _part_of(path: Path) -> Path:
-    with _output_errors(path):
-        target = path.resolve()
-        if not target.name or (target.exists() and not target.is_file()):
-            raise OutputError(f"{path}: is no regular file. Name another one.")
-    return target.with_name(target.name + PART_SUFFIX)
-
-
 @contextlib.contextmanager
 def _output_errors(path: Path, *, only_of: Path | None = None, held: str = "") -> Iterator[None]:
-    """Say of an `OSError` that `path` cannot be written; with `only_of`, of one about that file or its disk only.
+    """Turn an `OSError` into "`path` cannot be written". With `only_of`, only an error of that file or its disk.
 
-    `held` is what to say where another process has its lock.
+    `held` is the message for a lock of another process.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Does a file, on this device, still give what its maker measured? Its golden texts, embedded again.
+"""The selftest: embed a file's golden texts on this device, and compare the vectors with those of the file's maker.
 
-Every fault is named by what causes it: ids are compared before vectors, and vectors are computed from the maker's ids.
+Token ids are compared before vectors, and vectors are computed from the maker's ids, so that a fault shows its cause.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from f2gguf.runtime.llama.packing import Ids, leading_length
 from numpy.typing import NDArray
 
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
-# How much lower a cosine may be than the maker's: this, and half of the drift that the maker had. 16-bit files move by
-# less than 1e-6 on the CPU; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files move with the
-# kernels, and the more the further they drift: of 585 texts, alone instead of together, all-MiniLM-L6-v2's Q8_0 moved
-# by up to 0.0004 and its Q4_K_M by 0.0023, and none drifted 1.5 times as far; of the probes, its Q4_0 by 0.0003.
+# A cosine may be lower than the maker's by this much and half of the drift that the maker measured. 16-bit files change
+# by less than 1e-6 on the CPU; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files change with the
+# kernels, and more if they drift further: over 585 texts, alone instead of together, all-MiniLM-L6-v2's Q8_0 by up to
+# 0.0004 and its Q4_K_M by 0.0023, and no text drifted 1.5 times as far; on the golden texts, its Q4_0 by 0.0003.
 TOLERANCE, DRIFT_SHARE = 0.002, 0.5
 _AGAIN = "Download the file again, or make it again with `quantize all`."
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong by a check (one of CHECKS), and the next step."""
+    """The check that failed (one of CHECKS), and what is wrong, with the next step."""
 
     check: str
     message: str
@@ -39,7 +39,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Selftest:
-    """The outcome: sound where there are no faults."""
+    """The outcome of a selftest. The file is sound if there are no faults."""
 
     path: Path
     device: str
@@ -49,13 +49,13 @@ class Selftest:
     faults: tuple[Fault, ...]
 
     def require_sound(self) -> None:
-        """Raise `SelftestFailed`, which carries the faults, unless there are none."""
+        """Raise `SelftestFailed`, which carries the faults, if there are any."""
         if self.faults:
             words = "; ".join(f"{fault.check}: {fault.message}" for fault in self.faults)
             raise SelftestFailed(f"{self.path}: failed its selftest. {words}", self.faults)
 
     def lines(self) -> list[str]:
-        """The outcome for people: a line a check, then the cosines."""
+        """The outcome for people: one line for each check, then the cosines."""
         messages = {fault.check: fault.message for fault in self.faults}
         width = max(map(len, CHECKS))
         return [
@@ -71,7 +71,7 @@ class Selftest:
 
 
 def selftest(encoder: Encoder) -> Selftest:
-    """Compare token ids and vectors of the probes with the header's; `SelftestMissing` where it has none."""
+    """Compare token ids and vectors of the golden texts with the header's. Raises `SelftestMissing` if it has none."""
     golden = require_golden(encoder.header)
     cosines = golden.cosines_of(probe_vectors(encoder, golden))
     faults = [*_token_faults(encoder, golden), *_vector_faults(encoder, golden, cosines)]
@@ -86,9 +86,9 @@ def selftest(encoder: Encoder) -> Selftest:
 
 
 def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
-    """L2-normalised vectors of the maker's token ids, NaN rows where there is none, (n_texts, n_embd) float32.
+    """L2-normalised vectors of the maker's token ids, (n_texts, n_embd) float32; NaN for a text without one.
 
-    Texts of one prompt go together, so that what they share is computed as in a user's call.
+    Texts of one prompt are one call, as a user would make it.
     """
     vectors = np.empty_like(golden.vectors)
     for name in dict.fromkeys(golden.prompts):
@@ -104,7 +104,7 @@ def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
         for name, text in zip(golden.prompts, golden.texts, strict=True)
     ]
     differing = [i for i, ids in enumerate(here) if not np.array_equal(ids, golden.ids[i])]
-    closing = [i for i in differing if _differs_only_at_the_end(here[i], golden.ids[i])]
+    closing = [i for i in differing if _differ_only_at_the_end(here[i], golden.ids[i])]
     others = [i for i in differing if i not in closing]
     if closing:
         ids, makers = here[closing[0]], golden.ids[closing[0]]
@@ -113,31 +113,25 @@ def _token_faults(encoder: Encoder, golden: Golden) -> Iterator[Fault]:
             f"{len(closing)} of {len(here)} texts end with the token {ids[-1]} instead of {makers[-1]}, as where "
             f"tokenizer.ggml.add_eos_token is false. {_AGAIN}",
         )
-    if others:
-        names = {golden.prompts[i] for i in others}
-        is_prompt = "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]
-        where = _first_difference(others[0], here[others[0]], golden)
-        if is_prompt:
-            yield Fault("prompt", " ".join(_prompt_words(name, header.prompts) for name in sorted(names)) + where)
-        else:
-            yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
-
-
-def _differs_only_at_the_end(here: Ids, makers: Ids) -> bool:
-    return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
-
-
-def _prompt_words(name: str, prompts: dict[str, str]) -> str:
-    state = f"is {prompts[name]!r}, not the one that the file was made with" if name in prompts else "is missing"
-    return f"The {name} prompt {state}."
-
-
-def _first_difference(i: int, here: Ids, golden: Golden) -> str:
-    at = leading_length(here, golden.ids[i])
-    return (
-        f" First, text {i + 1} ({_shown(golden.texts[i])}) at token {at + 1}: {here[at : at + 3].tolist()} instead "
-        f"of {golden.ids[i][at : at + 3].tolist()}. {_AGAIN}"
+    if not others:
+        return
+    first = others[0]
+    at = leading_length(here[first], golden.ids[first])
+    where = (
+        f" First, text {first + 1} ({_shown(golden.texts[first])}) at token {at + 1}: "
+        f"{here[first][at : at + 3].tolist()} instead of {golden.ids[first][at : at + 3].tolist()}. {_AGAIN}"
     )
+    names = {golden.prompts[i] for i in others}
+    if "" not in names and others == [i for i, name in enumerate(golden.prompts) if name in names]:
+        known = {name: f"is {text!r}, not the one that the file was made with" for name, text in header.prompts.items()}
+        words = (f"The {name} prompt {known.get(name, 'is missing')}." for name in sorted(names))
+        yield Fault("prompt", " ".join(words) + where)
+    else:
+        yield Fault("tokenizer", f"{len(others)} of {len(here)} texts are split differently.{where}")
+
+
+def _differ_only_at_the_end(here: Ids, makers: Ids) -> bool:
+    return abs(len(here) - len(makers)) <= 1 and np.array_equal(here[: len(makers) - 1], makers[:-1])
 
 
 def _shown(text: str) -> str:
@@ -145,18 +139,17 @@ def _shown(text: str) -> str:
 
 
 def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64]) -> Iterator[Fault]:
-    bad = _below_floor(golden, cosines)
+    margins = cosines - _floors(golden)
+    bad = np.flatnonzero(golden.is_compared & ~(margins >= 0))
     if not len(bad):
         return
     pooling = encoder.settings.pooling
     for other in POOLING_IDS:
-        if other != pooling and not len(_below_floor(golden, _cosines_by(encoder, golden, other))):
-            yield Fault(
-                "pooling",
-                f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}",
-            )
+        if other != pooling and _gives_golden_vectors(encoder, golden, other):
+            words = f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}"
+            yield Fault("pooling", words)
             return
-    i = int(bad[np.argmin(np.nan_to_num(cosines[bad] - _floors(golden)[bad], nan=-np.inf))])
+    i = int(bad[np.argmin(np.nan_to_num(margins[bad], nan=-np.inf))])
     value = f"the cosine {cosines[i]:.6f}" if np.isfinite(cosines[i]) else "no finite vector"
     yield Fault(
         "vectors",
@@ -167,18 +160,14 @@ def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64
     )
 
 
-def _below_floor(golden: Golden, cosines: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Texts whose cosine is too small, or not finite."""
-    return np.flatnonzero(golden.is_compared & ~(cosines >= _floors(golden)))
-
-
 def _floors(golden: Golden) -> NDArray[np.float64]:
     """The smallest cosine that each text may have, (n_texts,)."""
     return np.asarray(golden.cosines - TOLERANCE - DRIFT_SHARE * (1 - golden.cosines), dtype=np.float64)
 
 
-def _cosines_by(encoder: Encoder, golden: Golden, pooling: str) -> NDArray[np.float64]:
+def _gives_golden_vectors(encoder: Encoder, golden: Golden, pooling: str) -> bool:
     settings = replace(encoder.settings, pooling=pooling)
     other = Encoder(encoder.header, settings)
     with contextlib.closing(other.engine):
-        return golden.cosines_of(probe_vectors(other, golden))
+        cosines = golden.cosines_of(probe_vectors(other, golden))
+    return bool((cosines >= _floors(golden))[golden.is_compared].all())

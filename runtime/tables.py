@@ -24,44 +24,39 @@ Row = tuple[Id | None, str, object]  # id, text, kind
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts in input order, each with its id: the input's own, or its position from 0."""
+    """Texts in input order. A text's id is the one in the file, or its position from 0."""
 
     ids: tuple[Id, ...]
     texts: tuple[str, ...]
     kinds: tuple[str, ...]  # what a .jsonl or .csv states under "kind", or ""
-    has_ids: bool = False
+    has_ids: bool = False  # whether the file has any
 
     def without(self, indices: Iterable[int]) -> Texts:
-        """All texts but those at `indices`."""
-        left_out = set(indices)
-        kept = [i for i in range(len(self.texts)) if i not in left_out]
+        """All texts except those at `indices`."""
+        kept = sorted(set(range(len(self.texts))).difference(indices))
         ids, texts = tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept)
         return Texts(ids, texts, tuple(self.kinds[i] for i in kept), self.has_ids)
-
-
-def from_arguments(texts: Iterable[str]) -> Texts:
-    chosen = tuple(texts)
-    return Texts(tuple(range(len(chosen))), chosen, ("",) * len(chosen))
 
 
 def read_texts(source: str, *, column: str = "text") -> Texts:
     """Read a .txt (a text a line), .jsonl (objects, or strings) or .csv (header row) file; '-' is stdin, as lines.
 
-    `column` names the key or column of the text; "id" and "kind" are kept where there are any. Raises `InputError` with
-    file and line for what does not parse.
+    `column` names the key or column of the text. "id" and "kind" are read too, if the file has them. Raises
+    `InputError` with file and line for what does not parse.
     """
-    if source == "-":
-        content = _decode("stdin", sys.stdin.buffer.read())
-        return from_arguments(text for _, text, _ in _read_lines(Path("stdin"), content, column))
-    path = Path(source)
-    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
+    path, readers = Path(source), {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    read = _read_lines if source == "-" else readers.get(path.suffix.lower())
+    if read is None:
         raise UnknownName("input format", path.suffix or path.name, readers, " The file's ending decides (--input).")
     try:
-        content = _decode(source, path.read_bytes())
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, name = data.count(b"\n", 0, error.start) + 1, "stdin" if source == "-" else source
+        raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-    rows = list(readers[path.suffix.lower()](path, content, column))
+    rows = list(read(path, content, column))
     has_ids = any(row_id is not None for row_id, _, _ in rows)
     ids = tuple(i if row_id is None else row_id for i, (row_id, _, _) in enumerate(rows))
     kinds = tuple(kind if isinstance(kind, str) else "" for _, _, kind in rows)
@@ -69,24 +64,16 @@ def read_texts(source: str, *, column: str = "text") -> Texts:
 
 
 def require_output(path: Path, *, force: bool) -> None:
-    """Refuse an output of unknown format, or one that exists, before the work is done."""
-    if path.suffix not in _WRITERS:
-        raise UnknownName("output format", path.suffix or path.name, _WRITERS, " The file's ending decides (-o).")
+    """Refuse an output of unknown format, or one that exists. Call it before the work."""
+    if path.suffix not in WRITERS:
+        raise UnknownName("output format", path.suffix or path.name, WRITERS, " The file's ending decides (-o).")
     require_absent(path, force=force)
     if path.suffix == ".npy":
         require_absent(_ids_path(path), force=force)
 
 
-def write_vectors(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
-    """Write vectors (n_texts, n_dims) in the format of the file's ending; gives the paths that were written.
-
-    .npy holds the vectors only: ids that the input had go to NAME.ids.jsonl beside it.
-    """
-    return _WRITERS[path.suffix](path, texts, embeddings)
-
-
 def json_rows(texts: Texts, embeddings: Embeddings) -> Iterator[str]:
-    """One JSON object a text: its id, tokens, whether it was cut, and its vector, in digits that keep a float32."""
+    """One JSON object a text: id, number of tokens, whether it was cut, vector (with digits enough for a float32)."""
     columns = (texts.ids, embeddings.n_tokens.tolist(), embeddings.truncated.tolist(), embeddings.vectors)
     for row_id, n_tokens, truncated, vector in zip(*columns, strict=True):
         row = {"id": row_id, "n_tokens": n_tokens, "truncated": truncated}
@@ -113,12 +100,9 @@ def _write_safetensors(path: Path, texts: Texts, embeddings: Embeddings) -> list
     from safetensors.numpy import save
 
     with writing(path) as part:
-        tensors = {
-            "embeddings": embeddings.vectors,
-            "n_tokens": embeddings.n_tokens,
-            "truncated": embeddings.truncated,
-        }
-        part.write_bytes(save(tensors, metadata={"ids": json.dumps(texts.ids, ensure_ascii=False)}))
+        columns = {"n_tokens": embeddings.n_tokens, "truncated": embeddings.truncated}
+        ids = json.dumps(texts.ids, ensure_ascii=False)
+        part.write_bytes(save({"embeddings": embeddings.vectors, **columns}, metadata={"ids": ids}))
     return [path]
 
 
@@ -126,19 +110,13 @@ def _ids_path(path: Path) -> Path:
     return path.with_suffix(".ids.jsonl")
 
 
-_WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
+# By the file's ending: each writes vectors (n_texts, n_dims), and gives the paths of the written files. A .npy file
+# holds the vectors only: ids of the input file go to NAME.ids.jsonl beside it.
+WRITERS: dict[str, Callable[[Path, Texts, Embeddings], list[Path]]] = {
     ".npy": _write_npy,
     ".jsonl": _write_jsonl,
     ".safetensors": _write_safetensors,
 }
-
-
-def _decode(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name}, line {line}: is not UTF-8 ({error.reason}). Convert it to UTF-8 first.") from error
 
 
 def _read_lines(_path: Path, content: str, _column: str) -> Iterator[Row]:
@@ -158,8 +136,8 @@ def _read_jsonl(path: Path, content: str, column: str) -> Iterator[Row]:
             raise InputError(f"{where}: does not parse as JSON: {error}.") from error
         row = {column: row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = f"keys {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise InputError(f"{where}: has no text under {column!r} ({found}). Name the key with --column.")
+            it_has = f"keys {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise InputError(f"{where}: has no text under {column!r} ({it_has}). Name the key with --column.")
         yield _valid_id(where, row.get("id")), _valid_text(where, row[column]), row.get("kind")
 
 
@@ -182,9 +160,8 @@ def _valid_text(where: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: character {error.start + 1} is a lone surrogate ({text[error.start]!r}), which no text can hold."
-        ) from error
+        bad = f"character {error.start + 1} is a lone surrogate ({text[error.start]!r})"
+        raise InputError(f"{where}: {bad}, which no text can hold.") from error
     return text
 
 

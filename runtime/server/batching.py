@@ -28,38 +28,38 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class _Request:
-    """Texts of one client: how many were taken, how many have their vectors."""
+    """Texts of one client. They are taken in order, so their vectors come in order."""
 
     texts: Sequence[Ids]
     prompt: Ids | None
-    since: float
     done: asyncio.Future[Rows]
+    begin: float = field(default_factory=time.perf_counter)
     n_taken: int = 0
-    rows: dict[int, Rows] = field(default_factory=dict)  # of each text, (n_embd,)
+    rows: list[Rows] = field(default_factory=list)  # of each text, (n_embd,)
 
     @property
     def next_cost(self) -> int:
-        """Tokens of the next text that are its own: the prompt's are computed once for all."""
+        """Tokens of the next text without its prompt, which is computed once for all texts of a step."""
         n_tokens = len(self.texts[self.n_taken])
         return n_tokens if self.prompt is None else max(1, n_tokens - len(self.prompt))
 
-    def give(self, i: int, outcome: Rows | Exception) -> None:
-        """Take the vector of text `i`, or why there is none; the last vector finishes the request."""
+    def give(self, outcome: Rows | Exception) -> None:
+        """Receive the vector of the next text, or its error. The last vector finishes the request."""
         if self.done.done():  # cancelled, or failed by another of its texts
             return
         if isinstance(outcome, Exception):
             self.done.set_exception(outcome)
             return
-        self.rows[i] = outcome
+        self.rows.append(outcome)
         if len(self.rows) == len(self.texts):
-            self.done.set_result(np.stack([self.rows[i] for i in range(len(self.texts))]))
+            self.done.set_result(np.stack(self.rows))
 
 
 class Batcher:
-    """The queue of one model. While a step is computed, the next one gathers: no text waits for others to come.
+    """The queue of one model. While one step is computed, texts gather for the next: no text waits for others to come.
 
     A step takes one text of each request in turn, up to `step_tokens`, so that a small request is never behind a huge
-    one; a request that is cancelled leaves the queue. Lives in one event loop.
+    one. A request that is cancelled leaves the queue. A Batcher lives in one event loop.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Batcher:
         n_tokens = sum(map(len, texts))
         if self.waiting_tokens and self.waiting_tokens + n_tokens > self._max_waiting_tokens:
             raise QueueFull(min(600, math.ceil(self.waiting_tokens / self._tokens_per_s)))
-        request = _Request(texts, prompt, time.perf_counter(), asyncio.get_running_loop().create_future())
+        request = _Request(texts, prompt, asyncio.get_running_loop().create_future())
         self._turns.append(request)
         self._count(n_tokens)
         if self._task is None or self._task.done():
@@ -96,46 +96,48 @@ class Batcher:
                 self._count(-sum(map(len, texts[request.n_taken :])))
 
     async def _run(self) -> None:
-        """Steps until nobody waits."""
+        """Compute steps until nobody waits."""
         loop = asyncio.get_running_loop()
         while self._turns:
             step = self._take()
-            begin = time.perf_counter()
+            n_tokens, begin = sum(len(text) for _, text in step), time.perf_counter()
             outcomes = await loop.run_in_executor(self._thread, self._compute_step, step)
-            self._measure(sum(len(request.texts[i]) for request, i in step), time.perf_counter() - begin)
-            for (request, i), outcome in zip(step, outcomes, strict=True):
-                request.give(i, outcome)
+            seconds = time.perf_counter() - begin
+            self._metrics["compute_seconds"].observe(seconds)
+            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * n_tokens / seconds
+            for (request, _), outcome in zip(step, outcomes, strict=True):
+                request.give(outcome)
 
-    def _take(self) -> list[tuple[_Request, int]]:
-        """One text of each request in turn, until the budget is used; a text that is longer goes first, or waits."""
-        step: list[tuple[_Request, int]] = []
+    def _take(self) -> list[tuple[_Request, Ids]]:
+        """One text of each request in turn, until the budget is used; a text over the budget has a step of its own."""
+        step: list[tuple[_Request, Ids]] = []
         used = 0
         while self._turns and (not step or used + self._turns[0].next_cost <= self._step_tokens):
             request = self._turns.popleft()
             if not request.n_taken:
-                self._metrics["queue_seconds"].observe(time.perf_counter() - request.since)
+                self._metrics["queue_seconds"].observe(time.perf_counter() - request.begin)
             used += request.next_cost
-            step.append((request, request.n_taken))
+            step.append((request, request.texts[request.n_taken]))
             request.n_taken += 1
             if request.n_taken < len(request.texts):
                 self._turns.append(request)
-        self._count(-sum(len(request.texts[i]) for request, i in step))
+        self._count(-sum(len(text) for _, text in step))
         self._metrics["batch_fill"].observe(used / self._step_tokens)
         return step
 
-    def _compute_step(self, step: Sequence[tuple[_Request, int]]) -> list[Rows | Exception]:
-        """Vectors of a step, texts of one prompt together."""
+    def _compute_step(self, step: Sequence[tuple[_Request, Ids]]) -> list[Rows | Exception]:
+        """Vectors of a step, in its order; texts of one prompt are computed together."""
         groups: dict[bytes, list[int]] = {}
         for at, (request, _) in enumerate(step):
             groups.setdefault(b"" if request.prompt is None else request.prompt.tobytes(), []).append(at)
         outcomes: dict[int, Rows | Exception] = {}
         for places in groups.values():
-            texts = [step[at][0].texts[step[at][1]] for at in places]
-            outcomes.update(zip(places, self._isolated(texts, step[places[0]][0].prompt), strict=True))
+            computed = self._isolated([step[at][1] for at in places], step[places[0]][0].prompt)
+            outcomes.update(zip(places, computed, strict=True))
         return [outcomes[at] for at in range(len(step))]
 
     def _isolated(self, texts: list[Ids], prompt: Ids | None) -> list[Rows | Exception]:
-        """A vector a text; what the model raises goes to the one text, found by halving, that makes it."""
+        """A vector a text. An error of the model goes to the one text that causes it, which halving finds."""
         try:
             return list(self._compute(texts, prompt))
         except Exception as error:
@@ -143,10 +145,6 @@ class Batcher:
                 return [error]
             half = len(texts) // 2
             return self._isolated(texts[:half], prompt) + self._isolated(texts[half:], prompt)
-
-    def _measure(self, n_tokens: int, seconds: float) -> None:
-        self._metrics["compute_seconds"].observe(seconds)
-        self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * n_tokens / seconds
 
     def _count(self, n_tokens: int) -> None:
         self.waiting_tokens += n_tokens

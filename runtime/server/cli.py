@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +15,11 @@ from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS,
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ExtraMissing, WrongUsage
 
-_COUNT = click.IntRange(1)
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[_Command], _Command]:
-    kind = _COUNT if isinstance(default, int) else float
+    kind = click.IntRange(1) if isinstance(default, int) else float
     return click.option(flag, name, default=default, show_default=True, type=kind, help=words)
 
 
@@ -42,7 +40,7 @@ def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds such a key, or several.")
 @click.option("--allow-open", is_flag=True, help="Let other machines in without a key.")
 @click.option(
-    "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Let in pages of this origin; repeatable."
+    "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Accept pages of this origin; repeatable."
 )
 @click.option("--selftest", is_flag=True, help="Refuse files without golden vectors. Files that have them are tested.")
 @_limit("--max-body", "max_body_bytes", 16 << 20, "Bytes that a request's body may have.")
@@ -74,20 +72,23 @@ def serve(
     JSON on stderr, without anybody's text. After SIGTERM, accepted requests are finished.
     """
     files = named_files(models or (require_model(os.environ.get("F2GGUF_MODEL")),))
-    keys = read_keys(api_keys_file, api_key_env)
+    keys = _read_keys(api_keys_file, api_key_env)
     if not keys and not allow_open and not _is_loopback(host):
         raise WrongUsage(
             f"--host {host}: other machines could use this server. Pass --api-keys-file or --api-key-env, or "
             "--allow-open to let everybody in."
         )
-    require_extra()
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client", "orjson") if find_spec(name) is None]
+    if missing:
+        raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
     from f2gguf.runtime.server import app as server
+    from f2gguf.runtime.server.guard import log_as_json
     from f2gguf.runtime.server.metrics import Metrics
     from f2gguf.runtime.server.models import Limits, open_model
 
     stated = {field.name: options.pop(field.name) for field in fields(Limits) if field.name in options}
     limits, metrics = Limits(api_keys=keys, **stated), Metrics()
-    _log_as_json()
+    log_as_json()
     with server.bound(host, port) as listener:
         served = [open_model(file, name, limits, metrics, selftest=selftest, **options) for name, file in files.items()]
         for model in served:
@@ -95,16 +96,20 @@ def serve(
         say(f"http://{host}:{listener.getsockname()[1]}")
         server.serve(server.create_app(served, limits, metrics), listener, drain_timeout_s=drain_timeout_s)
         for model in served:
-            model.close()
+            model.embedder.close()
 
 
 def named_files(models: tuple[str, ...]) -> dict[str, str]:
-    """Names and files of `-m [NAME=]MODEL`; where no name is given, the file's own without .gguf."""
+    """Names and files of `-m [NAME=]MODEL`. Without a name: that of the file ('nano-Q8_0'), or of 'org/nano:Q8_0'."""
+    from f2gguf.runtime.hub.models import parse_model
+
     files: dict[str, str] = {}
     for option in models:
         name, equals, model = option.partition("=")
         if not equals or Path(option).exists():
-            name, model = _own_name(option), option
+            reference = None if Path(option).exists() else parse_model(option)
+            parts = [reference.repo.split("/")[1], reference.variant] if reference else [Path(option).stem]
+            name, model = "-".join(filter(None, parts)), option
         if not name or not model:
             raise WrongUsage(f"-m {option}: pass MODEL, or NAME=MODEL.")
         if name in files:
@@ -113,17 +118,7 @@ def named_files(models: tuple[str, ...]) -> dict[str, str]:
     return files
 
 
-def _own_name(model: str) -> str:
-    """'dist/nano/nano-Q8_0.gguf' and 'org/nano:Q8_0' -> 'nano-Q8_0'."""
-    from f2gguf.runtime.hub.models import parse_model
-
-    reference = None if Path(model).exists() else parse_model(model)
-    if reference is None:
-        return Path(model).stem
-    return "-".join([reference.repo.split("/")[1], *([reference.variant] if reference.variant else [])])
-
-
-def read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
+def _read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
     """API keys of a file (one a line; # begins a comment) and of an environment variable (separated by spaces)."""
     keys: list[str] = []
     if path is not None:
@@ -135,19 +130,10 @@ def read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
         if not keys:
             raise WrongUsage(f"--api-keys-file {path}: holds no key. Write one a line.")
     if variable is not None:
-        if not os.environ.get(variable, "").split():
+        if not (more := os.environ.get(variable, "").split()):
             raise WrongUsage(f"--api-key-env {variable}: holds no key. Set it.")
-        keys += os.environ[variable].split()
+        keys += more
     return tuple(keys)
-
-
-def require_extra() -> None:
-    """Raise `ExtraMissing` unless the web framework is installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client", "orjson") if find_spec(name) is None]
-    if missing:
-        raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
 
 
 def _is_loopback(host: str) -> bool:
@@ -155,12 +141,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _log_as_json() -> None:
-    from f2gguf.runtime.server.guard import JsonFormatter
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("f2gguf").setLevel(logging.INFO)

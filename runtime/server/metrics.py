@@ -12,41 +12,35 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
-_OF_MODEL: dict[str, tuple[type[MetricWrapperBase], str, str, dict[str, Any]]] = {
-    "tokens": (Counter, "tokens", "Tokens embedded.", {}),
-    "texts": (Counter, "texts", "Texts embedded.", {}),
-    "truncated": (Counter, "truncated_texts", "Texts cut to the maximum length.", {}),
-    "quarantined": (Counter, "quarantined_texts", "Texts that have no finite vector.", {}),
-    "queue_requests": (Gauge, "queue_requests", "Requests with texts that wait.", {}),
-    "queue_tokens": (Gauge, "queue_tokens", "Tokens that wait.", {}),
-    "tokenize_seconds": (Histogram, "tokenize_seconds", "A request's texts become ids.", {"buckets": _SECONDS}),
-    "queue_seconds": (Histogram, "queue_seconds", "A request waits for its first text's turn.", {"buckets": _SECONDS}),
-    "compute_seconds": (Histogram, "compute_seconds", "One step of the model.", {"buckets": _SECONDS}),
-    "batch_fill": (Histogram, "batch_fill", "Tokens of a step, as a share of its budget.", {"buckets": _SHARES}),
+_OF_MODEL: dict[str, tuple[type[MetricWrapperBase], str, dict[str, Any]]] = {
+    "tokens": (Counter, "Tokens embedded.", {}),
+    "texts": (Counter, "Texts embedded.", {}),
+    "truncated_texts": (Counter, "Texts cut to the maximum length.", {}),
+    "quarantined_texts": (Counter, "Texts that have no finite vector.", {}),
+    "queue_requests": (Gauge, "Requests with texts that wait.", {}),
+    "queue_tokens": (Gauge, "Tokens that wait.", {}),
+    "tokenize_seconds": (Histogram, "A request's texts become ids.", {"buckets": _SECONDS}),
+    "queue_seconds": (Histogram, "A request waits for its first text's turn.", {"buckets": _SECONDS}),
+    "compute_seconds": (Histogram, "One step of the model.", {"buckets": _SECONDS}),
+    "batch_fill": (Histogram, "Tokens of a step, as a share of its budget.", {"buckets": _SHARES}),
 }
 
 
 class Metrics:
-    """All figures of a server, in a registry of their own; those of a model by `of`."""
+    """All metrics of a server, in a registry of their own; those of a model by `of`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._new(Counter, "requests", "Requests answered.", "path", "status")
-        self.request_seconds = self._new(
-            Histogram,
-            "request_seconds",
-            "From a request's headers to its answer's last byte.",
-            "path",
-            buckets=_SECONDS,
-        )
+        words = "From a request's headers to its answer's last byte."
+        self.request_seconds = self._new(Histogram, "request_seconds", words, "path", buckets=_SECONDS)
         self.in_flight = self._new(Gauge, "requests_in_flight", "Requests accepted and not answered yet.")
         self._of_model = {
-            name: self._new(kind, metric, words, "model", **options)
-            for name, (kind, metric, words, options) in _OF_MODEL.items()
+            name: self._new(kind, name, words, "model", **options) for name, (kind, words, options) in _OF_MODEL.items()
         }
 
     def of(self, model: str) -> dict[str, Any]:
-        """The figures of one model, by their short names."""
+        """The metrics of one model by name."""
         return {name: metric.labels(model) for name, metric in self._of_model.items()}
 
     def _new(self, kind: type[MetricWrapperBase], name: str, words: str, *labels: str, **options: Any) -> Any:

@@ -1,29 +1,28 @@
-"""The models of a server: names become models, a request's texts become vectors, whatever the dialect."""
+"""The models of a server: a name becomes a model, a request's texts become vectors, whatever the dialect."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import TextError, UnknownDims
-from f2gguf.runtime.files import sha256_file
+from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.encoder import Input, Tokens
-from f2gguf.runtime.llama.engine import Rows, unusable
-from f2gguf.runtime.server.answers import Answer, Asked, Refused
+from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.server.answers import Answer, Job, Refused
 from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server.metrics import Metrics
 
-KINDS = ("query", "document")  # known for every model; without such a prompt, the texts go in as they are
-_INLINE_CHARS = 1000  # shorter requests are tokenised in less time than a thread takes to be asked
+KINDS = ("query", "document")  # every model knows them; where it has no such prompt, texts stay as they are
+_INLINE_CHARS = 1000  # tokenising fewer takes less time than handing them to a thread
 
 
 @dataclass(frozen=True)
@@ -42,143 +41,134 @@ class Limits:
     step_tokens: int = 1024
 
 
+@dataclass(eq=False)
 class ServedModel:
-    """An open file and its queue. `compute` stands in for the model's own in tests of what may go wrong."""
+    """An open file and its queue. Tests of failures pass a `compute` of their own."""
 
-    def __init__(
-        self,
-        name: str,
-        embedder: Embedder,
-        limits: Limits,
-        metrics: Metrics,
-        *,
-        selftest: str = "not run",
-        compute: Compute | None = None,
-    ) -> None:
-        self.name = name
-        self.embedder = embedder
-        self.encoder = embedder.encoder
-        self.header = embedder.header
-        self.limits = limits
-        self.selftest = selftest
-        self.sha256 = sha256_file(embedder.header.path)  # now: of a large file it takes a while
-        self.metrics = metrics.of(name)
+    name: str
+    embedder: Embedder
+    limits: Limits
+    all_metrics: InitVar[Metrics]
+    _: KW_ONLY
+    selftest: str = "not run"
+    compute: InitVar[Compute | None] = None
+
+    def __post_init__(self, all_metrics: Metrics, compute: Compute | None) -> None:
+        self.encoder = self.embedder.encoder
+        self.header = self.embedder.header
+        self.sha256 = sha256_file(self.header.path)  # at the start: a large file takes a while
+        self.metrics = all_metrics.of(self.name)
         self.batcher = Batcher(
             compute or self.encoder.compute,
-            step_tokens=limits.step_tokens,
-            max_waiting_tokens=limits.max_waiting_tokens,
+            step_tokens=self.limits.step_tokens,
+            max_waiting_tokens=self.limits.max_waiting_tokens,
             metrics=self.metrics,
         )
 
     def fingerprint(self, prompt: str | None = None, dimensions: int | None = None) -> str:
         """'SPACE' or 'SPACE.PROMPT', 16 and 8 hexadecimal digits.
 
-        Vectors compare where SPACE is equal: file, pooling and width. PROMPT tells those of queries from documents'.
+        Vectors compare where SPACE is equal: file, pooling and width. PROMPT tells queries from documents.
         """
         width = dimensions or self.header.n_embd
-        space = _digest(f"{self.sha256} {self.embedder.pooling} {width}")[:16]
-        return space if prompt is None else f"{space}.{_digest(prompt)[:8]}"
+        space = sha256_text(f"{self.sha256} {self.embedder.pooling} {width}")[:16]
+        return space if prompt is None else f"{space}.{sha256_text(prompt)[:8]}"
 
-    async def embed(self, asked: Asked, facts: dict[str, Any]) -> Answer:
-        """Vectors of what is asked for, or `Refused`; what may be logged of it goes into `facts`."""
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of a response without vectors."""
+        return {"X-Embedding-Fingerprint": self.fingerprint()}
+
+    async def embed(self, job: Job, facts: dict[str, Any]) -> Answer:
+        """Vectors of a job. Raises `Refused`. Puts into `facts` what the log may hold of it."""
         begin = time.perf_counter()
-        facts |= {"model": self.name, "n_texts": len(asked.inputs)}
-        prompt = self._prompt_for(asked)
-        width = self._width(asked.dimensions)
-        tokens = await self.tokenize(asked.inputs, prompt, truncate=asked.truncate)
+        facts |= {"model": self.name, "n_texts": len(job.inputs)}
+        prompt, width = self._prompt_for(job), self._width(job.dimensions)
+        tokens = await self.tokenize(job.inputs, prompt, truncate=job.truncate)
         n_tokens, truncated = int(tokens.lengths.sum()), np.flatnonzero(tokens.truncated).tolist()
         facts |= {"n_tokens": n_tokens, "n_truncated": len(truncated)}
-        if n_tokens > self.limits.max_request_tokens:
-            raise Refused("too_long", f"{n_tokens:,} tokens: a request may have {self.limits.max_request_tokens:,}.")
+        _require_at_most(self.limits.max_request_tokens, n_tokens, "tokens", "context_length_exceeded")
         self.metrics["tokenize_seconds"].observe(time.perf_counter() - begin)
-        rows = self.encoder.finish(await self._queued(tokens), width=width, normalize=asked.normalize)
-        self._require_vectors(rows)
+        try:
+            rows = await self.batcher(tokens.ids, tokens.prompt)
+        except QueueFull as full:
+            wait = {"Retry-After": str(full.retry_after_s)}
+            raise Refused("rate_limit_exceeded", f"{self.name}: {full}.", headers=wait) from full
+        rows = self.encoder.finish(rows, width=width, normalize=job.normalize)
+        if bad := unusable(rows):
+            self.metrics["quarantined_texts"].inc(len(bad))
+            shown = ", ".join(map(str, bad[:5])) + ", ..." * (len(bad) > 5)
+            words = (
+                f"{len(bad)} of {len(rows)} texts (input {shown}) have no finite vector. Take them out, or use a "
+                "variant of higher precision."
+            )
+            raise Refused("no_finite_vector", words, param="input")
         self.metrics["tokens"].inc(n_tokens)
         self.metrics["texts"].inc(len(rows))
-        self.metrics["truncated"].inc(len(truncated))
+        self.metrics["truncated_texts"].inc(len(truncated))
         return Answer(rows, n_tokens, truncated, self.fingerprint(prompt, width))
 
     async def tokenize(self, inputs: Sequence[Input], prompt: str, *, truncate: bool) -> Tokens:
         """Token ids with the prompt and special tokens; in a thread where that takes a while.
 
-        llama.cpp's tokenizer lets go of Python's lock. Raises `Refused` for what is no text, or too long to be kept.
+        llama.cpp's tokenizer releases Python's lock. Raises `Refused` for what is no text, or is too long for the model
+        and may not be cut.
         """
         if not inputs:
-            raise Refused("empty", "no input: give at least one text.")
-        if len(inputs) > self.limits.max_texts:
-            raise Refused("too_many_texts", f"{len(inputs):,} texts: a request may have {self.limits.max_texts:,}.")
+            raise Refused("empty_input", "no input: give at least one text.")
+        _require_at_most(self.limits.max_texts, len(inputs), "texts", "too_many_inputs")
         if sum(map(len, inputs)) <= _INLINE_CHARS:
             return self._tokenize(inputs, prompt, truncate)
         return await asyncio.to_thread(self._tokenize, inputs, prompt, truncate)
 
     def prompt(self, name: str | None) -> str:
-        """The text of a prompt by its name."""
+        """The text of a prompt by its name; None means the prompt of documents."""
         prompts = self.header.prompts
         name = "document" if name is None else name
         if name not in prompts and name not in KINDS:
             known = ", ".join(dict.fromkeys([*prompts, *KINDS]))
-            raise Refused("invalid", f"{self.name} has no prompt of this name. Known: {known}.", param="prompt_name")
+            words = f"{self.name} has no prompt of this name. Known: {known}."
+            raise Refused("invalid_value", words, param="prompt_name")
         return prompts.get(name, "")
 
-    def close(self) -> None:
-        self.embedder.close()
-
-    def _prompt_for(self, asked: Asked) -> str:
-        """The prompt of a request: token ids have none, since a prompt and its text are split as one."""
-        if all(isinstance(given, str) for given in asked.inputs):
-            return self.prompt(asked.prompt_name)
-        if asked.prompt_name is None:
+    def _prompt_for(self, job: Job) -> str:
+        """The prompt of a job. Token ids have none, because prompt and text must be tokenised as one string."""
+        if all(isinstance(one, str) for one in job.inputs):
+            return self.prompt(job.prompt_name)
+        if job.prompt_name is None:
             return ""
-        raise Refused("invalid", f"the {asked.prompt_name} prompt goes before texts, not token ids.", param="input")
+        words = f"the {job.prompt_name} prompt goes before texts, not token ids."
+        raise Refused("invalid_value", words, param="input")
 
     def _width(self, dimensions: int | None) -> int:
-        if dimensions is None:
-            return self.embedder.get_sentence_embedding_dimension()
         try:
-            return self.header.require_width(dimensions)
+            return self.header.require_width(dimensions or self.embedder.truncate_dim)
         except UnknownDims as error:
             trained = ", ".join(map(str, self.header.dims))
             words = f"{dimensions} dimensions: {self.name} was trained for {trained}."
-            raise Refused("invalid", words, param="dimensions") from error
+            raise Refused("invalid_value", words, param="dimensions") from error
 
     def _tokenize(self, inputs: Sequence[Input], prompt: str, truncate: bool) -> Tokens:
         try:
             tokens = self.encoder.tokenize(inputs, prompt, label="input {index}")
         except TextError as error:
-            raise Refused("invalid", str(error), param="input") from error
+            raise Refused("invalid_value", str(error), param="input") from error
         if tokens.truncated.any() and not truncate:
             which, limit = tokens.truncated.argmax(), f"{self.embedder.max_seq_length:,} tokens"
             words = f"input {which} is longer than {limit}. Shorten it, or pass truncate: true."
-            raise Refused("too_long", words, param="input")
+            raise Refused("context_length_exceeded", words, param="input")
         return tokens
 
-    async def _queued(self, tokens: Tokens) -> Rows:
-        try:
-            return await self.batcher(tokens.ids, tokens.prompt)
-        except QueueFull as full:
-            wait = {"Retry-After": str(full.retry_after_s)}
-            raise Refused("overloaded", f"{self.name}: {full}.", headers=wait) from full
 
-    def _require_vectors(self, rows: Rows) -> None:
-        bad = unusable(rows)
-        if not bad:
-            return
-        self.metrics["quarantined"].inc(len(bad))
-        shown = ", ".join(map(str, bad[:5])) + ", ..." * (len(bad) > 5)
-        raise Refused(
-            "no_vector",
-            f"{len(bad)} of {len(rows)} texts (input {shown}) have no finite vector. Take them out, or use a variant "
-            "of higher precision.",
-            param="input",
-        )
+Models = Mapping[str, ServedModel]  # by name; a request that names none means the first
 
 
 def open_model(
     model: str | Path, name: str, limits: Limits, metrics: Metrics, *, selftest: bool = False, **options: Any
 ) -> ServedModel:
-    """Load a file, and compare it with what its maker measured where the file says that; `selftest` insists on it.
+    """Load a file, and run its selftest where it has golden vectors; `selftest` refuses a file without them.
 
-    Raises what `Embedder` does, `options` are its own.
+    `options` are those of `Embedder`, which raises the errors.
     """
     header = open_header(model)
     tested = selftest or has_golden(header)
@@ -186,36 +176,28 @@ def open_model(
     return ServedModel(name, embedder, limits, metrics, selftest="passed" if tested else "file has no golden vectors")
 
 
-class Models:
-    """The models of a server by name. The first is meant where a request names none."""
+def find_model(models: Models, name: str | None, prompt_name: str | None = None) -> tuple[ServedModel, str | None]:
+    """The model called `name`, and the name of the prompt, in which the model's name may end: 'nano:query'.
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.by_name: Mapping[str, ServedModel] = {model.name: model for model in models}
-
-    def find(self, name: str | None, prompt_name: str | None = None) -> tuple[ServedModel, str | None]:
-        """The model called `name` (None: the first), and the prompt, which the name may end in: 'nano:query'.
-
-        ':latest', which Ollama's clients write, means nothing. Raises `Refused`.
-        """
-        if name is None:
-            return next(iter(self.by_name.values())), prompt_name
-        if model := self.by_name.get(name):
-            return model, prompt_name
-        base, _, suffix = name.rpartition(":")
-        model = self.by_name.get(base)
-        if model is None or suffix not in {"latest", *KINDS, *model.header.prompts}:
-            raise Refused("unknown_model", _unknown(name, self.by_name), param="model")
-        if suffix == "latest":
-            return model, prompt_name
-        if prompt_name not in (None, suffix):
-            raise Refused("invalid", f"the model's name says {suffix}, the request {prompt_name}.", param="model")
-        return model, suffix
+    ':latest', which Ollama's clients write, means nothing. Raises `Refused`.
+    """
+    if name is None:
+        return next(iter(models.values())), prompt_name
+    if model := models.get(name):
+        return model, prompt_name
+    base, _, suffix = name.rpartition(":")
+    model = models.get(base)
+    if model is None or suffix not in {"latest", *KINDS, *model.header.prompts}:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        words = f"model {shown!r} not found. Here are: {', '.join(models)}; each may end in ':query' or ':document'."
+        raise Refused("model_not_found", words, param="model")
+    if suffix == "latest":
+        return model, prompt_name
+    if prompt_name not in (None, suffix):
+        raise Refused("invalid_value", f"the model's name says {suffix}, the request {prompt_name}.", param="model")
+    return model, suffix
 
 
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    shown = name if len(name) <= 80 else name[:77] + "..."
-    return f"model {shown!r} not found. Here are: {', '.join(known)}; each may end in ':query' or ':document'."
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _require_at_most(limit: int, n: int, unit: str, code: str) -> None:
+    if n > limit:
+        raise Refused(code, f"{n:,} {unit}: a request may have {limit:,}.")

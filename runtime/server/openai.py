@@ -5,23 +5,18 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from f2gguf.runtime.gguf.describe import drift_of, is_reference
-from f2gguf.runtime.server.answers import Asked, json_response
-from f2gguf.runtime.server.models import Models
+from f2gguf.runtime.gguf.describe import StatedDrift, drift_of, is_reference
+from f2gguf.runtime.server.answers import Job, ModelName, Refused, Text, TokenIds, Width, json_response
+from f2gguf.runtime.server.models import Models, find_model
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
-
-# fail_fast: a long list of wrong things has one error, not one for each of them
-TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
-Text = Annotated[StrictStr, Field(min_length=1)]
-MODEL = Field(description="A model's name; it may end in ':query' or ':document' (or another prompt's name).")
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 
 class EmbeddingsRequest(BaseModel):
     """OpenAI's request, and two fields of ours: `input_type` and `truncate`."""
 
-    model: Annotated[StrictStr, MODEL]
+    model: ModelName
     input: Annotated[
         Text
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -29,7 +24,7 @@ class EmbeddingsRequest(BaseModel):
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
         Field(description="A text, texts, token ids, or lists of token ids; a missing closing token is added to ids."),
     ]
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the model's trained widths.")
+    dimensions: Width | None = Field(None, description="One of the model's trained widths.")
     encoding_format: Literal["float", "base64"] | None = "float"
     user: StrictStr | None = Field(None, description="Ignored.")
     input_type: StrictStr | None = Field(
@@ -55,16 +50,6 @@ class EmbeddingsResponse(BaseModel):
     model: str
     usage: Usage
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
-
-
-class StatedDrift(BaseModel):
-    """As the file's header states it: 1 - cosine to the reference's vectors, as fractions."""
-
-    mean: float
-    upper: float = Field(description="Where the mean's 95% interval ends.")
-    max_drift: float = Field(description="The bound.")
-    holds: bool = Field(description="Whether `upper`, and the mean of every language and kind of text, keep it.")
-    n_texts: int
 
 
 class Model(BaseModel):
@@ -103,32 +88,38 @@ class OpenAIError(BaseModel):
     error: Error
 
 
-def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=errors)
+def error_body(refused: Refused) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of a refusal, as OpenAI's clients expect them."""
+    kind = "rate_limit_error" if refused.status == 429 else "invalid_request_error"
+    if refused.status >= 500:
+        kind = "server_error"
+    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
+    return refused.status, {"error": error}
+
+
+def router(models: Models) -> APIRouter:
+    routes = APIRouter(tags=["OpenAI"])
 
     @routes.post("/embeddings", response_model=EmbeddingsResponse)
-    async def embeddings(asked: EmbeddingsRequest, request: Request) -> Response:
+    async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
-        model, prompt_name = models.find(asked.model, asked.input_type)
-        is_single = isinstance(asked.input, str) or isinstance(asked.input[0], int)  # one text, or the ids of one
-        inputs: Any = [asked.input] if is_single else asked.input
-        asked_for = Asked(inputs, prompt_name, asked.dimensions, truncate=asked.truncate)
-        answer = await model.embed(asked_for, request.state.facts)
-        encode = _base64 if asked.encoding_format == "base64" else lambda row: row
-        rows = enumerate(answer.rows)
-        body = {
-            "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": encode(row)} for i, row in rows],
-            "model": asked.model,
-            "usage": {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens},
-            "truncated": answer.truncated,
-        }
-        return json_response(body, headers=answer.headers)
+        model, prompt_name = find_model(models, body.model, body.input_type)
+        is_single = isinstance(body.input, str) or isinstance(body.input[0], int)  # one text, or the ids of one
+        inputs: Any = [body.input] if is_single else body.input
+        job = Job(inputs, prompt_name, body.dimensions, truncate=body.truncate)
+        answer = await model.embed(job, request.state.facts)
+        rows: Any = answer.rows
+        if body.encoding_format == "base64":
+            rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+        data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
+        usage = {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens}
+        fields = {"object": "list", "data": data, "model": body.model, "usage": usage, "truncated": answer.truncated}
+        return json_response(fields, headers=answer.headers)
 
     @routes.get("/models", response_model=ModelsResponse)
     async def list_models() -> Response:
         """The models of this server."""
-        return json_response({"object": "list", "data": [_model(name, models) for name in models.by_name]})
+        return json_response({"object": "list", "data": [_model(name, models) for name in models]})
 
     @routes.get("/models/{name:path}", response_model=Model)
     async def get_model(name: str) -> Response:
@@ -138,12 +129,8 @@ def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter
     return routes
 
 
-def _base64(row: Any) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
-
-
 def _model(name: str, models: Models) -> dict[str, Any]:
-    model, _ = models.find(name)
+    model, _ = find_model(models, name)
     return {
         "id": name,
         "object": "model",

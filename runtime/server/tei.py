@@ -7,15 +7,23 @@ from typing import Annotated, Any, Literal
 
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.gguf.header import KEY_VERSION
-from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.server.answers import Asked, json_response
-from f2gguf.runtime.server.models import Models, ServedModel
-from f2gguf.runtime.server.openai import MODEL, Text, TokenIds
+from f2gguf.runtime.server.answers import Job, ModelName, Refused, Text, TokenIds, Width, json_response
+from f2gguf.runtime.server.models import Models, ServedModel, find_model
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 Texts = Annotated[list[Text], Field(fail_fast=True)]
+# TEI's own statuses and error types, where they differ from ours and from "Validation"
+_STATUSES = {"invalid_value": 422, "context_length_exceeded": 413, "too_many_inputs": 413, "no_finite_vector": 424}
+_ERROR_TYPES = {
+    "empty_input": "Empty",
+    "invalid_api_key": "Unauthorized",
+    "no_finite_vector": "Backend",
+    "internal_error": "Backend",
+    "rate_limit_exceeded": "Overloaded",
+    "shutting_down": "Unhealthy",
+}
 PROMPT_NAME = Field(None, description="'query', 'document' (default) or another of the model's prompts.")
 TRUNCATE = Field(False, description="Cut texts that are too long; X-Embedding-Truncated says which. Else 413.")
 
@@ -23,7 +31,7 @@ TRUNCATE = Field(False, description="Cut texts that are too long; X-Embedding-Tr
 class Options(BaseModel):
     """What the requests have in common. `model` is ours: TEI serves one."""
 
-    model: Annotated[StrictStr | None, MODEL] = None
+    model: ModelName | None = None
     prompt_name: StrictStr | None = PROMPT_NAME
     truncate: StrictBool | None = TRUNCATE
     truncation_direction: Literal["Right", "right"] | None = "Right"
@@ -32,7 +40,7 @@ class Options(BaseModel):
 class TEIEmbedRequest(Options):
     inputs: Text | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     normalize: StrictBool | None = Field(None, description="Vectors of length 1 [default: as the model's file says].")
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="One of the trained widths.")
+    dimensions: Width | None = Field(None, description="One of the trained widths.")
 
 
 class Sentences(BaseModel):
@@ -49,7 +57,7 @@ class TokenizeRequest(BaseModel):
     inputs: Text | Texts
     add_special_tokens: StrictBool = True
     prompt_name: StrictStr | None = PROMPT_NAME
-    model: Annotated[StrictStr | None, MODEL] = None
+    model: ModelName | None = None
 
 
 class Token(BaseModel):
@@ -85,57 +93,60 @@ class Info(BaseModel):
     device: str
 
 
-def router(models: Models, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    routes = APIRouter(tags=["text-embeddings-inference"], responses=errors)
+def error_body(refused: Refused) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of a refusal, as text-embeddings-inference's clients expect them."""
+    error_type = _ERROR_TYPES.get(refused.code, "Validation")
+    return _STATUSES.get(refused.code, refused.status), {"error": refused.message, "error_type": error_type}
 
-    async def embed(asked: TEIEmbedRequest, request: Request) -> Response:
+
+def router(models: Models) -> APIRouter:
+    routes = APIRouter(tags=["text-embeddings-inference"])
+
+    @routes.post("/", response_model=list[list[float]], include_in_schema=False)  # huggingface_hub posts there
+    @routes.post("/embed", response_model=list[list[float]])
+    async def embed(body: TEIEmbedRequest, request: Request) -> Response:
         """Vectors of texts, (n_texts, n_dims). Headers: X-Embedding-Fingerprint, X-Embedding-Truncated."""
-        model, prompt_name = models.find(asked.model, asked.prompt_name)
-        inputs = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        asked_for = Asked(inputs, prompt_name, asked.dimensions, asked.normalize, bool(asked.truncate))
-        answer = await model.embed(asked_for, request.state.facts)
+        model, prompt_name = find_model(models, body.model, body.prompt_name)
+        inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        job = Job(inputs, prompt_name, body.dimensions, body.normalize, bool(body.truncate))
+        answer = await model.embed(job, request.state.facts)
         return json_response(answer.rows, headers=answer.headers)
 
-    routes.post("/embed", response_model=list[list[float]])(embed)
-    routes.post("/", response_model=list[list[float]], include_in_schema=False)(embed)  # huggingface_hub posts there
-
     @routes.post("/similarity", response_model=list[float])
-    async def similarity(asked: SimilarityRequest, request: Request) -> Response:
+    async def similarity(body: SimilarityRequest, request: Request) -> Response:
         """Cosines of one sentence with others, (n_sentences,)."""
-        options = asked.parameters or Options()
-        model, prompt_name = models.find(options.model, options.prompt_name)
-        texts = [asked.inputs.source_sentence, *asked.inputs.sentences]
-        answer = await model.embed(Asked(texts, prompt_name, truncate=bool(options.truncate)), request.state.facts)
+        options = body.parameters or Options()
+        model, prompt_name = find_model(models, options.model, options.prompt_name)
+        texts = [body.inputs.source_sentence, *body.inputs.sentences]
+        answer = await model.embed(Job(texts, prompt_name, truncate=bool(options.truncate)), request.state.facts)
         cosines = Embedder.similarity(answer.rows[0], answer.rows[1:])[0]
         return json_response(cosines, headers=answer.headers)
 
     @routes.post("/tokenize", response_model=list[list[Token]])
-    async def tokenize(asked: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """The tokens that the model would see of each text."""
-        model, prompt_name = models.find(asked.model, asked.prompt_name)
-        texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        prompt = model.prompt(prompt_name)
-        tokens = await model.tokenize(texts, prompt, truncate=True)
-        return json_response(await asyncio.to_thread(_tokens, model, tokens.ids, asked.add_special_tokens))
+        model, prompt_name = find_model(models, body.model, body.prompt_name)
+        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        tokens = await model.tokenize(texts, model.prompt(prompt_name), truncate=True)
+        pieces = await asyncio.to_thread(lambda: list(map(model.encoder.pieces, tokens.ids)))
+        return json_response(
+            [
+                [
+                    {"id": token, "text": text, "special": is_special, "start": None, "stop": None}
+                    for token, text, is_special in row
+                    if body.add_special_tokens or not is_special
+                ]
+                for row in pieces
+            ]
+        )
 
     @routes.get("/info", response_model=Info)
     async def info(model: str | None = None) -> Response:
         """What the model is. `model` chooses one of several [default: the first]."""
-        chosen, _ = models.find(model)
-        return json_response(_info(chosen), headers={"X-Embedding-Fingerprint": chosen.fingerprint()})
+        chosen, _ = find_model(models, model)
+        return json_response(_info(chosen), headers=chosen.headers)
 
     return routes
-
-
-def _tokens(model: ServedModel, texts: list[Ids], with_special: bool) -> list[list[dict[str, Any]]]:
-    return [
-        [
-            {"id": token, "text": text, "special": special, "start": None, "stop": None}
-            for token, text, special in model.encoder.pieces(ids)
-            if with_special or not special
-        ]
-        for ids in texts
-    ]
 
 
 def _info(model: ServedModel) -> dict[str, Any]:
