@@ -10,7 +10,7 @@ from typing import Any
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 
-# The split pattern of a byte-level BPE, word for word -> llama.cpp's name for its own implementation of it
+# The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
         "qwen2"
@@ -26,7 +26,7 @@ _WORD_START = "\u2581"  # llama.cpp writes "##ing" as "ing" and "play" as "▁pl
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the header says of the tokenizer: llama.cpp's own keys, and what f2gguf adds to them."""
+    """What the header states of the tokenizer: llama.cpp's own keys, and those that f2gguf adds."""
 
     model: str  # tokenizer.ggml.model
     pre: str
@@ -38,14 +38,14 @@ class Vocabulary:
     normalizer: str | None  # JSON
     special_tokens: list[str]
     eos_token: str  # the token that closes every text
-    is_eos_forced: bool  # the lock asks for an EOS that the checkpoint's own post-processor does not add
+    is_eos_forced: bool  # models.lock states the token, as the checkpoint's own post-processor adds none
 
 
 def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> Vocabulary:
-    """Read tokenizer.json. `eos_token` is what models.lock states; the checkpoint's own word goes first.
+    """Read tokenizer.json. `eos_token` is the one that models.lock states, for a checkpoint that adds none.
 
-    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for one that does
-    not hold together, `Disagreement` where the lock and the checkpoint close texts with different tokens.
+    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for a damaged one,
+    `Disagreement` if models.lock and the checkpoint end texts with different tokens.
     """
     path = checkpoint.tokenizer_path
     spec = read_json(path)
@@ -74,7 +74,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
     if kind == "WordPiece":
-        tokens = [_phantom(text, of) for text, of in zip(tokens, token_types, strict=True)]
+        tokens = [_with_word_start(text, of) for text, of in zip(tokens, token_types, strict=True)]
     _require_distinct(path, tokens)
     return Vocabulary(
         model=family.model,
@@ -85,24 +85,21 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         special_ids={name: ids[text] for name, text in family.special.items()},
         flags=family.flags,
         normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
-        special_tokens=[
-            token["content"] for token in spec.get("added_tokens", []) if not token.get("normalized", False)
-        ],
+        special_tokens=[added["content"] for added in spec.get("added_tokens", []) if not added.get("normalized")],
         eos_token=eos_token,
         is_eos_forced=stated is None,
     )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer (`tokenizers.Tokenizer`), without truncation or padding."""
+    """The checkpoint's own tokenizer (a `tokenizers.Tokenizer`), without truncation or padding."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
     except Exception as error:  # the library raises bare Exceptions for whatever it cannot parse
-        raise BrokenCheckpoint(
-            f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again."
-        ) from error
+        path = checkpoint.tokenizer_path
+        raise BrokenCheckpoint(f"{path}: is no working tokenizer: {error}. Fetch it again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -110,12 +107,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 @dataclass(frozen=True)
 class _Family:
-    """What depends on the kind of tokenizer: llama.cpp's names for it, and its special tokens by role."""
+    """The part of a vocabulary that depends on the kind of tokenizer."""
 
     model: str
     pre: str
     merges: list[str]
-    special: dict[str, str]
+    special: dict[str, str]  # role -> token
     flags: dict[str, bool]
 
 
@@ -147,9 +144,9 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
         "max_input_chars_per_word": (model.get("max_input_chars_per_word", 100), 100),
         "unk_token": (model.get("unk_token", "[UNK]"), "[UNK]"),
     }
-    for key, (found, wanted) in expected.items():
-        if found != wanted:
-            raise UnsupportedCheckpoint(f"{path}: {key} is {found!r}; WordPiece is supported with {wanted!r}.")
+    for key, (value, supported) in expected.items():
+        if value != supported:
+            raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; WordPiece is supported with {supported!r}.")
     if len(opening) != 1:
         raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
     strip_accents = normalizer.get("strip_accents")
@@ -181,14 +178,14 @@ def _require_distinct(path: Path, tokens: list[str]) -> None:
         seen.add(text)
 
 
-def _phantom(token: str, kind: int) -> str:
+def _with_word_start(token: str, kind: int) -> str:
     if kind == _CONTROL:
         return token
     return token[2:] if token.startswith("##") else _WORD_START + token
 
 
 def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Texts and types of ids 0 to vocab_size - 1; ids that the tokenizer leaves out become '[PAD<id>]', unused."""
+    """Texts and types of ids 0 to vocab_size - 1. An id that the tokenizer does not use becomes '[PAD<id>]', unused."""
     path = checkpoint.tokenizer_path
     n_vocab = checkpoint.count("vocab_size")
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
@@ -200,11 +197,11 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
     for text, i in spec["model"]["vocab"].items():
         tokens[i], types[i] = text, _NORMAL
     for added in added_tokens:
-        text, i = added["content"], added["id"]
+        text = added["content"]
         if added.get("lstrip") or added.get("rstrip"):
             raise UnsupportedCheckpoint(f"{path}: the token {text} takes blanks along, which llama.cpp does not.")
         is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = text, _CONTROL if is_control else _USER_DEFINED
     return tokens, types
 
 

@@ -1,4 +1,4 @@
-"""Golden vectors for a header: texts on which files, tokenizers and devices go wrong, and what is right for them."""
+"""Golden vectors: texts that faulty files, tokenizers and devices get wrong, with the right answers, for the header."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from f2gguf.quantize.convert.readback import checkpoint_ids
-from f2gguf.quantize.convert.reserved import fill_in, golden_values
+from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf import golden
 from f2gguf.runtime.llama.encoder import add_prompt
 from gguf import GGUFWriter
 
-# The name of a prompt, where the model has one, and the text. Those without a prompt tell a changed prompt from a
-# changed tokenizer. The last three begin as texts do whose ffn_down input passes F16's 65504 in Qwen3-Embedding-8B, so
-# that some devices give NaN; the last one wants 64 tokens or more. All need their token at position 0:
+# (name of the prompt, text). Texts without a prompt show which has changed, a prompt or the tokenizer. The last three
+# texts begin with tokens whose ffn_down input is beyond F16's 65504 in Qwen3-Embedding-8B, so that some devices give
+# NaN. These tokens must be at position 0, and the last text must have 64 tokens or more:
 # https://github.com/ollama/ollama/issues/12921, https://github.com/ggml-org/llama.cpp/issues/29216 and 26044
 PROBES = (
     ("query", "how do I keep bread fresh for a week?"),
@@ -38,7 +38,7 @@ PROBES = (
 
 
 def add_golden(writer: GGUFWriter, facts: Facts) -> None:
-    """Add the probes with their token ids by the checkpoint's own tokenizer, and room for what follows."""
+    """Add the probes and their token ids by the checkpoint's own tokenizer; reserve room for vectors and cosines."""
     prompts = [name if name in facts.prompts else "" for name, _ in PROBES]
     samples = [add_prompt(text, facts.prompts.get(name, "")) for name, text in PROBES]
     ids = checkpoint_ids(facts, samples, max_tokens=facts.max_tokens)
@@ -46,14 +46,14 @@ def add_golden(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_array(golden.KEY_PROMPTS, prompts)
     writer.add_array(golden.KEY_N_TOKENS, [len(tokens) for tokens in ids])
     writer.add_array(golden.KEY_TOKEN_IDS, np.concatenate(ids).tolist())
-    for key, placeholders in golden_values(len(PROBES), facts.n_embd).items():
-        writer.add_array(key, placeholders)
+    writer.add_array(golden.KEY_VECTORS, [0.0] * (len(PROBES) * facts.n_embd))
+    writer.add_array(golden.KEY_COSINES, [0.0] * len(PROBES))
 
 
 def stamp_golden(path: Path) -> int:
-    """Make a converted file its own reference, on the CPU; gives how many probes have no finite vector in it.
+    """Fill in a converted file's own vectors, made on the CPU; gives how many probes have no finite vector.
 
-    F16 weights make llama.cpp round their inputs to F16 as well, so that a text whose inputs pass 65504 has none.
+    With F16 weights llama.cpp rounds their inputs to F16 as well. A text whose inputs are beyond 65504 has no vector.
     """
     with Embedder(path, device="cpu") as model:
         vectors = model.probe_vectors()
@@ -64,7 +64,7 @@ def stamp_golden(path: Path) -> int:
 
 
 def golden_stamps(model: Embedder) -> dict[str, list[float]]:
-    """What to stamp into a variant: its cosines with the reference that it inherited; nothing where it has none."""
+    """The header values of a variant: the cosines of its probe vectors with those that the F16 file gave it, if any."""
     if not golden.has_golden(model.header):
         return {}
     cosines = golden.require_golden(model.header).cosines_of(model.probe_vectors())

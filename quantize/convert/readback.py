@@ -1,4 +1,4 @@
-"""What was just written, read back: does llama.cpp split texts as the checkpoint's own tokenizer does?"""
+"""A converted file, read back: does llama.cpp split texts as the checkpoint's own tokenizer does?"""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from f2gguf.runtime.llama.tokenizer import open_tokenizer
 def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
     """Check the header and the token ids of a converted file.
 
-    Ids must equal those of the checkpoint's tokenizer.json on every evaluation text and every hostile string. Raises
-    `ConversionMismatch` with the first text that differs. Gives the texts that stock llama.cpp, which does not run
-    the checkpoint's text normaliser, would split differently.
+    The ids must equal those of the checkpoint's tokenizer.json on every evaluation text and every hostile string.
+    Raises `ConversionMismatch` with the first text that differs. Gives the texts that stock llama.cpp splits
+    differently, as it does not run the checkpoint's text normaliser.
     """
-    header = read_header(path)
-    name = path.name.removesuffix(PART_SUFFIX)
+    header, name = read_header(path), path.name.removesuffix(PART_SUFFIX)
     if header.require_pooling() != facts.pooling:
         raise ConversionMismatch(f"{name}: the header says {header.pooling} pooling, the checkpoint {facts.pooling}.")
-    prompts = dict(facts.prompts)
-    samples = [*HOSTILE, *(prompted(text, prompts) for text in texts)]
+    samples = [*HOSTILE, *(prompted(text, dict(facts.prompts)) for text in texts)]
     expected = checkpoint_ids(facts, samples)
     with open_tokenizer(header) as tokenizer:
         for sample, right in zip(samples, expected, strict=True):
@@ -42,15 +40,15 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
 
 
 def reference_ids(facts: Facts, texts: Sequence[EvalText]) -> list[Ids]:
-    """Token ids that the checkpoint itself sees of each text: prompt in front, cut to the longest input."""
-    prompts = dict(facts.prompts)
-    return checkpoint_ids(facts, [prompted(text, prompts) for text in texts], max_tokens=facts.max_tokens)
+    """Token ids of each text as the checkpoint itself sees it: behind its prompt, cut to the model's `max_tokens`."""
+    samples = [prompted(text, dict(facts.prompts)) for text in texts]
+    return checkpoint_ids(facts, samples, max_tokens=facts.max_tokens)
 
 
 def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | None = None) -> list[Ids]:
-    """Token ids by the checkpoint's own tokenizer, with the closing token that models.lock adds where it adds none.
+    """Token ids by the checkpoint's own tokenizer, and the closing token of models.lock if the tokenizer adds none.
 
-    Longer texts than `max_tokens` are cut, the special tokens kept.
+    A text of more than `max_tokens` is cut, and keeps its special tokens.
     """
     closing = [facts.vocabulary.special_ids["eos"]] if facts.vocabulary.is_eos_forced else []
     tokenizer = load_tokenizer(facts.checkpoint)

@@ -1,4 +1,4 @@
-"""Header values that are known only after the tensors were written: room is reserved for them, then they are filled in.
+"""Header values that are known only after the tensors were written: room is reserved, and later filled in.
 
 A file is written with placeholders of the same type and size, so that filling in moves no other byte.
 """
@@ -10,28 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from f2gguf.runtime.gguf import golden
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import read_header
 
 _FLOAT32 = 6  # GGUF specification, "enum gguf_metadata_value_type"
 Value = float | bool | str | Sequence[float]
 
-SOURCE_SHA256 = {keys.KEY_SOURCE_SHA256: "0" * 64}  # of an F16 file: the checkpoint is hashed while it is converted
-VERDICT: dict[str, bool | int | float | str] = {  # of a variant: it is measured once it is there
+UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
+# of a variant, which is measured when it is there
+VERDICT: dict[str, bool | int | float | str] = {
     keys.KEY_MEAN_DRIFT: 0.0,
     keys.KEY_UPPER_DRIFT: 0.0,
     keys.KEY_HOLDS: False,
 }
 
 
-def golden_values(n_texts: int, n_embd: int) -> dict[str, list[float]]:
-    """The golden vectors and cosines of a file, which it gives itself."""
-    return {golden.KEY_VECTORS: [0.0] * (n_texts * n_embd), golden.KEY_COSINES: [0.0] * n_texts}
-
-
 def fill_in(path: Path, values: Mapping[str, Value]) -> None:
-    """Overwrite header values: a number, a string of as many bytes, or as many numbers in an array."""
+    """Overwrite header values. A string must keep its number of bytes, an array its number of values."""
     header = read_header(path)
     with path.open("rb+") as file:
         for key, value in values.items():
