@@ -303,7 +303,7 @@ def _make_variants(
     job: Job, report: Report, names: Sequence[str], texts: Sequence[EvalText], inputs: VariantInputs
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
-    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, job.progress)
+    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device)
     study = None if job.stock else _study(job)
     if study:
         report = replace(report, imatrix=described(job.imatrix_path))
@@ -356,7 +356,6 @@ def _study(job: Job) -> Study:
         calibration=job.calibration,
         own_imatrix=job.imatrix,
         device=job.device,
-        progress=job.progress,
     )
 
 

@@ -27,7 +27,6 @@ from f2gguf.quantize.repair.search import MARGIN, Search, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.gguf.header import read_header
 
@@ -46,9 +45,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             imatrix_path=work / "x.imatrix.gguf",
             work=work,
             calibration=None,
-            given_imatrix=None,
             device="auto",
-            progress=progress,
         )
 
     return study

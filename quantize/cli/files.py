@@ -46,7 +46,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device, progress=progress)
+        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device)
     click.echo(str(path))
 
 
@@ -203,7 +203,6 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
         calibration=options["calibration"],
         own_imatrix=options["imatrix"],
         device=options["device"],
-        progress=progress,
     )
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
     return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
@@ -234,7 +233,7 @@ def _evaluation(source: Path, max_drift: float, device: str) -> Any:
         texts = claimed_texts(load_texts(), model.header.languages)
         with progress(f"measure {source.name}", len(texts)) as advance:
             reference = embed_texts(model, texts, advance)
-    return Evaluation(texts, reference, max_drift, device, progress)
+    return Evaluation(texts, reference, max_drift, device)
 
 
 def _require_bound(path: Path, verdict: Any) -> None:

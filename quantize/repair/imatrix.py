@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.calibration import MAX_TOKENS
-from f2gguf.quantize.repair.tensors import Rows, Weights
+from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, NoVector, TruncationWarning, WrongImatrix, parsing
 from f2gguf.runtime.files import sha256_file, writing
@@ -136,7 +136,7 @@ def collect(
     *,
     device: str,
     state_path: Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Activations, Rows]:
     """Run `texts` through the model of `source`; gives the inputs of its matrices, and the vectors (n_texts, n_embd).
 

@@ -1,7 +1,7 @@
-"""From a bound to a file: importance matrix, scales, then more bits where they save most, measured at every step.
+"""The search for a recipe: importance matrix, scales, then more bits where they save most, measured at every step.
 
-All figures here are of the calibration texts. The search never sees evaluation texts. When the verdict on a file misses
-the bound, the search learns only by how much, and is repeated with a bound that is stricter by as much.
+All figures here are of the calibration texts. The search never sees evaluation texts. When the verdict misses the
+bound, the search learns only by how much, and is repeated with a bound that is stricter by as much.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from f2gguf.quantize.repair.assemble import WEIGHED
 from f2gguf.quantize.repair.make import Evaluation, make_measured
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, kind_of
-from f2gguf.quantize.repair.study import CalibrationDrift, Study
-from f2gguf.runtime.console import say
+from f2gguf.quantize.repair.study import Candidate, Study
+from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import OutOfReach
 from f2gguf.runtime.files import format_bound, format_size
 
-MARGIN = 0.9  # of the bound, for calibration texts: the verdict is over others
+MARGIN = 0.9  # of the bound is allowed on calibration texts, as the verdict is on other texts
 MAX_VERDICTS = 3
-WORTH = 0.95  # scales must leave at most so much of the drift without them
-CLOSE = 0.85  # of what is allowed: near enough, few bytes are left to win
+WORTH = 0.95  # scales are used if they leave less than this part of the drift
+CLOSE = 0.85  # of the allowed drift: closer is not worth another try, as few bytes are left to save
 MAX_PROMOTIONS = 6
-N_PROBE_TEXTS = 48  # with which the kinds of tensors are compared
+N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 
 
 @dataclass(frozen=True)
 class Made:
-    """A recipe, and the verdict on the file that was made by it."""
+    """A recipe, and the verdict on its file."""
 
     recipe: Recipe
     verdict: Verdict
@@ -47,17 +47,16 @@ def make_within_bound(
     max_size: int | None = None,
     there: Made | None = None,
 ) -> Made:
-    """Make `path` by the recipe that holds the bound at the least bytes: search, make, judge, and tighten if need be.
+    """Make `path` by the recipe that holds the bound with the fewest bytes: search, make, judge, and tighten if needed.
 
     With `max_size` (bytes of the whole file) it is the recipe of the least drift within that size. `there` is what
-    `path` holds already: it is not made again. Raises `OutOfReach` where no file of this variant is as small.
+    `path` holds already; it is not made again. Raises `OutOfReach` if no file of this variant is so small.
     """
     search, allowed = Search(study, variant), MARGIN * evaluation.max_drift
     for _ in range(MAX_VERDICTS):
         recipe = search.within_size(max_size, allowed) if max_size else search.under(allowed)
         if there is None or there.recipe != recipe:
-            verdict = make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation)
-            there = Made(recipe, verdict)
+            there = Made(recipe, make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation))
         if there.verdict.holds or max_size:
             break
         highest, bound = there.verdict.highest, evaluation.max_drift
@@ -68,70 +67,62 @@ def make_within_bound(
 
 
 @dataclass(frozen=True)
-class Candidate:
-    recipe: Recipe
-    drift: CalibrationDrift
-
-
-@dataclass(frozen=True)
 class Search:
-    """The search for recipes of one variant; what was measured on the way is measured once."""
+    """The search for recipes of one variant. Both questions to it share what was measured."""
 
     study: Study
     variant: str
 
     @cached_property
     def start(self) -> Candidate:
-        """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
+        """With llama.cpp's own types: the importance matrix alone, or with scales if they save enough."""
         study, stock = self.study, Recipe(self.variant)
         types = study.types(stock)
         plain = study.recipe(self.variant) if set(WEIGHED) & set(types.values()) else stock
-        with study.progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
-            exponents = rescale.search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
+        with progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
+            exponents = rescale.search(study.weights, study.activations, study.imatrix, types, advance)
         best = self._measured(plain)
         if exponents:
             scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents))
-            best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
+            best = scaled if scaled.mean < WORTH * best.mean else best
         return best
 
     @cached_property
     def choices(self) -> Choices:
-        """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
+        """The types that each tensor can take, with predicted noise."""
         study, recipe = self.study, self.start.recipe
         types = study.types(recipe)
         smallest = "Q8_0" if self.variant == "Q8_0" else LADDER[0]
         possible = promote.possible_types(study.weights, types, smallest=smallest)
         scales = rescale.scales(study.weights, study.imatrix, recipe.exponents)
-        with study.progress("errors of every type", len(possible)) as advance:
-            errors = promote.errors(
-                study.weights, study.activations, study.imatrix, scales, possible, on_progress=advance
-            )
-        kinds = sorted(set(map(kind_of, possible)))
-        return promote.choices(study.weights, errors, types, {kind: noise(self._alone(kind)) for kind in kinds})
+        with progress("errors of every type", len(possible)) as advance:
+            errors = promote.errors(study.weights, study.activations, study.imatrix, scales, possible, advance)
+        kinds = {kind: noise(self._alone(kind)) for kind in sorted(set(map(kind_of, possible)))}
+        return promote.choices(study.weights, errors, types, kinds)
 
     def under(self, allowed: float) -> Recipe:
-        """The smallest recipe whose drift is under `allowed`; the best there is where none is.
+        """The smallest recipe whose drift is under `allowed`, or the last one that was tried if none is.
 
-        Predict, promote, measure, correct, until the drift is close under `allowed`.
+        Predict, promote, measure and correct, until the drift is close under `allowed`.
         """
-        if self.start.drift.worst < allowed:
+        if self.start.worst < allowed:
             return self.start.recipe
-        say(f"  {self.variant}: {self.start.drift.worst:.2%} at worst, not under {allowed:.2%}: promoting tensors")
+        say(f"  {self.variant}: {self.start.worst:.2%} at worst, not under {allowed:.2%}: promoting tensors")
         last, chosen = self.start, {name: choice[0] for name, choice in self.choices.items()}
         best: Candidate | None = None
         for _ in range(MAX_PROMOTIONS):
             chosen = promote.promote(self.choices, _allowed_noise(last, chosen, allowed))
-            last = self._measured(self._with_types(chosen))
-            if last.drift.worst < allowed and (best is None or self._size(last) < self._size(best)):
+            last = self._promoted(chosen)
+            if last.worst < allowed and (best is None or self._size(last) < self._size(best)):
                 best = last
             elif best:
                 break
-            if CLOSE * allowed < last.drift.worst < allowed:
+            if CLOSE * allowed < last.worst < allowed:
                 break
         return (best or last).recipe
 
     def within_size(self, max_size: int, allowed: float) -> Recipe:
-        """The recipe of the least drift within `max_size` bytes: bytes go where they save most."""
+        """The recipe of the least drift within `max_size` bytes."""
         tensors = self.study.weights.header.tensors
         fixed = self._head_bytes + sum(tensor.size_bytes for tensor in tensors if tensor.name not in self.choices)
         chosen = promote.fill(self.choices, max_size - fixed)
@@ -141,48 +132,43 @@ class Search:
                 f"{self.study.weights.header.path}: no {self.variant} of {format_size(max_size)} (--max-size): with "
                 f"the fewest bits for every weight it takes {format_size(least)}."
             )
-        best = self._measured(self._with_types(chosen))
-        if self._size(self.start) <= max_size and self.start.drift.mean < best.drift.mean:
+        best = self._promoted(chosen)
+        if self._size(self.start) <= max_size and self.start.mean < best.mean:
             best = self.start
-        if best.drift.worst >= allowed:
-            needed = promote.promote(self.choices, _allowed_noise(best, chosen, allowed))
-            size = format_size(fixed + total_size(needed))
-            say(f"  the bound may not hold at this size; by prediction it takes {size}")
+        if best.worst >= allowed:
+            needed = fixed + total_size(promote.promote(self.choices, _allowed_noise(best, chosen, allowed)))
+            say(f"  the bound may not hold at this size; by prediction it takes {format_size(needed)}")
         return best.recipe
 
     def _alone(self, kind: str) -> float:
-        """The mean drift where only tensors of one kind are quantised."""
+        """The mean drift if only tensors of one kind are quantised."""
         recipe = self.start.recipe
         types = self.study.types(recipe)
         tensors = self.study.weights.header.tensors
         only = {tensor.name: types[tensor.name] if kind_of(tensor.name) == kind else tensor.type for tensor in tensors}
         return self.study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
 
-    def _with_types(self, chosen: Mapping[str, Choice]) -> Recipe:
-        stock = {tensor.name: tensor.new_type for tensor in self.study.plan(self.variant).tensors}
+    def _promoted(self, chosen: Mapping[str, Choice]) -> Candidate:
+        stock = self.study.types(Recipe(self.variant))
         types = {name: choice.kind for name, choice in chosen.items() if choice.kind != stock[name]}
-        return replace(self.start.recipe, types=types)
+        return self._measured(replace(self.start.recipe, types=types))
 
     def _measured(self, recipe: Recipe) -> Candidate:
-        drift = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
-        candidate = Candidate(recipe, drift)
-        say(
-            f"  {self.variant}, {recipe.kind}: {format_size(self._size(candidate))}; calibration texts drift "
-            f"{drift.mean:.3%}, at worst {drift.worst:.3%}"
-        )
-        return candidate
+        tried = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
+        drifts = f"calibration texts drift {tried.mean:.3%}, at worst {tried.worst:.3%}"
+        say(f"  {self.variant}, {recipe.kind}: {format_size(self._size(tried))}; {drifts}")
+        return tried
 
     def _size(self, candidate: Candidate) -> int:
-        """About the bytes of the whole file."""
+        """Bytes of the whole file, estimated."""
         return self._head_bytes + self.study.size_bytes(candidate.recipe)
 
     @property
     def _head_bytes(self) -> int:
-        """About what stands before the tensors, the recipe included."""
+        """Bytes before the tensors, estimated. They include the recipe."""
         return self.study.weights.header.tensors[0].begin + 1_000 + 60 * len(self.study.weights.infos)
 
 
 def _allowed_noise(last: Candidate, chosen: Mapping[str, Choice], allowed: float) -> float:
-    """The predicted noise at which `last`, made of `chosen`, would drift by `allowed` at worst."""
-    mean, worst = last.drift.mean, last.drift.worst
-    return total_noise(chosen) * noise(mean * allowed / worst) / noise(mean)
+    """The predicted noise at which `last`, the candidate of `chosen`, would drift by `allowed` at worst."""
+    return total_noise(chosen) * noise(last.mean * allowed / last.worst) / noise(last.mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
+OnProgress = Callable[[int], None]  # is called with the number of things that are done now
 _BLOCK_ELEMENTS = 1 << 22
-
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 libggml.ggml_quantize_chunk.argtypes = (
@@ -29,7 +29,7 @@ libggml.ggml_validate_row_data.restype = ctypes.c_bool
 
 
 class Weights:
-    """The tensors of a 16- or 32-bit .gguf file, mapped, not loaded."""
+    """The tensors of a 16- or 32-bit .gguf file. They are mapped, not loaded."""
 
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
@@ -47,7 +47,7 @@ class Weights:
         return self.rows(name, slice(None, None, max(1, shape_of(self.infos[name])[0] // n_rows)))
 
     def column_stats(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Mean square and largest magnitude of each column, (n_cols,) each; a few rows are in memory at a time."""
+        """Mean square and largest magnitude of each column, (n_cols,) each. A few rows are in memory at a time."""
         n_rows, n_cols = shape_of(self.infos[name])
         squares, highest = np.zeros(n_cols), np.zeros(n_cols, dtype=np.float32)
         for rows in self._row_blocks(name):
@@ -99,7 +99,7 @@ def fits(kind: str, n_cols: int) -> bool:
 def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray[np.uint8]:
     """`rows` (n_rows, n_cols) in the GGML type `kind`, (n_rows, n_bytes), by ggml's own quantiser.
 
-    `imatrix` (n_cols,) weighs the columns' errors. Raises `QuantizationFailed` where the blocks are not finite.
+    `imatrix` (n_cols,) weighs the errors in the columns. Raises `QuantizationFailed` if the blocks are not finite.
     """
     n_rows, n_cols = rows.shape
     rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -114,7 +114,7 @@ def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray
 
 
 def as_stored(rows: Rows, kind: str, imatrix: Rows | None = None) -> Rows:
-    """What a file that holds `rows` in the type `kind` gives back, (n_rows, n_cols)."""
+    """`rows` (n_rows, n_cols) after a round trip through the type `kind`."""
     return dequantized(quantize_rows(rows, kind, imatrix), kind)
 
 
@@ -126,7 +126,7 @@ def dequantized(data: NDArray[np.uint8], kind: str) -> Rows:
 def as_multiplied(rows: Rows, kind: str) -> Rows:
     """Activations as llama.cpp's kernels round them before a product with weights of the type `kind`, same shape.
 
-    Eight bits a value and one scale a block: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
+    A value takes eight bits, and a block has one scale: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
     """
     if kind in _STORED:
         return rows
