@@ -33,15 +33,13 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert."""
     kind, config_path = checkpoint.model_type, checkpoint.folder / "config.json"
     if kind not in ARCHITECTURES:
-        raise UnsupportedCheckpoint(
-            f"{config_path}: model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are."
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} is not supported; {known} are.")
     for key, values in ARCHITECTURES[kind].required.items():
         value = checkpoint.config.get(key, values[0])
         if value not in values:
-            raise UnsupportedCheckpoint(
-                f"{config_path}: {key} is {value!r}; f2gguf converts {kind} with {values[0]!r}."
-            )
+            supported = f"f2gguf converts {kind} with {values[0]!r}"
+            raise UnsupportedCheckpoint(f"{config_path}: {key} is {value!r}; {supported}.")
     return ARCHITECTURES[kind]
 
 
@@ -57,16 +55,13 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
     if missing := [name for name in targets if name not in stored]:
         raise BrokenCheckpoint(f"{checkpoint.folder}: {_listed(missing)} missing from the weights. Fetch it again.")
     if surplus := [name for name in stored if name not in targets and not architecture.dropped.fullmatch(name)]:
-        raise BrokenCheckpoint(
-            f"{checkpoint.folder}: {_listed(surplus)} in the weights, but no part of a {checkpoint.model_type} with "
-            f"{checkpoint.count('num_hidden_layers')} layers."
-        )
+        model = f"a {checkpoint.model_type} with {checkpoint.count('num_hidden_layers')} layers"
+        raise BrokenCheckpoint(f"{checkpoint.folder}: {_listed(surplus)} in the weights, but no part of {model}.")
     for plain, (_, shape) in targets.items():
         name, tensor = stored[plain]
         if tensor.shape != shape:
-            raise BrokenCheckpoint(
-                f"{tensor.file}: {name} has the shape {tensor.shape}, but config.json implies {shape}."
-            )
+            implied = f"config.json implies {shape}"
+            raise BrokenCheckpoint(f"{tensor.file}: {name} has the shape {tensor.shape}, but {implied}.")
     return {gguf_name: stored[plain][1] for plain, (gguf_name, _) in targets.items()}
 
 
@@ -100,15 +95,12 @@ def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
         "mlp.up_proj": ("ffn_up", (n_ff, n_embd)),
         "mlp.down_proj": ("ffn_down", (n_embd, n_ff)),
     }
-    return {
-        "embed_tokens.weight": ("token_embd.weight", (n_vocab, n_embd)),
-        **{
-            f"layers.{i}.{module}.weight": (f"blk.{i}.{name}.weight", shape)
-            for i in range(checkpoint.count("num_hidden_layers"))
-            for module, (name, shape) in block.items()
-        },
-        "norm.weight": ("output_norm.weight", (n_embd,)),
-    }
+    targets: dict[str, Target] = {"embed_tokens.weight": ("token_embd.weight", (n_vocab, n_embd))}
+    for i in range(checkpoint.count("num_hidden_layers")):
+        for module, (name, shape) in block.items():
+            targets[f"layers.{i}.{module}.weight"] = f"blk.{i}.{name}.weight", shape
+    targets["norm.weight"] = "output_norm.weight", (n_embd,)
+    return targets
 
 
 def _qwen3_facts(checkpoint: Checkpoint) -> dict[str, Any]:

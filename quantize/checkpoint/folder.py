@@ -35,11 +35,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # formats of weights that ca
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _FETCH_AGAIN = "Fetch the model again."
 _Count = Annotated[int, Field(strict=True, ge=0)]
-_POOLING_MODES = {
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-}
+_POOLING_MODES = {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
 
 
 @dataclass(frozen=True)
@@ -189,9 +185,8 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
         rows = TypeAdapter(list[dict[str, Any]]).validate_python(content)
         modules = {str(row["type"]).rsplit(".", 1)[-1]: folder / str(row["path"]) for row in rows}
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise UnsupportedCheckpoint(
-            f"{path}: has the module {min(unknown)}; f2gguf converts Transformer, Pooling and Normalize."
-        )
+        what = "f2gguf converts Transformer, Pooling and Normalize"
+        raise UnsupportedCheckpoint(f"{path}: has the module {min(unknown)}; {what}.")
     pooling = _read_pooling(modules["Pooling"] / "config.json") if "Pooling" in modules else None
     return pooling, "Normalize" in modules
 
@@ -210,14 +205,13 @@ def _read_pooling(path: Path) -> str:
     config = read_json(path)
     if config.get("include_prompt") is False:
         raise UnsupportedCheckpoint(f"{path}: include_prompt is false; llama.cpp pools over the prompt too.")
-    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(key) is True]
+    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(f"pooling_mode_{key}") is True]
     if not stated:  # sentence-transformers 5.2 and later write one word
         stated = [p for p in _POOLING_MODES.values() if config.get("pooling_mode") in (p, f"{p}token")]
     others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(stated) != 1 or len(others) > 1:
-        raise UnsupportedCheckpoint(
-            f"{path}: states {', '.join(others) or 'no pooling mode'}; last token, mean or CLS is supported."
-        )
+        modes = ", ".join(others) or "no pooling mode"
+        raise UnsupportedCheckpoint(f"{path}: states {modes}; last token, mean or CLS is supported.")
     return stated[0]
 
 
@@ -249,9 +243,8 @@ def _shards(index_path: Path, index: Mapping[str, str]) -> list[Path]:
     files = [index_path.parent / Path(name).name for name in sorted(set(index.values()))]
     if not files:
         raise BrokenCheckpoint(f"{index_path}: has an empty 'weight_map'. {_FETCH_AGAIN}")
-    for path in files:
-        if not path.is_file():
-            raise BrokenCheckpoint(f"{path}: no such file, but {index_path.name} names it. {_FETCH_AGAIN}")
+    if missing := [path for path in files if not path.is_file()]:
+        raise BrokenCheckpoint(f"{missing[0]}: no such file, but {index_path.name} names it. {_FETCH_AGAIN}")
     return files
 
 
@@ -270,7 +263,11 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         stated = TypeAdapter(dict[str, _StatedTensor]).validate_python(entries)
     tensors = {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in stated.items()}
-    _refuse_overlap(path, tensors)
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin < end:
+            raise BrokenCheckpoint(f"{path}: {name} overlaps the tensor before it. {_FETCH_AGAIN}")
+        end = tensor.begin + (tensor.size_bytes if tensor.dtype in DTYPES else 0)
     return tensors
 
 
@@ -285,19 +282,10 @@ def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, stat
     begin, end = (data_start + offset for offset in stated.data_offsets)
     tensor = StoredTensor(path, stated.dtype, stated.shape, begin)
     if end > size_bytes:
-        raise BrokenCheckpoint(
-            f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. {_FETCH_AGAIN}"
-        )
+        where = f"{name} ends at byte {end:,} and the file at {size_bytes:,}"
+        raise BrokenCheckpoint(f"{path}: truncated: {where}. {_FETCH_AGAIN}")
     if tensor.dtype in DTYPES and end - begin != tensor.size_bytes:
         raise BrokenCheckpoint(
             f"{path}: {name} has {end - begin:,} bytes, which its shape {tensor.shape} does not fill."
         )
     return tensor
-
-
-def _refuse_overlap(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
-        if tensor.begin < end:
-            raise BrokenCheckpoint(f"{path}: {name} overlaps the tensor before it. {_FETCH_AGAIN}")
-        end = tensor.begin + (tensor.size_bytes if tensor.dtype in DTYPES else 0)

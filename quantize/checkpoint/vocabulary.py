@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
@@ -25,16 +24,24 @@ _WORD_START = "\u2581"  # llama.cpp writes "##ing" as "ing" and "play" as "▁pl
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What the header states of the tokenizer: llama.cpp's own keys, and those that f2gguf adds."""
+class Family:
+    """The part of a vocabulary that depends on the kind of tokenizer."""
 
     model: str  # tokenizer.ggml.model
     pre: str
+    merges: list[str]
+    special: dict[str, str]  # role -> token: 'eos', ...
+    flags: dict[str, bool]  # 'add_eos_token' -> ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the header states of the tokenizer: llama.cpp's own keys, and those that f2gguf adds."""
+
+    family: Family
     tokens: list[str]
     token_types: list[int]
-    merges: list[str]
     special_ids: dict[str, int]  # 'eos' -> id, ...
-    flags: dict[str, bool]  # 'add_eos_token' -> ...
     normalizer: str | None  # JSON
     special_tokens: list[str]
     eos_token: str  # the token that closes every text
@@ -52,9 +59,8 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     load_tokenizer(checkpoint)  # the library that defines the format checks its shape: from here on it can be relied on
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
-        raise UnsupportedCheckpoint(
-            f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
-        )
+        known = "byte-level BPE and WordPiece"
+        raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
     opening, closing = _template(spec)
     stated = closing[-1] if closing else None
     if stated and eos_token and stated != eos_token:
@@ -64,26 +70,25 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     eos_token = stated or eos_token
     if eos_token is None:
-        raise BrokenCheckpoint(
-            f'{path}: does not say which token ends a text. State it in models.lock as `eos_token = "..."`.'
-        )
+        advice = 'State it in models.lock as `eos_token = "..."`'
+        raise BrokenCheckpoint(f"{path}: does not say which token ends a text. {advice}.")
     tokens, token_types = _tokens(checkpoint, spec)
     ids = {text: i for i, text in enumerate(tokens)}
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
+    ids_now: dict[str, int] = {}
     if kind == "WordPiece":
         tokens = [_with_word_start(text, of) for text, of in zip(tokens, token_types, strict=True)]
-    _require_distinct(path, tokens)
+    for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
+        if ids_now.setdefault(text, i) != i or "\0" in text:
+            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
     return Vocabulary(
-        model=family.model,
-        pre=family.pre,
-        tokens=tokens,
-        token_types=token_types,
-        merges=family.merges,
-        special_ids={name: ids[text] for name, text in family.special.items()},
-        flags=family.flags,
+        family,
+        tokens,
+        token_types,
+        special_ids={role: ids[text] for role, text in family.special.items()},
         normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
         special_tokens=[added["content"] for added in spec.get("added_tokens", []) if not added.get("normalized")],
         eos_token=eos_token,
@@ -105,18 +110,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class _Family:
-    """The part of a vocabulary that depends on the kind of tokenizer."""
-
-    model: str
-    pre: str
-    merges: list[str]
-    special: dict[str, str]  # role -> token
-    flags: dict[str, bool]
-
-
-def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
     if opening:
         raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
@@ -125,7 +119,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
     pad = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    return _Family(
+    return Family(
         model="gpt2",
         pre=_pre_tokenizer(spec, checkpoint),
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
@@ -134,7 +128,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
     )
 
 
-def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
     model, normalizer = spec["model"], spec.get("normalizer") or {}
     expected = {
@@ -150,7 +144,7 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
     if len(opening) != 1:
         raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
     strip_accents = normalizer.get("strip_accents")
-    return _Family(
+    return Family(
         model="bert",
         pre="default",
         merges=[],
@@ -167,15 +161,6 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
 
 
 _FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
-
-
-def _require_distinct(path: Path, tokens: list[str]) -> None:
-    """llama.cpp stops the process where two ids have one text, or a text holds NUL."""
-    seen: set[str] = set()
-    for i, text in enumerate(tokens):
-        if text in seen or "\0" in text:
-            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
-        seen.add(text)
 
 
 def _with_word_start(token: str, kind: int) -> str:
@@ -228,7 +213,6 @@ def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
         return "gpt-2"
     pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
     if pattern not in PRE_TOKENIZERS or steps[0].get("behavior") != "Isolated" or steps[1].get("use_regex", True):
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for its split {pattern or kinds!r}."
-        )
+        split = f"its split {pattern or kinds!r}"
+        raise UnsupportedCheckpoint(f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for {split}.")
     return PRE_TOKENIZERS[pattern]

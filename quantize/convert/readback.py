@@ -33,7 +33,12 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
         for sample, right in zip(samples, expected, strict=True):
             ids, _ = tokenizer(sample)
             if not np.array_equal(ids, right):
-                raise ConversionMismatch(f"{name}: {_first_difference(sample, ids, right)}")
+                at, shown = leading_length(ids, right), sample if len(sample) <= 80 else sample[:77] + "..."
+                theirs, ours = (some[at : at + 5].tolist() for some in (right, ids))
+                raise ConversionMismatch(
+                    f"{name}: llama.cpp splits {shown!r} differently from the checkpoint's tokenizer: "
+                    f"at token {at + 1} it has {ours}, tokenizer.json {theirs}. Please report this text."
+                )
     with Model(path, vocab_only=True) as stock:
         pairs = zip(samples, expected, strict=True)
         return [sample for sample, right in pairs if not np.array_equal(stock.tokenize(sample), right)]
@@ -55,12 +60,3 @@ def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | No
     if max_tokens is not None:
         tokenizer.enable_truncation(max_tokens - len(closing))
     return [np.array(tokenizer.encode(sample).ids + closing, dtype=np.int32) for sample in samples]
-
-
-def _first_difference(text: str, ids: Ids, right: Ids) -> str:
-    at = leading_length(ids, right)
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return (
-        f"llama.cpp splits {shown!r} differently from the checkpoint's tokenizer: at token {at + 1} it has "
-        f"{ids[at : at + 5].tolist()}, tokenizer.json {right[at : at + 5].tolist()}. Please report this text."
-    )

@@ -17,12 +17,8 @@ _FLOAT32 = 6  # GGUF specification, "enum gguf_metadata_value_type"
 Value = float | bool | str | Sequence[float]
 
 UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
-# of a variant, which is measured when it is there
-VERDICT: dict[str, bool | int | float | str] = {
-    keys.KEY_MEAN_DRIFT: 0.0,
-    keys.KEY_UPPER_DRIFT: 0.0,
-    keys.KEY_HOLDS: False,
-}
+# of a variant, which is measured after it is made
+VERDICT = {keys.KEY_MEAN_DRIFT: 0.0, keys.KEY_UPPER_DRIFT: 0.0, keys.KEY_HOLDS: False}
 
 
 def fill_in(path: Path, values: Mapping[str, Value]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +26,6 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 
-F16_MAX = 65504.0
-F16_TINY = 2.0**-25  # magnitudes up to half of the smallest subnormal round to zero
 _VALUE_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
 _FILE_TYPE = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
 DTYPES = tuple(_FILE_TYPE)
@@ -64,19 +63,29 @@ def convert(
     `OutputError` if the disk is too small, `UnknownName` for an unknown dtype.
     """
     require_dtype(dtype)
-    tensors = facts.tensors
-    with ThreadPoolExecutor(default_threads()) as pool:
+    tensors, architecture = facts.tensors, facts.architecture.name
+    with ThreadPoolExecutor(default_threads()) as pool, closing(GGUFWriter(out_path, architecture)) as writer:
         hashing = pool.submit(lambda: facts.checkpoint.sha256)  # numpy and hashlib both release the GIL
         losses = list(pool.map(lambda name: _scan(name, tensors[name], dtype), tensors))
         types = {loss.name: GGMLQuantizationType[loss.kept_as] for loss in losses}
         sizes = {name: tensor.n_elements * GGML_QUANT_SIZES[types[name]][1] for name, tensor in tensors.items()}
         require_free_space(out_path.parent, sum(sizes.values()), out_path.name)
-        writer = GGUFWriter(out_path, facts.architecture.name)
         _add_header(writer, facts, _FILE_TYPE[dtype])
         for name, tensor in tensors.items():
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.float16), sizes[name], raw_dtype=types[name])
-        _write(writer, [(tensor, types[name].name) for name, tensor in tensors.items()], pool, on_progress)
-        fill_in(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        for name, tensor in tensors.items():
+            file.write(bytes(-file.tell() % writer.data_alignment))
+            for data in map_ahead(pool, partial(_converted, tensor.dtype, types[name].name), tensor.chunks()):
+                file.write(np.ascontiguousarray(data).data)
+                if on_progress:
+                    on_progress(data.nbytes)
+        file.write(bytes(-file.tell() % writer.data_alignment))
+    fill_in(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
     lossy = tuple(loss for loss in losses if loss.n_overflow or loss.n_zeroed)
     return Conversion(len(tensors), sum(sizes.values()), lossy)
 
@@ -90,9 +99,8 @@ def require_dtype(dtype: str) -> None:
 def _scan(name: str, tensor: StoredTensor, dtype: str) -> Loss:
     """Count what F16 cannot hold. A tensor that would overflow keeps its stored type. Refuses NaN and infinity."""
     if tensor.dtype not in _FINITE_LIMIT:
-        raise UnsupportedCheckpoint(
-            f"{tensor.file}: {name} has the dtype {tensor.dtype}; BF16, F16 and F32 are supported."
-        )
+        supported = "BF16, F16 and F32 are supported"
+        raise UnsupportedCheckpoint(f"{tensor.file}: {name} has the dtype {tensor.dtype}; {supported}.")
     is_f32 = len(tensor.shape) < 2 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight")
     target = "F32" if is_f32 else dtype.upper()
     over, tiny = _F16_RANGE.get(tensor.dtype, (np.inf, 0.0))
@@ -114,10 +122,9 @@ def _bf16_bits(value: float) -> int:
 
 
 _FINITE_LIMIT: dict[str, Any] = {"F32": np.inf, "F16": np.inf, "BF16": _bf16_bits(np.inf)}
-_F16_RANGE: dict[str, tuple[float, float]] = {
-    "F32": (65519.996, F16_TINY),  # up to half a step over F16_MAX still rounds down to it
-    "BF16": (_bf16_bits(F16_MAX), _bf16_bits(F16_TINY)),
-}
+# magnitudes beyond which F16 overflows (up to half a step over 65504 still rounds down to it), and up to which it
+# rounds to zero (half of its smallest subnormal)
+_F16_RANGE = {"F32": (65519.996, 2.0**-25), "BF16": (_bf16_bits(65504.0), _bf16_bits(2.0**-25))}
 
 
 def _converted(dtype: str, target: str, chunk: NDArray[Any]) -> NDArray[Any]:
@@ -146,7 +153,7 @@ def bf16_to_f16(bits: NDArray[np.uint16]) -> NDArray[np.float16]:
     return moved.view(np.float16)
 
 
-@functools.cache
+@cache
 def _bf16_to_f16_table() -> NDArray[np.uint16]:
     with np.errstate(over="ignore"):  # in patterns that nobody looks up
         return _widen(np.arange(1 << 16, dtype=np.uint16)).astype(np.float16).view(np.uint16)
@@ -162,29 +169,6 @@ def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _write(
-    writer: GGUFWriter,
-    tensors: list[tuple[StoredTensor, str]],
-    pool: ThreadPoolExecutor,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        file = writer.fout[0]
-        for tensor, target in tensors:
-            _pad(file, writer.data_alignment)
-            for data in map_ahead(pool, functools.partial(_converted, tensor.dtype, target), tensor.chunks()):
-                file.write(np.ascontiguousarray(data).data)
-                if on_progress:
-                    on_progress(data.nbytes)
-        _pad(file, writer.data_alignment)
-    finally:
-        writer.close()
-
-
 def map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[T], NDArray[Any]], items: Iterable[T]
 ) -> Iterator[NDArray[Any]]:
@@ -196,10 +180,6 @@ def map_ahead(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _pad(file: Any, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
 
 
 def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> None:
@@ -243,16 +223,16 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
 
 
 def _add_vocabulary(writer: GGUFWriter, facts: Facts) -> None:
-    vocabulary = facts.vocabulary
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
+    vocabulary, family = facts.vocabulary, facts.vocabulary.family
+    writer.add_tokenizer_model(family.model)
+    writer.add_tokenizer_pre(family.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.token_types)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
+    if family.merges:
+        writer.add_token_merges(family.merges)
     for name, token_id in vocabulary.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
-    for name, flag in vocabulary.flags.items():
+    for name, flag in family.flags.items():
         writer.add_bool(f"tokenizer.ggml.{name}", flag)
     if facts.architecture.name == "bert":
         writer.add_token_type_count(facts.checkpoint.count("type_vocab_size"))

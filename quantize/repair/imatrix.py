@@ -64,11 +64,6 @@ class Activations:
     readers: dict[str, str] = field(default_factory=dict)  # matrix -> the entry that holds its input
     vectors: list[NDArray[np.float32]] = field(default_factory=list)  # of the texts so far, each (n_embd,)
 
-    def mean_squares(self, name: str) -> NDArray[np.float64]:
-        """Mean square of every input channel of a matrix, (n_cols,): what llama.cpp's quantiser takes."""
-        entry = self.readers[name]
-        return self.sums[entry] / self.counts[entry]
-
     def inputs(self, name: str) -> Rows:
         """Sampled inputs of a matrix, (n_rows, n_cols)."""
         return self.samples[self.readers[name]]
@@ -228,11 +223,6 @@ def read_imatrix(path: Path, source: Weights) -> dict[str, Rows]:
     with parsing(path, WrongImatrix, "Make it again: quantize imatrix SOURCE."):
         names = [name.removesuffix(_SUMS) for name in weights.infos if name.endswith(_SUMS)]
         imatrix = {name: (weights.rows(name + _SUMS) / weights.rows(name + _COUNTS))[0] for name in names}
-    _require_match(path, imatrix, source)
-    return imatrix
-
-
-def _require_match(path: Path, imatrix: dict[str, Rows], source: Weights) -> None:
     for name, n_cols in _matrices(source.header).items():
         if name not in imatrix or len(imatrix[name]) != n_cols:
             flaw = f"has {len(imatrix[name])} columns of {name}" if name in imatrix else f"has no {name}"
@@ -240,6 +230,7 @@ def _require_match(path: Path, imatrix: dict[str, Rows], source: Weights) -> Non
     for name, row in imatrix.items():
         if not (np.isfinite(row).all() and (row >= 0).all()):
             raise WrongImatrix(f"{path}: {name} holds values that are no mean squares. Make it again.")
+    return imatrix
 
 
 def _save(path: Path, stamp: str, activations: Activations) -> None:

@@ -62,7 +62,7 @@ def make(
     factors = scales(weights, imatrix, recipe.exponents)
     imatrix = scaled_imatrix(imatrix, factors) if recipe.imatrix_sha256 else {}
     stated: dict[str, Value] = {
-        "general.file_type": int(VARIANTS[recipe.variant]),
+        "general.file_type": VARIANTS[recipe.variant],
         "general.quantization_version": 2,
         keys.KEY_VARIANT: recipe.variant,
         keys.KEY_RECIPE: recipe.to_header(),

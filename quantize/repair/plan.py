@@ -18,11 +18,7 @@ from f2gguf.runtime.llama import library as llama
 from f2gguf.runtime.llama.worker import interruptible
 
 # name of a variant -> llama.cpp's file type
-VARIANTS = {
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-}
+VARIANTS = {name: int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")) for name in ("Q8_0", "Q4_K_M", "Q4_0")}
 # llama.cpp logs one such line a tensor: name, type, and the new type unless it stays the same
 _TENSOR_LINE = re.compile(
     r"\[\s*\d+/\s*\d+\] (\S+) +- \[[\d, ]+\], type = +(\w+), size = +(?:.*-> +[\d.]+ MiB \((\w+)\))?"

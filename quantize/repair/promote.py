@@ -99,21 +99,18 @@ def choices(
     totals = dict.fromkeys(kinds, 0.0)
     for name, by_type in errors.items():
         totals[kind_of(name)] += by_type[types[name]]
-    return {
-        name: tuple(
-            Choice(kind, size_as(weights.infos[name], kind), kinds[kind_of(name)] * error / totals[kind_of(name)])
-            for kind, error in by_type.items()
-        )
-        for name, by_type in errors.items()
-    }
+    options = {}
+    for name, by_type in errors.items():
+        info, measured, total = weights.infos[name], kinds[kind_of(name)], totals[kind_of(name)]
+        options[name] = tuple(Choice(k, size_as(info, k), measured * error / total) for k, error in by_type.items())
+    return options
 
 
 def promote(options: Choices, allowed: float) -> dict[str, Choice]:
     """Types of few bytes whose noise sums up to less than `allowed`; the best types if there are none such.
 
-    First the steps that save most noise per byte, until the noise is allowed. Then the steps back that save most bytes
-    per noise, as long as it stays allowed. The search starts from each tensor's first choice and from its smallest, and
-    the result of fewer bytes counts.
+    First the steps that save most noise per byte are taken, until the noise is allowed; then the steps back that save
+    most bytes per noise. Of two starts, each tensor's first choice and its smallest, the one that ends smaller counts.
     """
     starts = {name: some[0] for name, some in options.items()}, smallest(options)
     return min((_promote(options, start, allowed) for start in starts), key=total_size)

@@ -41,12 +41,12 @@ class Recipe:
         """The type of every tensor."""
         return {tensor.name: self.types.get(tensor.name, tensor.new_type) for tensor in plan.tensors}
 
-    def lines(self, plan: TypePlan | None = None) -> list[str]:
+    def lines(self, plan: TypePlan) -> list[str]:
         """The recipe for people."""
         lines = [f"llama.cpp's {self.variant} types" + (f", but for {len(self.types)} tensors" if self.types else "")]
-        stock = {tensor.name: tensor.new_type for tensor in plan.tensors} if plan else {}
-        changes = Counter((kind_of(name), stock.get(name, ""), kind) for name, kind in self.types.items())
-        lines += [f"{n} {name}: {f'{old} to {new}' if old else new}" for (name, old, new), n in sorted(changes.items())]
+        stock = {tensor.name: tensor.new_type for tensor in plan.tensors}
+        changes = Counter((kind_of(name), stock[name], kind) for name, kind in self.types.items())
+        lines += [f"{n} {name}: {old} to {new}" for (name, old, new), n in sorted(changes.items())]
         if self.imatrix_sha256:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
         scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
@@ -93,10 +93,9 @@ def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path
     if unknown := [name for name in (*recipe.types, *recipe.exponents) if name not in known]:
         raise WrongRecipe(f"{path}: names {unknown[0]}, which {weights.header.path} does not have (--recipe).")
     if recipe.imatrix_sha256 and (imatrix is None or sha256_file(imatrix) != recipe.imatrix_sha256):
-        reason = "none was given" if imatrix is None else f"{imatrix} is another"
-        raise WrongRecipe(
-            f"{path}: needs the importance matrix with the SHA-256 {recipe.imatrix_sha256}, and {reason} (--imatrix)."
-        )
+        flaw = "none was given" if imatrix is None else f"{imatrix} is another"
+        needed = f"the importance matrix with the SHA-256 {recipe.imatrix_sha256}"
+        raise WrongRecipe(f"{path}: needs {needed}, and {flaw} (--imatrix).")
 
 
 def kind_of(name: str) -> str:

@@ -46,52 +46,45 @@ class Place:
     name: str
     writers: tuple[str, ...]
     readers: tuple[str, ...]
-    heads: tuple[int, int, int] | None = None  # value channels: heads, KV heads, width of a head
+    heads: tuple[int, int, int] = (1, 1, -1)  # heads, KV heads, width of a head: more than one head for value channels
 
     def to_writer(self, columns: NDArray[np.float64], merge: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
         """From one value for each reader's column to one for each channel: heads that share a KV head are merged."""
-        if self.heads is None:
-            return columns
         n_head, n_head_kv, width = self.heads
         return merge(columns.reshape(n_head_kv, n_head // n_head_kv, width), axis=1).ravel()
 
     def to_reader(self, channels: NDArray[np.float64]) -> NDArray[np.float64]:
         """From one value for each channel to one for each reader's column."""
-        if self.heads is None:
-            return channels
         n_head, n_head_kv, width = self.heads
         return np.repeat(channels.reshape(n_head_kv, 1, width), n_head // n_head_kv, axis=1).ravel()
 
 
+# place -> the tensors that write its channels, and those that read them
+_PLACES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "qwen3": {
+        "attn_norm": (("attn_norm.weight",), ("attn_q.weight", "attn_k.weight", "attn_v.weight")),
+        "value": (("attn_v.weight",), ("attn_output.weight",)),
+        "ffn_norm": (("ffn_norm.weight",), ("ffn_gate.weight", "ffn_up.weight")),
+        "ffn": (("ffn_up.weight",), ("ffn_down.weight",)),
+    },
+    "bert": {"value": (("attn_v.weight", "attn_v.bias"), ("attn_output.weight",))},
+}
+
+
 def places(header: Header) -> list[Place]:
-    """Every place of a model."""
-    find = {"qwen3": _qwen3_places, "bert": _bert_places}.get(header.architecture)
-    n_layers = int(header.values.get(f"{header.architecture}.block_count", 0))
-    return [place for i in range(n_layers) for place in find(header, f"blk.{i}.")] if find else []
-
-
-def _qwen3_places(header: Header, layer: str) -> list[Place]:
-    def names(*parts: str) -> tuple[str, ...]:
-        return tuple(f"{layer}{part}.weight" for part in parts)
-
-    return [
-        Place(f"{layer}attn_norm", names("attn_norm"), names("attn_q", "attn_k", "attn_v")),
-        Place(f"{layer}value", names("attn_v"), names("attn_output"), _heads(header)),
-        Place(f"{layer}ffn_norm", names("ffn_norm"), names("ffn_gate", "ffn_up")),
-        Place(f"{layer}ffn", names("ffn_up"), names("ffn_down")),
-    ]
-
-
-def _bert_places(header: Header, layer: str) -> list[Place]:
-    writers = (f"{layer}attn_v.weight", f"{layer}attn_v.bias")
-    return [Place(f"{layer}value", writers, (f"{layer}attn_output.weight",), _heads(header))]
-
-
-def _heads(header: Header) -> tuple[int, int, int]:
+    """Every place of a model; none for an architecture that f2gguf does not convert."""
     architecture, values = header.architecture, header.values
+    if architecture not in _PLACES:
+        return []
     n_head = int(values[f"{architecture}.attention.head_count"])
     n_head_kv = int(values.get(f"{architecture}.attention.head_count_kv", n_head))
-    return n_head, n_head_kv, int(values.get(f"{architecture}.attention.value_length", header.n_embd // n_head))
+    heads = n_head, n_head_kv, int(values.get(f"{architecture}.attention.value_length", header.n_embd // n_head))
+    result = []
+    for i in range(int(values.get(f"{architecture}.block_count", 0))):
+        for name, sides in _PLACES[architecture].items():
+            writers, readers = (tuple(f"blk.{i}.{tensor}" for tensor in side) for side in sides)
+            result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
+    return result
 
 
 def search(

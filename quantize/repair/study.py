@@ -8,7 +8,6 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from f2gguf.evals.drift import drift, highest_mean
@@ -41,17 +40,13 @@ class Study:
 
     weights: Weights
     imatrix: Imatrix
-    imatrix_path: Path
+    imatrix_sha256: str
     activations: Activations
     texts: Sequence[EvalText]
     reference: Rows  # the 16-bit file's vectors of `texts`, (n_texts, n_embd)
     work: Path  # folder of candidates and of results
     device: str
     _plans: dict[str, TypePlan] = field(default_factory=dict)
-
-    @cached_property
-    def imatrix_sha256(self) -> str:
-        return sha256_file(self.imatrix_path)
 
     def types(self, recipe: Recipe) -> dict[str, str]:
         """The type of every tensor in `recipe`."""
@@ -122,5 +117,5 @@ def study_source(
         with writing(imatrix_path) as part:
             shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
-    imatrix = read_imatrix(imatrix_path, weights)
-    return Study(weights, imatrix, imatrix_path, activations, texts, reference, work, device)
+    imatrix, sha256 = read_imatrix(imatrix_path, weights), sha256_file(imatrix_path)
+    return Study(weights, imatrix, sha256, activations, texts, reference, work, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.quantize.checkpoint.folder import DTYPES
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.reader import TensorInfo
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 Rows = NDArray[np.float32]
 OnProgress = Callable[[int], None]  # is called with the number of things that are done now
 _BLOCK_ELEMENTS = 1 << 22
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 libggml.ggml_quantize_chunk.argtypes = (
     [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [ctypes.c_void_p]
@@ -66,11 +66,11 @@ class Weights:
 
     def _stored(self, name: str) -> NDArray[Any]:
         info = self.infos[name]
-        if info.type not in _STORED:
+        if info.type not in DTYPES:
             raise QuantizationFailed(
                 f"{self.header.path}: {name} is {info.type} already. Start from the F16 file: `quantize convert MODEL`."
             )
-        return np.memmap(self.header.path, dtype=_STORED[info.type], mode="r", offset=info.begin, shape=shape_of(info))
+        return np.memmap(self.header.path, dtype=DTYPES[info.type], mode="r", offset=info.begin, shape=shape_of(info))
 
 
 def shape_of(info: TensorInfo) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def as_multiplied(rows: Rows, kind: str) -> Rows:
 
     A value takes eight bits, and a block has one scale: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
     """
-    if kind in _STORED:
+    if kind in DTYPES:
         return rows
     blocks = rows.reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
     scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
