@@ -23,10 +23,9 @@ from f2gguf.quantize.convert.readback import read_back, reference_ids
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.release.write import copy_legal_files, write_release
 from f2gguf.quantize.repair.calibration import load_calibration
-from f2gguf.quantize.repair.make import Evaluation, make_measured
 from f2gguf.quantize.repair.plan import VARIANTS, plan_variant, require_variant
 from f2gguf.quantize.repair.recipe import Recipe, made_with
-from f2gguf.quantize.repair.search import Made, make_within_bound
+from f2gguf.quantize.repair.search import Evaluation, Made, make_measured, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.quantize.report.report import (

@@ -217,14 +217,14 @@ def _read_pooling(path: Path) -> str:
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     index_path = folder / "model.safetensors.index.json"
-    index = _read_value(index_path, "weight_map", dict[str, str]) if index_path.exists() else {}
+    index = _read_value(index_path, "weight_map", dict[str, str]) if index_path.exists() else None
     tensors: dict[str, StoredTensor] = {}
-    for path in _shards(index_path, index) if index_path.exists() else [_single_file(folder)]:
+    for path in [_single_file(folder)] if index is None else _shards(index_path, index):
         for name, tensor in _read_safetensors(path).items():
             if name in tensors:
                 raise BrokenCheckpoint(f"{path}: {name} is in {tensors[name].file.name} too.")
             tensors[name] = tensor
-    for name, file in index.items():
+    for name, file in (index or {}).items():
         if name not in tensors or tensors[name].file.name != file:
             raise BrokenCheckpoint(f"{folder / file}: lacks {name}, which the shard index places there.")
     return tensors

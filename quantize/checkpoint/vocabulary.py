@@ -78,11 +78,11 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
-    ids_now: dict[str, int] = {}
     if kind == "WordPiece":
         tokens = [_with_word_start(text, of) for text, of in zip(tokens, token_types, strict=True)]
+    first: dict[str, int] = {}
     for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
-        if ids_now.setdefault(text, i) != i or "\0" in text:
+        if first.setdefault(text, i) != i or "\0" in text:
             raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
     return Vocabulary(
         family,

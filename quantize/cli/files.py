@@ -211,8 +211,8 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
 def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _work: Path, **options: Any) -> Any:
     """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
     from f2gguf.quantize.repair.imatrix import read_imatrix
-    from f2gguf.quantize.repair.make import make_measured
     from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
+    from f2gguf.quantize.repair.search import make_measured
 
     recipe, imatrix = Recipe(variant), {}
     if options["recipe"]:
@@ -226,7 +226,7 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _wor
 def _evaluation(source: Path, max_drift: float, device: str) -> Any:
     """The evaluation texts that the model answers for, and the F16 file's vectors of them."""
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.make import Evaluation
+    from f2gguf.quantize.repair.search import Evaluation
     from f2gguf.runtime import Embedder
 
     with Embedder(source, device=device) as model:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from f2gguf.quantize.checkpoint.folder import StoredTensor
 from f2gguf.quantize.convert.probes import add_golden
-from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, fill_in
+from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, VALUE_TYPES, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 
-_VALUE_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
 _FILE_TYPE = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
 DTYPES = tuple(_FILE_TYPE)
 # llama.cpp's own converter keeps these in F32, whatever the type of the file
@@ -54,7 +53,7 @@ class Conversion:
 
 
 def convert(
-    facts: Facts, out_path: Path, *, dtype: str = "f16", on_progress: Callable[[int], None] | None = None
+    facts: Facts, out_path: Path, *, dtype: str = "f16", on_progress: Callable[[int], None] = lambda _: None
 ) -> Conversion:
     """Write the checkpoint to `out_path` as GGUF with `dtype` weights. Norms, biases and positions stay F32.
 
@@ -82,8 +81,7 @@ def convert(
             file.write(bytes(-file.tell() % writer.data_alignment))
             for data in map_ahead(pool, partial(_converted, tensor.dtype, types[name].name), tensor.chunks()):
                 file.write(np.ascontiguousarray(data).data)
-                if on_progress:
-                    on_progress(data.nbytes)
+                on_progress(data.nbytes)
         file.write(bytes(-file.tell() % writer.data_alignment))
     fill_in(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
     lossy = tuple(loss for loss in losses if loss.n_overflow or loss.n_zeroed)
@@ -203,7 +201,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
             writer.add_base_model_version(0, entry.revision)
             writer.add_string(keys.KEY_REVISION, entry.revision)
     for key, value in facts.architecture.facts(facts.checkpoint).items():
-        writer.add_key_value(f"{architecture}.{key}", value, _VALUE_TYPES[type(value)])
+        writer.add_key_value(f"{architecture}.{key}", value, VALUE_TYPES[type(value)][0])
     writer.add_uint32(f"{architecture}.pooling_type", keys.POOLING_IDS[facts.pooling])
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)

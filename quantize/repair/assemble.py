@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from f2gguf.quantize.convert.reserved import VALUE_TYPES, Value, packed
 from f2gguf.quantize.convert.write import map_ahead
-from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, dequantized, quantize_rows, shape_of, size_as
+from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, dequantized, quantize_rows, row_slices, size_as
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.gguf.reader import TensorInfo
 from f2gguf.runtime.llama.library import default_threads
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-Value = bool | int | float | str
 Imatrix = Mapping[str, Rows]  # tensor -> weight of the error in each column, (n_cols,)
 
 # Types whose quantiser weighs columns. Q8_0 and F16 round each value by itself.
@@ -28,12 +28,6 @@ WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 _N_COMPARED = 32  # rows with which the effect of an importance matrix is checked
 _ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 20  # a task of one thread
-_TYPES: dict[type, tuple[GGUFValueType, str]] = {
-    str: (GGUFValueType.STRING, ""),
-    bool: (GGUFValueType.BOOL, "<?"),
-    int: (GGUFValueType.UINT32, "<I"),
-    float: (GGUFValueType.FLOAT32, "<f"),
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ def assemble(
     header: Mapping[str, Value],
     imatrix: Imatrix | None = None,
     scales: Mapping[str, Scale] | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> None:
     """Write the tensors of `weights` in `types`, and its header with `header` values added or replaced, to `target`.
 
@@ -79,24 +73,18 @@ def assemble(
             try:
                 if columns is not None and kind in WEIGHED:
                     _require_effect(scale.apply(weights.rows(info.name, slice(_N_COMPARED))), kind, columns)
-                for data in map_ahead(pool, quantized, range(0, shape_of(info)[0], _chunk_rows(info))):
+                for data in map_ahead(pool, quantized, row_slices(info, _CHUNK_ELEMENTS)):
                     file.write(data.data)
             except QuantizationFailed as error:
                 raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
             file.write(bytes(-file.tell() % _ALIGNMENT))
-            if on_progress:
-                on_progress(1)
+            on_progress(1)
 
 
 def _quantized(
-    weights: Weights, info: TensorInfo, kind: str, scale: Scale, imatrix: Rows | None, first_row: int
+    weights: Weights, info: TensorInfo, kind: str, scale: Scale, imatrix: Rows | None, chosen: slice
 ) -> NDArray[np.uint8]:
-    rows = weights.rows(info.name, slice(first_row, first_row + _chunk_rows(info)))
-    return quantize_rows(scale.apply(rows, first_row), kind, imatrix)
-
-
-def _chunk_rows(info: TensorInfo) -> int:
-    return max(1, _CHUNK_ELEMENTS // info.shape[-1])
+    return quantize_rows(scale.apply(weights.rows(info.name, chosen), chosen.start), kind, imatrix)
 
 
 def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
@@ -108,12 +96,14 @@ def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
 
 def _head(source: Header, plan: Sequence[tuple[TensorInfo, str]], added: Mapping[str, Value]) -> bytes:
     """Everything before the tensors. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-    entries = {**_entries(source), **{key: _entry(key, value) for key, value in added.items()}}
+    entries = _entries(source)
+    for key, value in added.items():
+        entries[key] = packed(key) + struct.pack("<I", VALUE_TYPES[type(value)][0]) + packed(value)
     infos, offset = [], 0
     for info, kind in plan:
         n_dims = len(info.shape)
         placed = struct.pack(f"<I{n_dims}QIQ", n_dims, *info.shape[::-1], GGMLQuantizationType[kind].value, offset)
-        infos.append(_string(info.name) + placed)
+        infos.append(packed(info.name) + placed)
         offset += -(-size_as(info, kind) // _ALIGNMENT) * _ALIGNMENT
     head = b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(entries)) + b"".join([*entries.values(), *infos])
     return head + bytes(-len(head) % _ALIGNMENT)
@@ -127,14 +117,3 @@ def _entries(source: Header) -> dict[str, bytes]:
         data = file.read(source.values_end)
     pairs = zip(begins.items(), ends, strict=True)
     return {key: data[begin:end] for (key, begin), end in pairs if key != "general.alignment"}
-
-
-def _entry(key: str, value: Value) -> bytes:
-    kind, layout = _TYPES[type(value)]
-    data = _string(value) if isinstance(value, str) else struct.pack(layout, value)
-    return _string(key) + struct.pack("<I", kind) + data
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data

@@ -131,7 +131,7 @@ def collect(
     *,
     device: str,
     state_path: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> tuple[Activations, Rows]:
     """Run `texts` through the model of `source`; gives the inputs of its matrices, and the vectors (n_texts, n_embd).
 
@@ -142,8 +142,7 @@ def collect(
     activations = _restore(state_path, stamp) or Activations()
     header, saved, n_before = read_header(source), time.monotonic(), len(activations.vectors)
     collector = _Collector(header, activations)
-    if on_progress:
-        on_progress(n_before)
+    on_progress(n_before)
     max_tokens = min(MAX_TOKENS, header.max_tokens)
     with Embedder(source, device=device, watch=collector, max_tokens=max_tokens) as model:
         for batch in _batches(texts[n_before:]):
@@ -152,8 +151,7 @@ def collect(
             if state_path and (is_last or time.monotonic() - saved > _SAVE_EVERY_S):
                 _save(state_path, stamp, activations)
                 saved = time.monotonic()
-            if on_progress:
-                on_progress(len(batch))
+            on_progress(len(batch))
     return activations, np.stack(activations.vectors)
 
 

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from f2gguf.quantize.repair.plan import TypePlan, require_variant
-from f2gguf.quantize.repair.rescale import Exponents, places
-from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.quantize.convert.reserved import Value
+from f2gguf.quantize.repair.assemble import Imatrix, assemble
+from f2gguf.quantize.repair.plan import VARIANTS, TypePlan, plan_variant, require_variant
+from f2gguf.quantize.repair.rescale import Exponents, places, scaled_imatrix, scales
+from f2gguf.quantize.repair.tensors import OnProgress, Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
 from f2gguf.runtime.files import sha256_file
-from f2gguf.runtime.gguf.header import KEY_RECIPE, read_header
+from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import ggml_build
 
 
@@ -70,7 +73,7 @@ def read_recipe(path: Path) -> Recipe:
     from pydantic import TypeAdapter
 
     if path.suffix == ".gguf":
-        text = read_header(path).values.get(KEY_RECIPE)
+        text = read_header(path).values.get(keys.KEY_RECIPE)
         if text is None:
             raise WrongRecipe(f"{path}: its header has no recipe (--recipe). f2gguf writes one since 0.1.")
     else:
@@ -96,6 +99,30 @@ def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path
         flaw = "none was given" if imatrix is None else f"{imatrix} is another"
         needed = f"the importance matrix with the SHA-256 {recipe.imatrix_sha256}"
         raise WrongRecipe(f"{path}: needs {needed}, and {flaw} (--imatrix).")
+
+
+def make(
+    weights: Weights,
+    path: Path,
+    recipe: Recipe,
+    imatrix: Imatrix,
+    *,
+    types: Mapping[str, str] | None = None,
+    header: Mapping[str, Value] | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> None:
+    """Write the file of `recipe` to `path`, with `header` values added. `types` replace those of the recipe."""
+    types = types or recipe.all_types(plan_variant(weights.header.path, recipe.variant))
+    factors = scales(weights, imatrix, recipe.exponents)
+    imatrix = scaled_imatrix(imatrix, factors) if recipe.imatrix_sha256 else {}
+    stated: dict[str, Value] = {
+        "general.file_type": VARIANTS[recipe.variant],
+        "general.quantization_version": 2,
+        keys.KEY_VARIANT: recipe.variant,
+        keys.KEY_RECIPE: recipe.to_header(),
+        **(header or {}),
+    }
+    assemble(weights, path, types, header=stated, imatrix=imatrix, scales=factors, on_progress=on_progress)
 
 
 def kind_of(name: str) -> str:

@@ -6,21 +6,27 @@ bound, the search learns only by how much, and is repeated with a bound that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from f2gguf.evals.drift import Verdict
+from f2gguf.evals.drift import Verdict, judge
+from f2gguf.evals.neighbours import Vectors
+from f2gguf.evals.texts import EvalText, embed_texts
+from f2gguf.quantize.convert.probes import golden_stamps
+from f2gguf.quantize.convert.reserved import VERDICT, fill_in
 from f2gguf.quantize.repair import promote, rescale
-from f2gguf.quantize.repair.assemble import WEIGHED
-from f2gguf.quantize.repair.make import Evaluation, make_measured
+from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
-from f2gguf.quantize.repair.recipe import Recipe, kind_of
+from f2gguf.quantize.repair.recipe import Recipe, kind_of, make
 from f2gguf.quantize.repair.study import Candidate, Study
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import OutOfReach
 from f2gguf.runtime.files import format_bound, format_size
+from f2gguf.runtime.gguf import header as keys
 
 MARGIN = 0.9  # of the bound is allowed on calibration texts, as the verdict is on other texts
 MAX_VERDICTS = 3
@@ -28,6 +34,16 @@ WORTH = 0.95  # scales are used if they leave less than this part of the drift
 CLOSE = 0.85  # of the allowed drift: closer is not worth another try, as few bytes are left to save
 MAX_PROMOTIONS = 6
 N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a variant is measured with."""
+
+    texts: Sequence[EvalText]
+    reference: Vectors  # the F16 file's vectors of `texts`, (n_texts, n_embd)
+    max_drift: float
+    device: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,22 @@ def make_within_bound(
         allowed *= MARGIN * bound / highest
     assert there is not None
     return there
+
+
+def make_measured(weights: Weights, path: Path, recipe: Recipe, imatrix: Imatrix, *, evaluation: Evaluation) -> Verdict:
+    """Make the file of `recipe` at `path`, measure it, and fill the verdict into its header."""
+    texts, max_drift = evaluation.texts, float(evaluation.max_drift)
+    header = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
+    with progress(f"quantise {recipe.variant}", len(weights.infos)) as advance:
+        make(weights, path, recipe, imatrix, header=header, on_progress=advance)
+    with Embedder(path, device=evaluation.device) as model:
+        with progress(f"measure {recipe.variant}", len(texts)) as advance:
+            vectors = embed_texts(model, texts, advance)
+        verdict = judge(vectors, evaluation.reference, texts, dims=model.header.dims, max_drift=max_drift)
+        golden = golden_stamps(model)
+    drifts = {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper}
+    fill_in(path, {**drifts, keys.KEY_HOLDS: verdict.holds, **golden})
+    return verdict
 
 
 @dataclass(frozen=True)
@@ -123,8 +155,7 @@ class Search:
 
     def within_size(self, max_size: int, allowed: float) -> Recipe:
         """The recipe of the least drift within `max_size` bytes."""
-        tensors = self.study.weights.header.tensors
-        fixed = self._head_bytes + sum(tensor.size_bytes for tensor in tensors if tensor.name not in self.choices)
+        fixed = self._size(self.start) - sum(some[0].size_bytes for some in self.choices.values())
         chosen = promote.fill(self.choices, max_size - fixed)
         if chosen is None:
             least = fixed + total_size(promote.smallest(self.choices))
@@ -160,13 +191,9 @@ class Search:
         return tried
 
     def _size(self, candidate: Candidate) -> int:
-        """Bytes of the whole file, estimated."""
-        return self._head_bytes + self.study.size_bytes(candidate.recipe)
-
-    @property
-    def _head_bytes(self) -> int:
-        """Bytes before the tensors, estimated. They include the recipe."""
-        return self.study.weights.header.tensors[0].begin + 1_000 + 60 * len(self.study.weights.infos)
+        """Bytes of the whole file. Those before the tensors, with the recipe, are estimated."""
+        header, n_tensors = self.study.weights.header, len(self.study.weights.infos)
+        return header.tensors[0].begin + 1_000 + 60 * n_tensors + self.study.size_bytes(candidate.recipe)
 
 
 def _allowed_noise(last: Candidate, chosen: Mapping[str, Choice], allowed: float) -> float:

@@ -15,9 +15,8 @@ from f2gguf.evals.texts import EvalText, embed_texts, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix
 from f2gguf.quantize.repair.calibration import MAX_TOKENS, load_calibration
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
-from f2gguf.quantize.repair.make import make
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
-from f2gguf.quantize.repair.recipe import Recipe
+from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Rows, Weights, size_as
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say

@@ -20,9 +20,8 @@ Rows = NDArray[np.float32]
 OnProgress = Callable[[int], None]  # is called with the number of things that are done now
 _BLOCK_ELEMENTS = 1 << 22
 
-libggml.ggml_quantize_chunk.argtypes = (
-    [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [ctypes.c_void_p]
-)
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+libggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]
 libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 libggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 libggml.ggml_validate_row_data.restype = ctypes.c_bool
@@ -60,9 +59,7 @@ class Weights:
         return np.concatenate([np.abs(rows).max(axis=1) for rows in self._row_blocks(name)])
 
     def _row_blocks(self, name: str) -> Iterator[Rows]:
-        n_rows, n_cols = shape_of(self.infos[name])
-        step = max(1, _BLOCK_ELEMENTS // n_cols)
-        return (self.rows(name, slice(first, first + step)) for first in range(0, n_rows, step))
+        return (self.rows(name, chosen) for chosen in row_slices(self.infos[name], _BLOCK_ELEMENTS))
 
     def _stored(self, name: str) -> NDArray[Any]:
         info = self.infos[name]
@@ -77,6 +74,13 @@ def shape_of(info: TensorInfo) -> tuple[int, int]:
     """(n_rows, n_cols) of a matrix; a vector is one row."""
     *rows, n_cols = info.shape
     return int(np.prod(rows, dtype=np.int64)), n_cols
+
+
+def row_slices(info: TensorInfo, n_elements: int) -> list[slice]:
+    """All rows of a tensor, in blocks of about `n_elements` values."""
+    n_rows, n_cols = shape_of(info)
+    step = max(1, n_elements // n_cols)
+    return [slice(first, first + step) for first in range(0, n_rows, step)]
 
 
 def row_bytes(kind: str, n_cols: int) -> int:
