@@ -18,8 +18,8 @@ from f2gguf.evals.conversion import ConversionCheck, can_check, check_conversion
 from f2gguf.evals.drift import MAX_DRIFT, Verdict
 from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, texts_sha256
-from f2gguf.quantize.convert.probes import stamp_golden
 from f2gguf.quantize.convert.readback import read_back, reference_ids
+from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.release.write import copy_legal_files, write_release
 from f2gguf.quantize.repair.calibration import load_calibration

@@ -40,8 +40,6 @@ _POOLING_MODES = {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"
 
 @dataclass(frozen=True)
 class _StatedTensor:
-    """What a safetensors header says of a tensor."""
-
     dtype: str
     shape: tuple[_Count, ...]
     data_offsets: tuple[_Count, _Count]

@@ -171,11 +171,12 @@ def _with_word_start(token: str, kind: int) -> str:
 
 def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Texts and types of ids 0 to vocab_size - 1. An id that the tokenizer does not use becomes '[PAD<id>]', unused."""
-    path = checkpoint.tokenizer_path
-    n_vocab = checkpoint.count("vocab_size")
-    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
-    types = [_UNUSED] * n_vocab
-    added_tokens = spec.get("added_tokens", [])
+    path, n_vocab, added_tokens = (
+        checkpoint.tokenizer_path,
+        checkpoint.count("vocab_size"),
+        spec.get("added_tokens", []),
+    )
+    tokens, types = [f"[PAD{i}]" for i in range(n_vocab)], [_UNUSED] * n_vocab
     ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
     if not 0 <= min(ids, default=0) <= max(ids, default=0) < n_vocab:
         raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")

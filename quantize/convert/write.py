@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from f2gguf.quantize.checkpoint.folder import StoredTensor
-from f2gguf.quantize.convert.probes import add_golden
-from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, VALUE_TYPES, fill_in
+from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, VALUE_TYPES, add_golden, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
@@ -25,12 +24,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from numpy.typing import NDArray
 
 T = TypeVar("T")
-
 _FILE_TYPE = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
 DTYPES = tuple(_FILE_TYPE)
 # llama.cpp's own converter keeps these in F32, whatever the type of the file
 _ALWAYS_F32 = ("_norm.weight", "position_embd.weight", "token_types.weight")
-N_AHEAD = 8  # chunks in memory at a time
+_N_AHEAD = 8  # chunks in memory at a time
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def map_ahead(
     waiting: deque[Future[NDArray[Any]]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > N_AHEAD:
+        if len(waiting) > _N_AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -105,10 +105,10 @@ class _Collector:
             return
         rows = rows.reshape(-1, n_cols)
         squares = np.square(rows, dtype=np.float64).sum(axis=0)
-        if not np.isfinite(squares).all():
+        if np.isfinite(squares).all():
+            self._add(name, rows, squares)
+        else:
             self.faults.append(name)
-            return
-        self._add(name, rows, squares)
 
     def _add(self, name: str, rows: Rows, squares: NDArray[np.float64]) -> None:
         into = self.activations

@@ -76,7 +76,6 @@ def plan_variant(source: Path, variant: str) -> TypePlan:
 
 
 def _dry_run(source: Path, variant: str) -> list[str]:
-    """The log lines of a dry run of llama_model_quantize."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.dry_run = VARIANTS[variant], True
     logged: list[tuple[int, str]] = []

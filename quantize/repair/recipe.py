@@ -36,9 +36,8 @@ class Recipe:
     @property
     def kind(self) -> str:
         """The strongest means that the recipe uses: 'stock', 'imatrix', 'rescaled' or 'promoted'."""
-        if self.types:
-            return "promoted"
-        return "rescaled" if self.exponents else "imatrix" if self.imatrix_sha256 else "stock"
+        uses = {"promoted": self.types, "rescaled": self.exponents, "imatrix": self.imatrix_sha256, "stock": True}
+        return next(name for name, used in uses.items() if used)
 
     def all_types(self, plan: TypePlan) -> dict[str, str]:
         """The type of every tensor."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from f2gguf.evals.drift import Verdict, judge
 from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, embed_texts
-from f2gguf.quantize.convert.probes import golden_stamps
-from f2gguf.quantize.convert.reserved import VERDICT, fill_in
+from f2gguf.quantize.convert.reserved import VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
 from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
