@@ -70,8 +70,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     eos_token = stated or eos_token
     if eos_token is None:
-        advice = 'State it in models.lock as `eos_token = "..."`'
-        raise BrokenCheckpoint(f"{path}: does not say which token ends a text. {advice}.")
+        raise BrokenCheckpoint(f"{path}: does not say which token ends a text. State it in models.lock as `eos_token`.")
     tokens, token_types = _tokens(checkpoint, spec)
     ids = {text: i for i, text in enumerate(tokens)}
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)

@@ -91,9 +91,9 @@ def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path
     """Raise `WrongRecipe` unless the recipe was made for these inputs: with others it gives other bytes."""
     if recipe.variant != variant:
         raise WrongRecipe(f"{path}: is a recipe for {recipe.variant}, not for {variant} (--recipe).")
-    known = {*weights.infos, *(place.name for place in places(weights.header))}
-    if unknown := [name for name in (*recipe.types, *recipe.exponents) if name not in known]:
-        raise WrongRecipe(f"{path}: names {unknown[0]}, which {weights.header.path} does not have (--recipe).")
+    place_names = {place.name for place in places(weights.header)}
+    if unknown := recipe.types.keys() - weights.infos.keys() | recipe.exponents.keys() - place_names:
+        raise WrongRecipe(f"{path}: names {min(unknown)}, which {weights.header.path} does not have (--recipe).")
     if recipe.imatrix_sha256 and (imatrix is None or sha256_file(imatrix) != recipe.imatrix_sha256):
         flaw = "none was given" if imatrix is None else f"{imatrix} is another"
         needed = f"the importance matrix with the SHA-256 {recipe.imatrix_sha256}"

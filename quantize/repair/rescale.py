@@ -117,11 +117,11 @@ def scales(weights: Weights, imatrix: Imatrix, exponents: Mapping[str, Exponents
         if place.name not in exponents:
             continue
         channels = channels_of(weights, imatrix, place).factors(exponents[place.name])
+        columns, inverse = place.to_reader(channels).astype(np.float32), (1 / channels).astype(np.float32)
         for name in place.readers:
-            columns = place.to_reader(channels).astype(np.float32)
             by_name[name] = replace(by_name.get(name, Scale()), columns=columns)
         for name in place.writers:
-            inverse, is_vector = (1 / channels).astype(np.float32), len(weights.infos[name].shape) == 1
+            is_vector = len(weights.infos[name].shape) == 1
             by_name[name] = Scale(None, inverse) if is_vector else replace(by_name.get(name, Scale()), rows=inverse)
     return by_name
 

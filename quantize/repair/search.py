@@ -113,10 +113,8 @@ class Search:
         with progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
             exponents = rescale.search(study.weights, study.activations, study.imatrix, types, advance)
         best = self._measured(plain)
-        if exponents:
-            scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents))
-            best = scaled if scaled.mean < WORTH * best.mean else best
-        return best
+        scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents)) if exponents else best
+        return scaled if scaled.mean < WORTH * best.mean else best
 
     @cached_property
     def choices(self) -> Choices:
@@ -172,10 +170,9 @@ class Search:
 
     def _alone(self, kind: str) -> float:
         """The mean drift if only tensors of one kind are quantised."""
-        recipe = self.start.recipe
+        recipe, infos = self.start.recipe, self.study.weights.infos
         types = self.study.types(recipe)
-        tensors = self.study.weights.header.tensors
-        only = {tensor.name: types[tensor.name] if kind_of(tensor.name) == kind else tensor.type for tensor in tensors}
+        only = {name: types[name] if kind_of(name) == kind else info.type for name, info in infos.items()}
         return self.study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
 
     def _promoted(self, chosen: Mapping[str, Choice]) -> Candidate:
