@@ -20,7 +20,7 @@ from f2gguf.quantize.report.report import (
     read_report,
 )
 from f2gguf.quantize.source.facts import Facts
-from f2gguf.runtime.console import Progress, progress, say
+from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import InputError, WrongUsage
 from f2gguf.runtime.files import sha256_file
 
@@ -38,7 +38,6 @@ class Job:
     max_size: int | None = None  # bytes of each variant
     calibration: Path | None = None  # texts of the user's own
     imatrix: Path | None = None  # an importance matrix of the user's own
-    progress: Progress = progress
 
     @property
     def name(self) -> str:

@@ -18,15 +18,14 @@ from f2gguf.evals.conversion import ConversionCheck, check_conversion
 from f2gguf.evals.drift import MAX_DRIFT
 from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts
-from f2gguf.quantize.convert.probes import stamp_golden
 from f2gguf.quantize.convert.readback import read_back, reference_ids
+from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
 from f2gguf.quantize.release.write import copy_legal_files, write_release
-from f2gguf.quantize.repair.make import Evaluation, make_measured
 from f2gguf.quantize.repair.plan import VARIANTS, plan_variant, require_variant
 from f2gguf.quantize.repair.recipe import Recipe
-from f2gguf.quantize.repair.search import Made, make_within_bound
+from f2gguf.quantize.repair.search import Evaluation, Made, make_measured, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.quantize.report.report import (
@@ -40,7 +39,7 @@ from f2gguf.quantize.report.report import (
 )
 from f2gguf.quantize.source.facts import Facts, open_facts
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.console import Progress, say
+from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import format_size, locked, writing
 
@@ -97,9 +96,7 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         return report
 
 
-def convert_checked(
-    facts: Facts, path: Path, *, dtype: str, progress: Progress, texts: Sequence[EvalText]
-) -> list[str]:
+def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[EvalText]) -> list[str]:
     """Convert to `path`, read it back, and fill in its golden vectors.
 
     Gives the texts that stock llama.cpp splits differently.
@@ -124,7 +121,7 @@ def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequ
     path = job.file("F16")
     shutil.rmtree(job.work, ignore_errors=True)  # it was made with another F16 file
     with writing(path) as part:
-        stock_differs = convert_checked(job.facts, part, dtype="f16", progress=job.progress, texts=texts)
+        stock_differs = convert_checked(job.facts, part, dtype="f16", texts=texts)
         # the claimed texts apart, as a resumed run embeds them: vectors move by 1e-7 with the rest of their batch
         reference, is_claimed = _embed(job, part, claimed), np.array([text in claimed for text in texts])
         vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
@@ -141,7 +138,7 @@ def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequ
 def _gate_1(job: Job, vectors: Vectors, texts: Sequence[EvalText]) -> ConversionCheck:
     """Compare the F16 file with the checkpoint; `ConversionMismatch` where they do not do the same."""
     facts = job.facts
-    with job.progress("gate 1", len(texts)) as advance:
+    with progress("gate 1", len(texts)) as advance:
         check = check_conversion(
             vectors,
             texts,
@@ -165,7 +162,7 @@ def _make_variants(
     job: Job, report: Report, names: Sequence[str], texts: Sequence[EvalText], inputs: VariantInputs
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
-    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, job.progress)
+    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device)
     study = None if job.stock else _study(job)
     if study:
         report = replace(report, imatrix=described(job.imatrix_path))
@@ -211,7 +208,6 @@ def _study(job: Job) -> Study:
         calibration=job.calibration,
         own_imatrix=job.imatrix,
         device=job.device,
-        progress=job.progress,
     )
 
 
@@ -223,7 +219,7 @@ def _reference(job: Job, claimed: Sequence[EvalText]) -> Vectors:
 
 
 def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> Vectors:
-    with Embedder(path, device=job.device) as model, job.progress("measure F16", len(texts)) as advance:
+    with Embedder(path, device=job.device) as model, progress("measure F16", len(texts)) as advance:
         return embed_texts(model, texts, advance)
 
 

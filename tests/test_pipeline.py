@@ -239,7 +239,7 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path, run: Run, monkeypatch: p
 def test_plan_is_what_llama_cpp_writes_and_names_fallbacks(tiny: Path, tmp_path: Path) -> None:
     convert(facts_of(tiny), tmp_path / "x.gguf")
     plan = plan_variant(tmp_path / "x.gguf", "Q4_K_M")
-    types = {tensor.name: (tensor.new_type, tensor.wanted) for tensor in plan.tensors}
+    types = {tensor.name: (tensor.new_type, tensor.unfit_type) for tensor in plan.tensors}
     assert types["blk.0.ffn_up.weight"] == ("Q5_0", "Q4_K")
     assert types["output_norm.weight"] == ("F32", None)
     assert "instead of Q4_K: their rows do not fill its blocks" in "\n".join(plan.lines())

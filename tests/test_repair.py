@@ -18,16 +18,14 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair import search
-from f2gguf.quantize.repair.make import make
 from f2gguf.quantize.repair.plan import plan_variant
 from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
-from f2gguf.quantize.repair.recipe import Recipe, read_recipe
+from f2gguf.quantize.repair.recipe import Recipe, make, read_recipe
 from f2gguf.quantize.repair.rescale import GRID, places, scales
 from f2gguf.quantize.repair.search import MARGIN, Search, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.gguf.header import read_header
 
@@ -46,9 +44,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             imatrix_path=work / "x.imatrix.gguf",
             work=work,
             calibration=None,
-            given_imatrix=None,
             device="auto",
-            progress=progress,
         )
 
     return study

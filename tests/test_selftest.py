@@ -12,9 +12,8 @@ import pytest
 from checkpoints import NANO, copy_of
 from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
-from f2gguf.quantize.convert.probes import PROBES, stamp_golden
 from f2gguf.quantize.convert.readback import checkpoint_ids
-from f2gguf.quantize.convert.reserved import fill_in
+from f2gguf.quantize.convert.reserved import PROBES, fill_in, stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NotGGUF, SelftestFailed, SelftestMissing

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder, read without torch: its facts checked, its tensors mapped, not loaded."""
+"""A Hugging Face checkpoint folder, read without torch. Its facts are checked; its tensors are mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
@@ -16,12 +16,10 @@ from f2gguf.runtime.files import sha256_file
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
-T = TypeVar("T")
-
 # safetensors dtype -> numpy dtype of its bytes (numpy has no bfloat16: its bits are read as uint16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 CHUNK_ELEMENTS = 1 << 19  # 8 to 16 MB: what a conversion holds in memory at a time
-# What a conversion reads, and `Checkpoint.sha256` covers; never code, never pickle
+# The files that a conversion reads and that `Checkpoint.sha256` covers: never code, never pickle
 NEEDED = (
     "config.json",
     "*.safetensors",
@@ -33,37 +31,15 @@ NEEDED = (
     "config_sentence_transformers.json",
     "*_Pooling/config.json",
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # as weights are named that run code when they are read
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # formats of weights that can run code when they are read
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _FETCH_AGAIN = "Fetch the model again."
 _Count = Annotated[int, Field(strict=True, ge=0)]
-_POOLING_MODES = {
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-}
-
-
-@dataclass(frozen=True)
-class _Module:
-    type: str
-    path: str
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    prompts: dict[str, str | None] | None = None
-
-
-@dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
+_POOLING_MODES = {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
 
 
 @dataclass(frozen=True)
 class _StatedTensor:
-    """What a safetensors header says of a tensor."""
-
     dtype: str
     shape: tuple[_Count, ...]
     data_offsets: tuple[_Count, _Count]
@@ -71,12 +47,12 @@ class _StatedTensor:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes stand."""
+    """Where the bytes of a tensor are."""
 
     file: Path
-    dtype: str
+    dtype: str  # as safetensors spells it: 'BF16'
     shape: tuple[int, ...]
-    begin: int
+    begin: int  # offset in the file
 
     @property
     def n_elements(self) -> int:
@@ -87,7 +63,7 @@ class StoredTensor:
         return self.n_elements * DTYPES[self.dtype].itemsize
 
     def chunks(self) -> Iterator[NDArray[Any]]:
-        """The values in order, flat, mapped from the file a chunk at a time so that memory stays small."""
+        """The values in order, flat. One chunk at a time is mapped from the file, so that memory stays small."""
         dtype = DTYPES[self.dtype]
         for start in range(0, self.n_elements, CHUNK_ELEMENTS):
             n = min(CHUNK_ELEMENTS, self.n_elements - start)
@@ -96,7 +72,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder states of its model. `None` or empty where it does not say."""
+    """What a folder states of its model. A fact that it does not state is `None` or empty."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -120,48 +96,48 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """One hash over the bytes of every file that shapes the result: weights, configuration, tokenizer."""
+        """One hash of every file that the result depends on: weights, configuration, tokenizer."""
         total = hashlib.sha256()
         for path in sorted({path for pattern in NEEDED for path in self.folder.glob(pattern)}):
             total.update(f"{path.relative_to(self.folder).as_posix()} {sha256_file(path)}\n".encode())
         return total.hexdigest()
 
     def count(self, key: str) -> int:
-        """A positive integer of config.json; raises `BrokenCheckpoint` for anything else."""
+        """A positive integer of config.json. Raises `BrokenCheckpoint` for anything else."""
         value = self.config.get(key)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise self._bad(key, value, "a positive integer")
         return value
 
     def real(self, key: str, within: Mapping[str, Any] | None = None) -> float:
-        """A positive finite number of config.json; raises `BrokenCheckpoint` for anything else."""
+        """A positive finite number of config.json, or of its part `within`. Raises `BrokenCheckpoint` otherwise."""
         value: Any = (self.config if within is None else within).get(key)
         if type(value) not in (int, float) or not 0 < value < np.inf:
             raise self._bad(key, value, "a positive number")
         return float(value)
 
-    def _bad(self, key: str, value: object, wanted: str) -> BrokenCheckpoint:
-        path = self.folder / "config.json"
-        if value is None:
-            return BrokenCheckpoint(f"{path}: has no {key!r}. Fetch the model again.")
-        return BrokenCheckpoint(f"{path}: {key} is {value!r}, which is not {wanted}. Fetch the model again.")
+    def _bad(self, key: str, value: object, expected: str) -> BrokenCheckpoint:
+        flaw = f"has no {key!r}" if value is None else f"{key} is {value!r}, which is not {expected}"
+        return BrokenCheckpoint(f"{self.folder / 'config.json'}: {flaw}. {_FETCH_AGAIN}")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the facts and the tensor index of a checkpoint folder.
 
-    Raises `BrokenCheckpoint` for files that are missing, cut off or contradict each other, `UnsupportedCheckpoint` for
-    modules and weight formats that f2gguf does not convert.
+    Raises `BrokenCheckpoint` for files that are missing, cut off or contradict each other. Raises
+    `UnsupportedCheckpoint` for modules and weight formats that f2gguf does not convert.
     """
     config = read_json(folder / "config.json")
     pooling, is_normalized = _read_modules(folder)
+    prompts_path = folder / "config_sentence_transformers.json"
+    prompts = _read_value(prompts_path, "prompts", dict[str, str | None] | None) if prompts_path.exists() else None
     return Checkpoint(
         folder=folder,
         config=config,
         tensors=_read_tensors(folder),
         pooling=pooling,
         is_normalized=is_normalized,
-        prompts=_read_prompts(folder / "config_sentence_transformers.json"),
+        prompts={name: text for name, text in (prompts or {}).items() if text is not None},
         max_seq_length=_read_max_seq_length(folder / "sentence_bert_config.json"),
     )
 
@@ -172,7 +148,7 @@ def is_legal(name: str) -> bool:
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; `BrokenCheckpoint` where it does not parse, or is missing and not `optional`."""
+    """A JSON object from a file. Raises `BrokenCheckpoint` if it does not parse, or is missing and not `optional`."""
     if optional and not path.exists():
         return {}
     content = _load(path)
@@ -185,16 +161,16 @@ def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise BrokenCheckpoint(f"{path}: no such file. A checkpoint folder needs it; fetch the model again.") from error
+        raise BrokenCheckpoint(f"{path}: no such file. A checkpoint folder needs it. {_FETCH_AGAIN}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BrokenCheckpoint(f"{path}: does not parse as JSON: {error}. Fetch the model again.") from error
+        raise BrokenCheckpoint(f"{path}: does not parse as JSON: {error}. {_FETCH_AGAIN}") from error
 
 
-def _load_as(shape: type[T], path: Path) -> T:
-    """The content of a JSON file in a shape that pydantic checks."""
-    content = _load(path)
+def _read_value(path: Path, key: str, shape: Any) -> Any:
+    """The value of `key` in a JSON file. pydantic checks that it has the type `shape`."""
+    content = read_json(path)
     with parsing(path, BrokenCheckpoint, _FETCH_AGAIN):
-        return TypeAdapter(shape).validate_python(content)
+        return TypeAdapter(dict[str, shape]).validate_python({key: content.get(key)})[key]
 
 
 def _read_modules(folder: Path) -> tuple[str | None, bool]:
@@ -202,22 +178,15 @@ def _read_modules(folder: Path) -> tuple[str | None, bool]:
     path = folder / "modules.json"
     if not path.exists():
         return None, True
-    modules = [(module.type.rsplit(".", 1)[-1], module.path) for module in _load_as(list[_Module], path)]
-    kinds = [kind for kind, _ in modules]
-    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown:
-        raise UnsupportedCheckpoint(
-            f"{path}: has the module {unknown[0]}; f2gguf converts Transformer, Pooling and Normalize."
-        )
-    pooling = next(
-        (_read_pooling(folder / where / "config.json") for kind, where in modules if kind == "Pooling"), None
-    )
-    return pooling, "Normalize" in kinds
-
-
-def _read_prompts(path: Path) -> dict[str, str]:
-    prompts = (_load_as(_Prompts, path).prompts or {}) if path.exists() else {}
-    return {name: text for name, text in prompts.items() if text is not None}
+    content = _load(path)
+    with parsing(path, BrokenCheckpoint, _FETCH_AGAIN):
+        rows = TypeAdapter(list[dict[str, Any]]).validate_python(content)
+        modules = {str(row["type"]).rsplit(".", 1)[-1]: folder / str(row["path"]) for row in rows}
+    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+        what = "f2gguf converts Transformer, Pooling and Normalize"
+        raise UnsupportedCheckpoint(f"{path}: has the module {min(unknown)}; {what}.")
+    pooling = _read_pooling(modules["Pooling"] / "config.json") if "Pooling" in modules else None
+    return pooling, "Normalize" in modules
 
 
 def _read_max_seq_length(path: Path) -> int | None:
@@ -234,27 +203,26 @@ def _read_pooling(path: Path) -> str:
     config = read_json(path)
     if config.get("include_prompt") is False:
         raise UnsupportedCheckpoint(f"{path}: include_prompt is false; llama.cpp pools over the prompt too.")
-    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(key) is True]
+    stated = [pooling for key, pooling in _POOLING_MODES.items() if config.get(f"pooling_mode_{key}") is True]
     if not stated:  # sentence-transformers 5.2 and later write one word
         stated = [p for p in _POOLING_MODES.values() if config.get("pooling_mode") in (p, f"{p}token")]
     others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(stated) != 1 or len(others) > 1:
-        raise UnsupportedCheckpoint(
-            f"{path}: states {', '.join(others) or 'no pooling mode'}; last token, mean or CLS is supported."
-        )
+        modes = ", ".join(others) or "no pooling mode"
+        raise UnsupportedCheckpoint(f"{path}: states {modes}; last token, mean or CLS is supported.")
     return stated[0]
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     index_path = folder / "model.safetensors.index.json"
-    index = _load_as(_Index, index_path).weight_map if index_path.exists() else {}
+    index = _read_value(index_path, "weight_map", dict[str, str]) if index_path.exists() else None
     tensors: dict[str, StoredTensor] = {}
-    for path in _shards(index_path, index) if index_path.exists() else [_single_file(folder)]:
+    for path in [_single_file(folder)] if index is None else _shards(index_path, index):
         for name, tensor in _read_safetensors(path).items():
             if name in tensors:
                 raise BrokenCheckpoint(f"{path}: {name} is in {tensors[name].file.name} too.")
             tensors[name] = tensor
-    for name, file in index.items():
+    for name, file in (index or {}).items():
         if name not in tensors or tensors[name].file.name != file:
             raise BrokenCheckpoint(f"{folder / file}: lacks {name}, which the shard index places there.")
     return tensors
@@ -262,27 +230,24 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _single_file(folder: Path) -> Path:
     single = folder / "model.safetensors"
-    if single.exists():
+    if single.is_file():
         return single
     if any(path.suffix in (*PICKLES, ".h5", ".onnx") for path in folder.iterdir()):
         raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
-    raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. Fetch the model again.")
+    raise BrokenCheckpoint(f"{single}: no such file, and no model.safetensors.index.json. {_FETCH_AGAIN}")
 
 
 def _shards(index_path: Path, index: Mapping[str, str]) -> list[Path]:
     files = [index_path.parent / Path(name).name for name in sorted(set(index.values()))]
     if not files:
         raise BrokenCheckpoint(f"{index_path}: has an empty 'weight_map'. {_FETCH_AGAIN}")
-    for path in files:
-        if not path.is_file():
-            raise BrokenCheckpoint(f"{path}: no such file, but {index_path.name} names it. {_FETCH_AGAIN}")
+    if missing := [path for path in files if not path.is_file()]:
+        raise BrokenCheckpoint(f"{missing[0]}: no such file, but {index_path.name} names it. {_FETCH_AGAIN}")
     return files
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensor index of one file. Source: https://github.com/huggingface/safetensors#format"""
-    if not path.is_file():
-        raise BrokenCheckpoint(f"{path}: is no file. {_FETCH_AGAIN}")
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -296,7 +261,11 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         stated = TypeAdapter(dict[str, _StatedTensor]).validate_python(entries)
     tensors = {name: _stored_tensor(path, 8 + length, size_bytes, name, entry) for name, entry in stated.items()}
-    _refuse_overlap(path, tensors)
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin < end:
+            raise BrokenCheckpoint(f"{path}: {name} overlaps the tensor before it. {_FETCH_AGAIN}")
+        end = tensor.begin + (tensor.size_bytes if tensor.dtype in DTYPES else 0)
     return tensors
 
 
@@ -311,19 +280,10 @@ def _stored_tensor(path: Path, data_start: int, size_bytes: int, name: str, stat
     begin, end = (data_start + offset for offset in stated.data_offsets)
     tensor = StoredTensor(path, stated.dtype, stated.shape, begin)
     if end > size_bytes:
-        raise BrokenCheckpoint(
-            f"{path}: truncated: {name} ends at byte {end:,} and the file at {size_bytes:,}. {_FETCH_AGAIN}"
-        )
+        where = f"{name} ends at byte {end:,} and the file at {size_bytes:,}"
+        raise BrokenCheckpoint(f"{path}: truncated: {where}. {_FETCH_AGAIN}")
     if tensor.dtype in DTYPES and end - begin != tensor.size_bytes:
         raise BrokenCheckpoint(
             f"{path}: {name} has {end - begin:,} bytes, which its shape {tensor.shape} does not fill."
         )
     return tensor
-
-
-def _refuse_overlap(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
-        if tensor.begin < end:
-            raise BrokenCheckpoint(f"{path}: {name} overlaps the tensor before it. {_FETCH_AGAIN}")
-        end = tensor.begin + (tensor.size_bytes if tensor.dtype in DTYPES else 0)

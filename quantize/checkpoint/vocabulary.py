@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 
-# The split pattern of a byte-level BPE, word for word -> llama.cpp's name for its own implementation of it
+# The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
         "qwen2"
@@ -25,36 +24,43 @@ _WORD_START = "\u2581"  # llama.cpp writes "##ing" as "ing" and "play" as "▁pl
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What the header says of the tokenizer: llama.cpp's own keys, and what f2gguf adds to them."""
+class Family:
+    """The part of a vocabulary that depends on the kind of tokenizer."""
 
     model: str  # tokenizer.ggml.model
     pre: str
+    merges: list[str]
+    special: dict[str, str]  # role -> token: 'eos', ...
+    flags: dict[str, bool]  # 'add_eos_token' -> ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the header states of the tokenizer: llama.cpp's own keys, and those that f2gguf adds."""
+
+    family: Family
     tokens: list[str]
     token_types: list[int]
-    merges: list[str]
     special_ids: dict[str, int]  # 'eos' -> id, ...
-    flags: dict[str, bool]  # 'add_eos_token' -> ...
     normalizer: str | None  # JSON
     special_tokens: list[str]
     eos_token: str  # the token that closes every text
-    is_eos_forced: bool  # the lock asks for an EOS that the checkpoint's own post-processor does not add
+    is_eos_forced: bool  # models.lock states the token, as the checkpoint's own post-processor adds none
 
 
 def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> Vocabulary:
-    """Read tokenizer.json. `eos_token` is what models.lock states; the checkpoint's own word goes first.
+    """Read tokenizer.json. `eos_token` is the one that models.lock states, for a checkpoint that adds none.
 
-    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for one that does
-    not hold together, `Disagreement` where the lock and the checkpoint close texts with different tokens.
+    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for a damaged one,
+    `Disagreement` if models.lock and the checkpoint end texts with different tokens.
     """
     path = checkpoint.tokenizer_path
     spec = read_json(path)
     load_tokenizer(checkpoint)  # the library that defines the format checks its shape: from here on it can be relied on
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
-        raise UnsupportedCheckpoint(
-            f"{path}: the tokenizer {kind!r} is not supported; byte-level BPE and WordPiece are."
-        )
+        known = "byte-level BPE and WordPiece"
+        raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
     opening, closing = _template(spec)
     stated = closing[-1] if closing else None
     if stated and eos_token and stated != eos_token:
@@ -64,9 +70,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     eos_token = stated or eos_token
     if eos_token is None:
-        raise BrokenCheckpoint(
-            f'{path}: does not say which token ends a text. State it in models.lock as `eos_token = "..."`.'
-        )
+        raise BrokenCheckpoint(f"{path}: does not say which token ends a text. State it in models.lock as `eos_token`.")
     tokens, token_types = _tokens(checkpoint, spec)
     ids = {text: i for i, text in enumerate(tokens)}
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
@@ -74,52 +78,38 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
     if kind == "WordPiece":
-        tokens = [_phantom(text, of) for text, of in zip(tokens, token_types, strict=True)]
-    _require_distinct(path, tokens)
+        tokens = [_with_word_start(text, of) for text, of in zip(tokens, token_types, strict=True)]
+    first: dict[str, int] = {}
+    for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
+        if first.setdefault(text, i) != i or "\0" in text:
+            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
     return Vocabulary(
-        model=family.model,
-        pre=family.pre,
-        tokens=tokens,
-        token_types=token_types,
-        merges=family.merges,
-        special_ids={name: ids[text] for name, text in family.special.items()},
-        flags=family.flags,
+        family,
+        tokens,
+        token_types,
+        special_ids={role: ids[text] for role, text in family.special.items()},
         normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
-        special_tokens=[
-            token["content"] for token in spec.get("added_tokens", []) if not token.get("normalized", False)
-        ],
+        special_tokens=[added["content"] for added in spec.get("added_tokens", []) if not added.get("normalized")],
         eos_token=eos_token,
         is_eos_forced=stated is None,
     )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer (`tokenizers.Tokenizer`), without truncation or padding."""
+    """The checkpoint's own tokenizer (a `tokenizers.Tokenizer`), without truncation or padding."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
     except Exception as error:  # the library raises bare Exceptions for whatever it cannot parse
-        raise BrokenCheckpoint(
-            f"{checkpoint.tokenizer_path}: is no working tokenizer: {error}. Fetch it again."
-        ) from error
+        path = checkpoint.tokenizer_path
+        raise BrokenCheckpoint(f"{path}: is no working tokenizer: {error}. Fetch it again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-@dataclass(frozen=True)
-class _Family:
-    """What depends on the kind of tokenizer: llama.cpp's names for it, and its special tokens by role."""
-
-    model: str
-    pre: str
-    merges: list[str]
-    special: dict[str, str]
-    flags: dict[str, bool]
-
-
-def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
     if opening:
         raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
@@ -128,7 +118,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
     pad = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    return _Family(
+    return Family(
         model="gpt2",
         pre=_pre_tokenizer(spec, checkpoint),
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
@@ -137,7 +127,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
     )
 
 
-def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> _Family:
+def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
     model, normalizer = spec["model"], spec.get("normalizer") or {}
     expected = {
@@ -147,13 +137,13 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
         "max_input_chars_per_word": (model.get("max_input_chars_per_word", 100), 100),
         "unk_token": (model.get("unk_token", "[UNK]"), "[UNK]"),
     }
-    for key, (found, wanted) in expected.items():
-        if found != wanted:
-            raise UnsupportedCheckpoint(f"{path}: {key} is {found!r}; WordPiece is supported with {wanted!r}.")
+    for key, (value, supported) in expected.items():
+        if value != supported:
+            raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; WordPiece is supported with {supported!r}.")
     if len(opening) != 1:
         raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
     strip_accents = normalizer.get("strip_accents")
-    return _Family(
+    return Family(
         model="bert",
         pre="default",
         merges=[],
@@ -172,39 +162,31 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
 _FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
 
 
-def _require_distinct(path: Path, tokens: list[str]) -> None:
-    """llama.cpp stops the process where two ids have one text, or a text holds NUL."""
-    seen: set[str] = set()
-    for i, text in enumerate(tokens):
-        if text in seen or "\0" in text:
-            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
-        seen.add(text)
-
-
-def _phantom(token: str, kind: int) -> str:
+def _with_word_start(token: str, kind: int) -> str:
     if kind == _CONTROL:
         return token
     return token[2:] if token.startswith("##") else _WORD_START + token
 
 
 def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Texts and types of ids 0 to vocab_size - 1; ids that the tokenizer leaves out become '[PAD<id>]', unused."""
-    path = checkpoint.tokenizer_path
-    n_vocab = checkpoint.count("vocab_size")
-    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
-    types = [_UNUSED] * n_vocab
-    added_tokens = spec.get("added_tokens", [])
+    """Texts and types of ids 0 to vocab_size - 1. An id that the tokenizer does not use becomes '[PAD<id>]', unused."""
+    path, n_vocab, added_tokens = (
+        checkpoint.tokenizer_path,
+        checkpoint.count("vocab_size"),
+        spec.get("added_tokens", []),
+    )
+    tokens, types = [f"[PAD{i}]" for i in range(n_vocab)], [_UNUSED] * n_vocab
     ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
     if not 0 <= min(ids, default=0) <= max(ids, default=0) < n_vocab:
         raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")
     for text, i in spec["model"]["vocab"].items():
         tokens[i], types[i] = text, _NORMAL
     for added in added_tokens:
-        text, i = added["content"], added["id"]
+        text = added["content"]
         if added.get("lstrip") or added.get("rstrip"):
             raise UnsupportedCheckpoint(f"{path}: the token {text} takes blanks along, which llama.cpp does not.")
         is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = text, _CONTROL if is_control else _USER_DEFINED
     return tokens, types
 
 
@@ -231,7 +213,6 @@ def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
         return "gpt-2"
     pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
     if pattern not in PRE_TOKENIZERS or steps[0].get("behavior") != "Isolated" or steps[1].get("use_regex", True):
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for its split {pattern or kinds!r}."
-        )
+        split = f"its split {pattern or kinds!r}"
+        raise UnsupportedCheckpoint(f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for {split}.")
     return PRE_TOKENIZERS[pattern]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 from f2gguf.quantize.cli import options as shared
-from f2gguf.runtime.console import progress, say
+from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import CheckpointError, HubError, HubUnreachable, RateLimited
 
 
@@ -78,5 +78,5 @@ def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: s
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:
-        convert_checked(facts, part, dtype=dtype, progress=progress, texts=load_texts())
+        convert_checked(facts, part, dtype=dtype, texts=load_texts())
     click.echo(str(path))

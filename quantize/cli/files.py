@@ -31,7 +31,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device, progress=progress)
+        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device)
     click.echo(str(path))
 
 
@@ -188,7 +188,6 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
         calibration=options["calibration"],
         own_imatrix=options["imatrix"],
         device=options["device"],
-        progress=progress,
     )
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
     return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
@@ -197,8 +196,8 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
 def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _work: Path, **options: Any) -> Any:
     """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
     from f2gguf.quantize.repair.imatrix import read_imatrix
-    from f2gguf.quantize.repair.make import make_measured
     from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
+    from f2gguf.quantize.repair.search import make_measured
 
     recipe, imatrix = Recipe(variant), {}
     if options["recipe"]:
@@ -212,14 +211,14 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _wor
 def _evaluation(source: Path, max_drift: float, device: str) -> Any:
     """The evaluation texts that the model answers for, and the F16 file's vectors of them."""
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.make import Evaluation
+    from f2gguf.quantize.repair.search import Evaluation
     from f2gguf.runtime import Embedder
 
     with Embedder(source, device=device) as model:
         texts = claimed_texts(load_texts(), model.header.languages)
         with progress(f"measure {source.name}", len(texts)) as advance:
             reference = embed_texts(model, texts, advance)
-    return Evaluation(texts, reference, max_drift, device, progress)
+    return Evaluation(texts, reference, max_drift, device)
 
 
 def _require_bound(path: Path, verdict: Any) -> None:

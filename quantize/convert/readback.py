@@ -1,4 +1,4 @@
-"""What was just written, read back: does llama.cpp split texts as the checkpoint's own tokenizer does?"""
+"""A converted file, read back: does llama.cpp split texts as the checkpoint's own tokenizer does?"""
 
 from __future__ import annotations
 
@@ -20,49 +20,43 @@ from f2gguf.runtime.llama.tokenizer import open_tokenizer
 def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
     """Check the header and the token ids of a converted file.
 
-    Ids must equal those of the checkpoint's tokenizer.json on every evaluation text and every hostile string. Raises
-    `ConversionMismatch` with the first text that differs. Gives the texts that stock llama.cpp, which does not run
-    the checkpoint's text normaliser, would split differently.
+    The ids must equal those of the checkpoint's tokenizer.json on every evaluation text and every hostile string.
+    Raises `ConversionMismatch` with the first text that differs. Gives the texts that stock llama.cpp splits
+    differently, as it does not run the checkpoint's text normaliser.
     """
-    header = read_header(path)
-    name = path.name.removesuffix(PART_SUFFIX)
+    header, name = read_header(path), path.name.removesuffix(PART_SUFFIX)
     if header.require_pooling() != facts.pooling:
         raise ConversionMismatch(f"{name}: the header says {header.pooling} pooling, the checkpoint {facts.pooling}.")
-    prompts = dict(facts.prompts)
-    samples = [*HOSTILE, *(prompted(text, prompts) for text in texts)]
+    samples = [*HOSTILE, *(prompted(text, dict(facts.prompts)) for text in texts)]
     expected = checkpoint_ids(facts, samples)
     with open_tokenizer(header) as tokenizer:
         for sample, right in zip(samples, expected, strict=True):
             ids, _ = tokenizer(sample)
             if not np.array_equal(ids, right):
-                raise ConversionMismatch(f"{name}: {_first_difference(sample, ids, right)}")
+                at, shown = leading_length(ids, right), sample if len(sample) <= 80 else sample[:77] + "..."
+                theirs, ours = (some[at : at + 5].tolist() for some in (right, ids))
+                raise ConversionMismatch(
+                    f"{name}: llama.cpp splits {shown!r} differently from the checkpoint's tokenizer: "
+                    f"at token {at + 1} it has {ours}, tokenizer.json {theirs}. Please report this text."
+                )
     with Model(path, vocab_only=True) as stock:
         pairs = zip(samples, expected, strict=True)
         return [sample for sample, right in pairs if not np.array_equal(stock.tokenize(sample), right)]
 
 
 def reference_ids(facts: Facts, texts: Sequence[EvalText]) -> list[Ids]:
-    """Token ids that the checkpoint itself sees of each text: prompt in front, cut to the longest input."""
-    prompts = dict(facts.prompts)
-    return checkpoint_ids(facts, [prompted(text, prompts) for text in texts], max_tokens=facts.max_tokens)
+    """Token ids of each text as the checkpoint itself sees it: behind its prompt, cut to the model's `max_tokens`."""
+    samples = [prompted(text, dict(facts.prompts)) for text in texts]
+    return checkpoint_ids(facts, samples, max_tokens=facts.max_tokens)
 
 
 def checkpoint_ids(facts: Facts, samples: Sequence[str], *, max_tokens: int | None = None) -> list[Ids]:
-    """Token ids by the checkpoint's own tokenizer, with the closing token that models.lock adds where it adds none.
+    """Token ids by the checkpoint's own tokenizer, and the closing token of models.lock if the tokenizer adds none.
 
-    Longer texts than `max_tokens` are cut, the special tokens kept.
+    A text of more than `max_tokens` is cut, and keeps its special tokens.
     """
     closing = [facts.vocabulary.special_ids["eos"]] if facts.vocabulary.is_eos_forced else []
     tokenizer = load_tokenizer(facts.checkpoint)
     if max_tokens is not None:
         tokenizer.enable_truncation(max_tokens - len(closing))
     return [np.array(tokenizer.encode(sample).ids + closing, dtype=np.int32) for sample in samples]
-
-
-def _first_difference(text: str, ids: Ids, right: Ids) -> str:
-    at = leading_length(ids, right)
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return (
-        f"llama.cpp splits {shown!r} differently from the checkpoint's tokenizer: at token {at + 1} it has "
-        f"{ids[at : at + 5].tolist()}, tokenizer.json {right[at : at + 5].tolist()}. Please report this text."
-    )

@@ -1,6 +1,7 @@
-"""Header values that are known only after the tensors were written: room is reserved for them, then they are filled in.
+"""Header values that are known only after the tensors were written: checkpoint hash, golden vectors, verdict.
 
-A file is written with placeholders of the same type and size, so that filling in moves no other byte.
+A file is written with placeholders of the same type and size, so that filling in moves no other byte. Golden vectors
+are those of texts that faulty files, tokenizers and devices get wrong.
 """
 
 from __future__ import annotations
@@ -8,47 +9,103 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from f2gguf.quantize.convert.readback import checkpoint_ids
+from f2gguf.quantize.source.facts import Facts
+from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf import golden
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama.encoder import add_prompt
+from gguf import GGUFValueType, GGUFWriter
 
-_FLOAT32 = 6  # GGUF specification, "enum gguf_metadata_value_type"
-Value = float | bool | str | Sequence[float]
-
-SOURCE_SHA256 = {keys.KEY_SOURCE_SHA256: "0" * 64}  # of an F16 file: the checkpoint is hashed while it is converted
-VERDICT: dict[str, bool | int | float | str] = {  # of a variant: it is measured once it is there
-    keys.KEY_MEAN_DRIFT: 0.0,
-    keys.KEY_UPPER_DRIFT: 0.0,
-    keys.KEY_HOLDS: False,
+Value = bool | int | float | str
+# Python type -> type and layout of a header value
+VALUE_TYPES: dict[type, tuple[GGUFValueType, str]] = {
+    bool: (GGUFValueType.BOOL, "<?"),
+    int: (GGUFValueType.UINT32, "<I"),
+    float: (GGUFValueType.FLOAT32, "<f"),
+    str: (GGUFValueType.STRING, ""),
 }
+UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
+VERDICT = {keys.KEY_MEAN_DRIFT: 0.0, keys.KEY_UPPER_DRIFT: 0.0, keys.KEY_HOLDS: False}  # until it is measured
+# (name of the prompt, text). Texts without a prompt show which has changed, a prompt or the tokenizer. The last three
+# texts begin with tokens whose ffn_down input is beyond F16's 65504 in Qwen3-Embedding-8B, so that some devices give
+# NaN. These tokens must be at position 0, and the last text must have 64 tokens or more:
+# https://github.com/ollama/ollama/issues/12921, https://github.com/ggml-org/llama.cpp/issues/29216 and 26044
+PROBES = (
+    ("query", "how do I keep bread fresh for a week?"),
+    ("query", "Welche Bücher erklären die Französische Revolution?"),
+    ("query", "量子コンピュータはどのように動作しますか"),
+    ("document", "A lighthouse keeper trims the lamp at dusk, winds the clockwork, and writes the weather down."),
+    ("document", "def area(r):\n\tif r < 0:\n\t\traise ValueError('negative')\n\treturn 3.14159 * r**2  # m²\n"),
+    ("document", "长江是亚洲最长的河流，发源于青藏高原，最后流入东海。"),
+    ("document", "القطار يصل في الثامنة. हिन्दी में क्षमा। ฝนตกหนักมาก 서울의 봄 Поезд опоздал. שלום"),
+    ("document", "👩‍👩‍👧‍👦 went to 🇯🇵 and 🏳️‍🌈 👍🏽, then ☕ at ½ past 7 ≠ 8…"),
+    ("document", " ".join(f"Step {i}: add {7 * i % 90} grams of flour and stir." for i in range(1, 61))),
+    ("", "lighthouse"),
+    ("", "  two  blanks\t\ttabs\r\n\r\n\n   and lines  \n"),
+    ("", "Cafe\u0301, A\u030angstro\u0308m, \u1112\u1161\u11ab\u1100\u116e\u11a8, n\u0303and\u0169"),
+    ("", "a <|im_end|> in a text, [SEP] and [CLS], </s><pad>, then <|endoftext|> and more"),
+    ("", "importance of a good night's sleep"),
+    ("", 'import { useReducer } from "react";'),
+    ("", "importData" + " row" * 80),
+)
 
 
-def golden_values(n_texts: int, n_embd: int) -> dict[str, list[float]]:
-    """The golden vectors and cosines of a file, which it gives itself."""
-    return {golden.KEY_VECTORS: [0.0] * (n_texts * n_embd), golden.KEY_COSINES: [0.0] * n_texts}
-
-
-def fill_in(path: Path, values: Mapping[str, Value]) -> None:
-    """Overwrite header values: a number, a string of as many bytes, or as many numbers in an array."""
+def fill_in(path: Path, values: Mapping[str, Value | Sequence[float]]) -> None:
+    """Overwrite header values. A string must keep its number of bytes, an array of floats its number of values."""
     header = read_header(path)
     with path.open("rb+") as file:
         for key, value in values.items():
+            data, old = packed(value), header.values[key]
+            is_supported = not isinstance(old, tuple) or type(old[0]) is float
+            if len(data) != len(packed(old)) or not is_supported:
+                raise ValueError(f"{key}: a new value of {len(data):,} bytes does not fit its place in the header")
             file.seek(header.offsets[key])
-            file.write(_encoded(key, value, header.values[key]))
+            file.write(data)
 
 
-def _encoded(key: str, value: Value, placeholder: Any) -> bytes:
-    if isinstance(value, bool):
-        return struct.pack("<?", value)
-    if isinstance(value, float):
-        return struct.pack("<f", value)
-    if not isinstance(value, str):
-        if len(value) != len(placeholder) or type(placeholder[0]) is not float:
-            raise ValueError(f"{key}: {len(value)} numbers do not fit the place of {len(placeholder)}")
-        return struct.pack(f"<IQ{len(value)}f", _FLOAT32, len(value), *value)
-    data = value.encode()
-    if len(data) != len(str(placeholder).encode()):
-        raise ValueError(f"{key}: {value!r} does not fit the place of {placeholder!r}")
-    return struct.pack("<Q", len(data)) + data
+def packed(value: Value | Sequence[float]) -> bytes:
+    """A header value as GGUF stores it. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+    if isinstance(value, str):
+        data = value.encode()
+        return struct.pack("<Q", len(data)) + data
+    if isinstance(value, Sequence):
+        return struct.pack(f"<IQ{len(value)}f", GGUFValueType.FLOAT32, len(value), *value)
+    return struct.pack(VALUE_TYPES[type(value)][1], value)
+
+
+def add_golden(writer: GGUFWriter, facts: Facts) -> None:
+    """Add the probes and their token ids by the checkpoint's own tokenizer; reserve room for vectors and cosines."""
+    prompts = [name if name in facts.prompts else "" for name, _ in PROBES]
+    samples = [add_prompt(text, facts.prompts.get(name, "")) for name, text in PROBES]
+    ids = checkpoint_ids(facts, samples, max_tokens=facts.max_tokens)
+    writer.add_array(golden.KEY_TEXTS, [text for _, text in PROBES])
+    writer.add_array(golden.KEY_PROMPTS, prompts)
+    writer.add_array(golden.KEY_N_TOKENS, [len(tokens) for tokens in ids])
+    writer.add_array(golden.KEY_TOKEN_IDS, np.concatenate(ids).tolist())
+    writer.add_array(golden.KEY_VECTORS, [0.0] * (len(PROBES) * facts.n_embd))
+    writer.add_array(golden.KEY_COSINES, [0.0] * len(PROBES))
+
+
+def stamp_golden(path: Path) -> int:
+    """Fill in a converted file's own vectors, made on the CPU; gives how many probes have no finite vector.
+
+    With F16 weights llama.cpp rounds their inputs to F16 as well. A text whose inputs are beyond 65504 has no vector.
+    """
+    with Embedder(path, device="cpu") as model:
+        vectors = model.probe_vectors()
+    is_finite = np.isfinite(vectors).all(axis=1)
+    vectors[~is_finite] = 0
+    fill_in(path, {golden.KEY_VECTORS: vectors.ravel().tolist(), golden.KEY_COSINES: is_finite.astype(float).tolist()})
+    return int(np.count_nonzero(~is_finite))
+
+
+def golden_stamps(model: Embedder) -> dict[str, list[float]]:
+    """The header values of a variant: the cosines of its probe vectors with those that the F16 file gave it, if any."""
+    if not golden.has_golden(model.header):
+        return {}
+    cosines = golden.require_golden(model.header).cosines_of(model.probe_vectors())
+    return {golden.KEY_COSINES: np.nan_to_num(cosines).tolist()}

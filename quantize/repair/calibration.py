@@ -1,4 +1,4 @@
-"""The texts that imatrix, scales and promotions are chosen with: never those that a verdict is over."""
+"""The texts that recipes are chosen with. No evaluation text is among them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.tables import read_texts
 
 PATH = Path(__file__).with_name("calibration.jsonl")
-# Fewer leave columns of a wide matrix without weight: 64 texts of 100 tokens are twice as many rows as the widest
-# model of the family's smaller half (1.7B) has columns.
+# With fewer texts, columns of a wide matrix would get no weight. 64 texts of 100 tokens give twice as many rows as the
+# 1.7B model has columns.
 MIN_TEXTS = 64
-MAX_TOKENS = 64  # later tokens of a text are left out: they excite no other channels, and would take most of the time
-PASSAGE_CHARS = 40  # texts that share as many characters in a row share a passage
+MAX_TOKENS = 64  # of a text: later tokens excite no other channels, and would take most of the time
+PASSAGE_CHARS = 40  # characters in a row that two texts must not share
 
 
 def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
-    """The texts of `path` (.jsonl, .txt or .csv), or those that come with f2gguf in the model's `languages`.
+    """The texts of `path` (.jsonl, .txt or .csv), or f2gguf's own in the model's `languages`.
 
     Rows of a .jsonl file may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage`
     for too few texts, or one with a passage of an evaluation text; `InputError` for a file that does not parse.
     """
     texts = _read(path) if path else claimed_texts(load_texts(PATH), languages)
-    where = path or PATH
     if len(texts) < MIN_TEXTS:
-        raise WrongUsage(f"{where}: holds {len(texts)} different texts; calibration needs {MIN_TEXTS} (--calibration).")
+        n_texts = f"{len(texts)} different texts"
+        raise WrongUsage(f"{path or PATH}: holds {n_texts}; calibration needs {MIN_TEXTS} (--calibration).")
     if path:
         _refuse_overlap(path, texts)
     return texts
 
 
-def passages(text: str) -> set[str]:
-    """Every run of PASSAGE_CHARS characters of `text`, white space folded; the whole of a shorter text."""
+def _passages(text: str) -> set[str]:
+    """Every run of PASSAGE_CHARS characters of `text`, with white space folded; the whole of a shorter text."""
     plain = " ".join(text.split())
     return {plain[i : i + PASSAGE_CHARS] for i in range(max(1, len(plain) - PASSAGE_CHARS + 1))}
 
@@ -57,13 +57,10 @@ def _read(path: Path) -> tuple[EvalText, ...]:
 def _refuse_overlap(path: Path, texts: Sequence[EvalText]) -> None:
     judged = load_texts()
     whole = {" ".join(text.text.split()): text.id for text in judged}
-    parts = {passage: text.id for text in judged if text.kind != "edge" for passage in passages(text.text)}
+    parts = {passage: text.id for text in judged if text.kind != "edge" for passage in _passages(text.text)}
     for text in texts:
-        shared = whole.get(" ".join(text.text.split())) or next(
-            (parts[passage] for passage in passages(text.text) if len(passage) == PASSAGE_CHARS and passage in parts),
-            None,
-        )
-        if shared:
+        in_part = (parts[part] for part in _passages(text.text) if len(part) == PASSAGE_CHARS and part in parts)
+        if shared := whole.get(" ".join(text.text.split())) or next(in_part, None):
             raise WrongUsage(
                 f"{path}: text {text.id} shares a passage with the evaluation text {shared}. A verdict over texts that "
                 "the file was fitted to proves nothing: take it out (--calibration)."

@@ -1,4 +1,4 @@
-"""What every weight matrix is multiplied with: sums of squares (the importance matrix), and rows to try things on."""
+"""The inputs of every weight matrix over the calibration texts: the importance matrix, and rows for trials."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.calibration import MAX_TOKENS
-from f2gguf.quantize.repair.tensors import Rows, Weights
+from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, NoVector, TruncationWarning, WrongImatrix, parsing
 from f2gguf.runtime.files import sha256_file, writing
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 KEY_CALIBRATION_SHA256 = "f2gguf.calibration.sha256"
 _SUMS, _COUNTS = ".in_sum2", ".counts"  # llama.cpp, tools/imatrix
+_TABLES = ("sums", "counts", "samples", "strides")  # fields of `Activations`
 _SAMPLE_BYTES = 256_000_000  # for all sampled rows of a model
 _SAVE_EVERY_S = 30.0
 _BATCH_TEXTS = 32
@@ -35,7 +36,7 @@ libggml.ggml_op_name.restype = ctypes.c_char_p
 
 
 class _Tensor(ctypes.Structure):
-    """The beginning of struct ggml_tensor (ggml.h)."""
+    """The first fields of struct ggml_tensor (ggml.h)."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -53,20 +54,15 @@ class _Tensor(ctypes.Structure):
 class Activations:
     """Inputs of a model's matrix products over the calibration texts.
 
-    Matrices that read the same input (q, k and v; gate and up) share one entry, under the name of the first.
+    Matrices that read the same input (q, k and v; gate and up) share one entry under the name of the first.
     """
 
     sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # (n_cols,) sums of squares
-    counts: dict[str, int] = field(default_factory=dict)  # rows that were summed up
+    counts: dict[str, int] = field(default_factory=dict)  # rows in the sums
     samples: dict[str, Rows] = field(default_factory=dict)  # (n_rows, n_cols), evenly spread over all rows
-    strides: dict[str, int] = field(default_factory=dict)  # one row in so many was sampled
+    strides: dict[str, int] = field(default_factory=dict)  # one row in so many is in the samples
     readers: dict[str, str] = field(default_factory=dict)  # matrix -> the entry that holds its input
-    vectors: list[NDArray[np.float32]] = field(default_factory=list)  # of the texts that are done, each (n_embd,)
-
-    def mean_squares(self, name: str) -> NDArray[np.float64]:
-        """Mean square of every input channel of a matrix, (n_cols,): what llama.cpp's quantiser takes."""
-        entry = self.readers[name]
-        return self.sums[entry] / self.counts[entry]
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)  # of the texts so far, each (n_embd,)
 
     def inputs(self, name: str) -> Rows:
         """Sampled inputs of a matrix, (n_rows, n_cols)."""
@@ -74,16 +70,15 @@ class Activations:
 
 
 class _Collector:
-    """Is shown every product of a weight matrix, and adds up what it is multiplied with (see `context.Watch`)."""
+    """Sees every product with a weight matrix, and adds up the inputs (see `context.Watch`)."""
 
     def __init__(self, header: Header, activations: Activations) -> None:
         self.activations = activations
         self.faults: list[str] = []
-        self._widths = {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
-        n_cols = sum(self._widths.values())
-        self._n_samples = max(64, min(512, _SAMPLE_BYTES // (4 * n_cols)))
-        self._seen: dict[int, str] = {}  # input of this pass, by address -> the entry that takes it
-        self._names: set[str] = set()
+        self._widths = _matrices(header)
+        self._n_samples = max(64, min(512, _SAMPLE_BYTES // (4 * sum(self._widths.values()))))
+        self._entries: dict[int, str] = {}  # address of an input of this pass -> its entry
+        self._names: set[str] = set()  # matrices of this pass
 
     def wants(self, address: int) -> bool:
         tensor = _Tensor.from_address(address)
@@ -94,11 +89,10 @@ class _Collector:
             return False
         if name in self._names:  # the next pass begins
             self._names.clear()
-            self._seen.clear()
+            self._entries.clear()
         self._names.add(name)
-        entry = self._seen.setdefault(tensor.src[1], name)
-        self.activations.readers[name] = entry
-        return bool(entry == name)
+        self.activations.readers[name] = self._entries.setdefault(tensor.src[1], name)
+        return bool(self.activations.readers[name] == name)
 
     def take(self, address: int) -> None:
         tensor = _Tensor.from_address(address)
@@ -109,22 +103,26 @@ class _Collector:
         if rows.size % n_cols or _Tensor.from_address(tensor.src[1]).ne[0] != n_cols:
             self.faults.append(f"{name} (its input is not {n_cols} wide)")
             return
-        self._add(name, rows.reshape(-1, n_cols))
-
-    def _add(self, name: str, rows: Rows) -> None:
+        rows = rows.reshape(-1, n_cols)
         squares = np.square(rows, dtype=np.float64).sum(axis=0)
-        if not np.isfinite(squares).all():
+        if np.isfinite(squares).all():
+            self._add(name, rows, squares)
+        else:
             self.faults.append(name)
-            return
-        it = self.activations
-        n_before = it.counts.get(name, 0)
-        it.sums[name] = it.sums.get(name, np.zeros(rows.shape[1])) + squares
-        it.counts[name] = n_before + len(rows)
-        stride = it.strides.setdefault(name, 1)
-        kept = np.concatenate([it.samples.get(name, rows[:0]), rows[-n_before % stride :: stride]])
-        while len(kept) > self._n_samples:
-            kept, it.strides[name] = kept[::2], 2 * it.strides[name]
-        it.samples[name] = kept
+
+    def _add(self, name: str, rows: Rows, squares: NDArray[np.float64]) -> None:
+        into = self.activations
+        n_before, stride = into.counts.get(name, 0), into.strides.get(name, 1)
+        samples = np.concatenate([into.samples.get(name, rows[:0]), rows[-n_before % stride :: stride]])
+        while len(samples) > self._n_samples:
+            samples, stride = samples[::2], 2 * stride
+        into.sums[name] = into.sums.get(name, 0.0) + squares
+        into.counts[name], into.strides[name], into.samples[name] = n_before + len(rows), stride, samples
+
+
+def _matrices(header: Header) -> dict[str, int]:
+    """Every matrix of the layers -> the number of its columns."""
+    return {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
 
 
 def collect(
@@ -133,39 +131,32 @@ def collect(
     *,
     device: str,
     state_path: Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> tuple[Activations, Rows]:
-    """Run `texts` through the model of `source` and keep what its matrices read; also the vectors, (n_texts, n_embd).
+    """Run `texts` through the model of `source`; gives the inputs of its matrices, and the vectors (n_texts, n_embd).
 
-    Prompts and pooling are the model's own; texts are cut to MAX_TOKENS. What is done is kept at `state_path`, from
-    where another call goes on. Raises `NonFiniteActivations`, which names tensor and text.
+    Prompts and pooling are the model's own. Texts are cut to MAX_TOKENS. Results are saved at `state_path`, and another
+    call goes on from there. Raises `NonFiniteActivations`, which names tensor and text.
     """
     stamp = f"{sha256_file(source)} {texts_sha256(texts)}"
     activations = _restore(state_path, stamp) or Activations()
-    collector = _Collector(read_header(source), activations)
-    saved = time.monotonic()
-    n_before = len(activations.vectors)
-    if on_progress:
-        on_progress(n_before)
-    with Embedder(source, device=device, watch=collector, max_tokens=_max_tokens(source)) as model:
+    header, saved, n_before = read_header(source), time.monotonic(), len(activations.vectors)
+    collector = _Collector(header, activations)
+    on_progress(n_before)
+    max_tokens = min(MAX_TOKENS, header.max_tokens)
+    with Embedder(source, device=device, watch=collector, max_tokens=max_tokens) as model:
         for batch in _batches(texts[n_before:]):
             activations.vectors.extend(_embed(model, batch, collector))
-            if state_path and time.monotonic() - saved > _SAVE_EVERY_S:
+            is_last = len(activations.vectors) == len(texts)
+            if state_path and (is_last or time.monotonic() - saved > _SAVE_EVERY_S):
                 _save(state_path, stamp, activations)
                 saved = time.monotonic()
-            if on_progress:
-                on_progress(len(batch))
-    if state_path and len(texts) > n_before:
-        _save(state_path, stamp, activations)
+            on_progress(len(batch))
     return activations, np.stack(activations.vectors)
 
 
-def _max_tokens(source: Path) -> int:
-    return min(MAX_TOKENS, read_header(source).max_tokens)
-
-
 def _batches(texts: Sequence[EvalText]) -> Iterator[list[EvalText]]:
-    """Neighbours that take the same prompt."""
+    """Batches of texts that take the same prompt, in order."""
     for _, group in itertools.groupby(texts, key=lambda text: text.kind == "query"):
         alike = list(group)
         for start in range(0, len(alike), _BATCH_TEXTS):
@@ -173,11 +164,11 @@ def _batches(texts: Sequence[EvalText]) -> Iterator[list[EvalText]]:
 
 
 def _embed(model: Embedder, texts: Sequence[EvalText], collector: _Collector) -> Rows:
-    prompt_name = model.default_prompt("query" if texts[0].kind == "query" else "document")
+    encode = model.encode_query if texts[0].kind == "query" else model.encode_document
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
-            vectors = model.embed([text.text for text in texts], prompt_name=prompt_name).vectors
+            vectors = encode([text.text for text in texts])
     except NoVector as error:
         collector.faults.append("the vector")
         texts = [texts[i] for i in error.indices]
@@ -185,7 +176,7 @@ def _embed(model: Embedder, texts: Sequence[EvalText], collector: _Collector) ->
         return vectors
     name = collector.faults[0]
     if len(texts) > 1:
-        for text in texts:  # which of them was it?
+        for text in texts:  # to name the text
             collector.faults.clear()
             _embed(model, [text], collector)
     raise NonFiniteActivations(
@@ -195,7 +186,7 @@ def _embed(model: Embedder, texts: Sequence[EvalText], collector: _Collector) ->
 
 
 def write_imatrix(path: Path, activations: Activations, source: Header, texts: Sequence[EvalText]) -> None:
-    """Write the importance matrix as llama.cpp's llama-imatrix does, and llama-quantize reads it."""
+    """Write the importance matrix in the format of llama.cpp's llama-imatrix, which llama-quantize reads."""
     with writing(path) as part:
         writer = GGUFWriter(part, arch="")
         writer.kv_data[0].clear()  # an imatrix has no architecture
@@ -216,9 +207,9 @@ def write_imatrix(path: Path, activations: Activations, source: Header, texts: S
 
 
 def read_imatrix(path: Path, source: Weights) -> dict[str, Rows]:
-    """Mean squares of every matrix's input channels from f2gguf's or llama.cpp's imatrix, (n_cols,) each.
+    """Mean squares of every matrix's input channels, (n_cols,) each, from an imatrix of f2gguf or of llama.cpp.
 
-    Raises `WrongImatrix` for one of another model, or a file of another kind.
+    Raises `WrongImatrix` for the imatrix of another model, or a file of another kind.
     """
     weights = Weights(path)
     if weights.header.values.get("general.type") != "imatrix":
@@ -227,57 +218,38 @@ def read_imatrix(path: Path, source: Weights) -> dict[str, Rows]:
     made_for, ours = (h.values.get(keys.KEY_SOURCE_SHA256) for h in (weights.header, source.header))
     if made_for and ours and made_for != ours:
         raise WrongImatrix(f"{path}: was made for another model than {source.header.path} (--imatrix).")
-    imatrix: dict[str, Rows] = {}
     with parsing(path, WrongImatrix, "Make it again: quantize imatrix SOURCE."):
-        for info in weights.header.tensors:
-            if info.name.endswith(_SUMS):
-                name = info.name.removesuffix(_SUMS)
-                imatrix[name] = (weights.rows(info.name) / weights.rows(name + _COUNTS))[0]
-    _require_match(path, imatrix, source)
-    return imatrix
-
-
-def _require_match(path: Path, imatrix: dict[str, Rows], source: Weights) -> None:
-    matrices = {t.name: t.shape for t in source.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
-    missing = [name for name in matrices if name not in imatrix]
-    foreign = [name for name, row in imatrix.items() if name in matrices and matrices[name][-1] != len(row)]
-    if missing or foreign:
-        what = f"has no {missing[0]}" if missing else f"has {len(imatrix[foreign[0]])} columns of {foreign[0]}"
-        raise WrongImatrix(f"{path}: {what}, so it is of another model than {source.header.path} (--imatrix).")
+        names = [name.removesuffix(_SUMS) for name in weights.infos if name.endswith(_SUMS)]
+        imatrix = {name: (weights.rows(name + _SUMS) / weights.rows(name + _COUNTS))[0] for name in names}
+    for name, n_cols in _matrices(source.header).items():
+        if name not in imatrix or len(imatrix[name]) != n_cols:
+            flaw = f"has {len(imatrix[name])} columns of {name}" if name in imatrix else f"has no {name}"
+            raise WrongImatrix(f"{path}: {flaw}, so it is of another model than {source.header.path} (--imatrix).")
     for name, row in imatrix.items():
         if not (np.isfinite(row).all() and (row >= 0).all()):
             raise WrongImatrix(f"{path}: {name} holds values that are no mean squares. Make it again.")
+    return imatrix
 
 
 def _save(path: Path, stamp: str, activations: Activations) -> None:
-    arrays: dict[str, NDArray[Any]] = {f"sums/{name}": values for name, values in activations.sums.items()}
-    arrays |= {f"samples/{name}": values for name, values in activations.samples.items()}
-    names = list(activations.sums)
-    arrays |= {
-        "stamp": np.array(stamp),
-        "names": np.array(names),
-        "counts": np.array([activations.counts[name] for name in names]),
-        "strides": np.array([activations.strides[name] for name in names]),
-        "readers": np.array(list(activations.readers.items())),
-        "vectors": np.stack(activations.vectors),
+    arrays: dict[str, Any] = {
+        f"{table}/{name}": value for table in _TABLES for name, value in getattr(activations, table).items()
     }
+    vectors = np.stack(activations.vectors)
     with writing(path) as part, part.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, stamp=np.array(stamp), readers=list(activations.readers.items()), vectors=vectors, **arrays)
 
 
 def _restore(path: Path | None, stamp: str) -> Activations | None:
-    """What an earlier, interrupted call has done on the same file and texts; None where there is nothing."""
+    """What an earlier, interrupted call has saved for the same file and texts; None if there is nothing."""
     if path is None or not path.exists():
         return None
     with parsing(path, GGUFError, "Remove it, and run the command again."), np.load(path) as file:
         if str(file["stamp"]) != stamp:
             return None
-        names = file["names"].tolist()
-        return Activations(
-            sums={name: np.asarray(file[f"sums/{name}"], dtype=np.float64) for name in names},
-            counts=dict(zip(names, file["counts"].tolist(), strict=True)),
-            samples={name: file[f"samples/{name}"] for name in names},
-            strides=dict(zip(names, file["strides"].tolist(), strict=True)),
-            readers=dict(file["readers"].tolist()),
-            vectors=list(file["vectors"]),
-        )
+        activations = Activations(readers=dict(file["readers"].tolist()), vectors=list(file["vectors"]))
+        for key in file:
+            table, _, name = key.partition("/")
+            if table in _TABLES:
+                getattr(activations, table)[name] = file[key] if file[key].ndim else file[key].item()
+    return activations

@@ -1,8 +1,8 @@
-"""Which tensors get more bits, so that a bound holds at the least bytes; or the least drift, within so many bytes.
+"""Which tensors get more bits, so that the bound holds with the fewest bytes, or the drift is least within a size.
 
-Drift is added up as noise: a vector whose independent errors have the energies e_i has 1 / cosine ** 2 = 1 + sum(e_i).
-A tensor's part of it is predicted from its quantisation error on sampled activations, in proportion to what its kind of
-tensor (all ffn_down, say) costs when it alone is quantised, which is measured. Measured candidates correct the sum.
+Drift adds up as noise: a vector whose independent errors have the energies e_i has 1 / cosine ** 2 = 1 + sum(e_i). The
+noise of a kind of tensor (all ffn_down, say) is measured on a file in which that kind alone is quantised. It is divided
+among the tensors of the kind by their quantisation errors on sampled activations. Measured candidates correct the sum.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.recipe import kind_of
-from f2gguf.quantize.repair.rescale import N_ROWS, relative_error
-from f2gguf.quantize.repair.tensors import Weights, as_multiplied, as_stored, fits, shape_of, size_as
+from f2gguf.quantize.repair.rescale import N_ROWS, Trial, relative_error
+from f2gguf.quantize.repair.tensors import OnProgress, Weights, as_stored, fits, shape_of, size_as
 from f2gguf.runtime.llama.library import default_threads
 
-# From the smallest to the largest; which of them a tensor can take depends on its rows.
+# From the smallest to the largest. A tensor can take those whose blocks its rows fill.
 LADDER = ("Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
 TOKEN_EMBD = "token_embd.weight"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A type that a tensor can take, and the noise that it then adds."""
+    """A type that a tensor can take, and the noise that it adds then."""
 
     kind: str
     size_bytes: int
@@ -52,40 +52,26 @@ def errors(
     imatrix: Imatrix,
     scaled: Mapping[str, Scale],
     types: Mapping[str, tuple[str, ...]],
-    *,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress,
 ) -> dict[str, dict[str, float]]:
-    """Relative error of each tensor's products, in squares, for each of its `types`: sampled rows and activations."""
+    """Relative squared error of each tensor's products in each of its `types`, on sampled rows and activations."""
 
     def measure(name: str) -> tuple[str, dict[str, float]]:
         if name == TOKEN_EMBD:
             by_type = _table_errors(weights, types[name])
         else:
-            by_type = _errors(weights, activations, imatrix, scaled.get(name, Scale()), name, types[name])
-        if on_progress:
-            on_progress(1)
+            columns = scaled.get(name, Scale()).columns
+            trial = Trial(weights.sample(name, N_ROWS), activations.inputs(name), imatrix.get(name))
+            by_type = {kind: trial.error(kind, np.float32(1) if columns is None else columns) for kind in types[name]}
+        on_progress(1)
         return name, by_type
 
     with ThreadPoolExecutor(default_threads()) as pool:
         return dict(pool.map(measure, types))
 
 
-def _errors(
-    weights: Weights, activations: Activations, imatrix: Imatrix, scale: Scale, name: str, types: tuple[str, ...]
-) -> dict[str, float]:
-    columns = np.float32(1) if scale.columns is None else scale.columns
-    rows, inputs = weights.sample(name, N_ROWS), activations.inputs(name)
-    wanted = inputs @ rows.T
-    used = imatrix.get(name)
-    row = None if used is None else used / columns**2
-    return {
-        kind: relative_error(as_multiplied(inputs / columns, kind) @ as_stored(rows * columns, kind, row).T, wanted)
-        for kind in types
-    }
-
-
 def _table_errors(weights: Weights, types: tuple[str, ...]) -> dict[str, float]:
-    """Of the token table: of its rows as the first norm weighs them, since nothing else reads them."""
+    """Errors of the token table's rows after the first norm, which alone reads them."""
     names = ("token_embd_norm.weight", "blk.0.attn_norm.weight")
     norm = next((weights.rows(name)[0] for name in names if name in weights.infos), np.float32(1))
     rows = weights.sample(TOKEN_EMBD, 4 * N_ROWS)
@@ -93,7 +79,7 @@ def _table_errors(weights: Weights, types: tuple[str, ...]) -> dict[str, float]:
 
 
 def possible_types(weights: Weights, types: Mapping[str, str], *, smallest: str) -> dict[str, tuple[str, ...]]:
-    """What every quantised tensor of `types` could be instead, from `smallest` up, its own type first."""
+    """The types that each quantised tensor can take: its own of `types` first, then all from `smallest` up."""
     larger = LADDER[LADDER.index(smallest) :]
     return {
         name: tuple(dict.fromkeys((kind, *(k for k in larger if fits(k, shape_of(weights.infos[name])[1])))))
@@ -105,28 +91,26 @@ def possible_types(weights: Weights, types: Mapping[str, str], *, smallest: str)
 def choices(
     weights: Weights, errors: Mapping[str, Mapping[str, float]], types: Mapping[str, str], kinds: Mapping[str, float]
 ) -> Choices:
-    """Every tensor's choices with predicted noise.
+    """Every tensor's choices with their predicted noise.
 
-    A kind's measured noise (`kinds`, with tensors in `types`) is divided among its tensors in proportion to their
+    The measured noise of a kind (`kinds`, with tensors in `types`) is divided among its tensors in proportion to their
     quantisation `errors`.
     """
-    totals: dict[str, float] = {}
-    for name in errors:
-        totals[kind_of(name)] = totals.get(kind_of(name), 0.0) + errors[name][types[name]]
-    return {
-        name: tuple(
-            Choice(kind, size_as(weights.infos[name], kind), kinds[kind_of(name)] * error / totals[kind_of(name)])
-            for kind, error in by_type.items()
-        )
-        for name, by_type in errors.items()
-    }
+    totals = dict.fromkeys(kinds, 0.0)
+    for name, by_type in errors.items():
+        totals[kind_of(name)] += by_type[types[name]]
+    options = {}
+    for name, by_type in errors.items():
+        info, measured, total = weights.infos[name], kinds[kind_of(name)], totals[kind_of(name)]
+        options[name] = tuple(Choice(k, size_as(info, k), measured * error / total) for k, error in by_type.items())
+    return options
 
 
 def promote(options: Choices, allowed: float) -> dict[str, Choice]:
-    """The types with a sum of noise under `allowed`, at few bytes; everything at its best where that is not enough.
+    """Types of few bytes whose noise sums up to less than `allowed`; the best types if there are none such.
 
-    Step by step, up by what saves most noise per byte, then down by what saves most bytes for the noise as far as there
-    is room; once from each tensor's first choice and once from its smallest: the fewer bytes of the two.
+    First the steps that save most noise per byte are taken, until the noise is allowed; then the steps back that save
+    most bytes per noise. Of two starts, each tensor's first choice and its smallest, the one that ends smaller counts.
     """
     starts = {name: some[0] for name, some in options.items()}, smallest(options)
     return min((_promote(options, start, allowed) for start in starts), key=total_size)
@@ -134,10 +118,10 @@ def promote(options: Choices, allowed: float) -> dict[str, Choice]:
 
 def _promote(options: Choices, start: Mapping[str, Choice], allowed: float) -> dict[str, Choice]:
     chosen = dict(start)
-    while total_noise(chosen) >= allowed and (step := _step_up(options, chosen)):
-        chosen[step[0]] = step[1]
-    while step := _step_down(options, chosen, room=allowed - total_noise(chosen)):
-        chosen[step[0]] = step[1]
+    while total_noise(chosen) >= allowed and (step := _best_step(options, chosen, _noise_per_byte, math.inf)):
+        chosen |= step
+    while step := _best_step(options, chosen, _bytes_per_noise, allowed - total_noise(chosen)):
+        chosen |= step
     return chosen
 
 
@@ -147,15 +131,12 @@ def smallest(options: Choices) -> dict[str, Choice]:
 
 
 def fill(options: Choices, budget: int) -> dict[str, Choice] | None:
-    """From each tensor's smallest choice, the steps that save most noise per byte, within `budget` bytes of tensors.
-
-    None where even the smallest choices are larger.
-    """
+    """The types that save most noise per byte within `budget` bytes of tensors; None if the smallest do not fit."""
     chosen = smallest(options)
     if total_size(chosen) > budget:
         return None
-    while step := _step_up(options, chosen, room=budget - total_size(chosen)):
-        chosen[step[0]] = step[1]
+    while step := _best_step(options, chosen, _noise_per_byte, budget - total_size(chosen)):
+        chosen |= step
     return chosen
 
 
@@ -167,25 +148,20 @@ def total_size(chosen: Mapping[str, Choice]) -> int:
     return sum(choice.size_bytes for choice in chosen.values())
 
 
-def _step_up(options: Choices, chosen: Mapping[str, Choice], *, room: float = math.inf) -> tuple[str, Choice] | None:
-    """The change to less noise, in `room` bytes, that saves most noise per byte; None where there is none."""
-    steps = (
-        ((now.noise - choice.noise) / max(choice.size_bytes - now.size_bytes, 1e-9), name, choice)
-        for name, now in chosen.items()
-        for choice in options[name]
-        if choice.noise < now.noise and 0 <= choice.size_bytes - now.size_bytes <= room
-    )
-    best = max(steps, key=lambda step: step[:2], default=None)
-    return best and (best[1], best[2])
+def _best_step(
+    options: Choices, chosen: Mapping[str, Choice], gain: Callable[[Choice, Choice, float], float], room: float
+) -> dict[str, Choice]:
+    """The tensor and type of the highest `gain`; empty if no change gains anything."""
+    steps = ((gain(now, new, room), name, new) for name, now in chosen.items() for new in options[name])
+    value, name, choice = max(steps, key=lambda step: step[:2], default=(0.0, "", None))
+    return {name: choice} if choice and value > 0 else {}
 
 
-def _step_down(options: Choices, chosen: Mapping[str, Choice], *, room: float) -> tuple[str, Choice] | None:
-    """The change to fewer bytes, at less than `room` more noise, that saves most bytes for it; None without any."""
-    steps = (
-        ((now.size_bytes - choice.size_bytes) / max(choice.noise - now.noise, 1e-12), name, choice)
-        for name, now in chosen.items()
-        for choice in options[name]
-        if choice.size_bytes < now.size_bytes and choice.noise - now.noise < room
-    )
-    best = max(steps, key=lambda step: step[:2], default=None)
-    return best and (best[1], best[2])
+def _noise_per_byte(now: Choice, new: Choice, room: float) -> float:
+    n_more = new.size_bytes - now.size_bytes
+    return (now.noise - new.noise) / max(n_more, 1e-9) if 0 <= n_more <= room else 0.0
+
+
+def _bytes_per_noise(now: Choice, new: Choice, room: float) -> float:
+    more = new.noise - now.noise
+    return (now.size_bytes - new.size_bytes) / max(more, 1e-12) if more < room else 0.0

@@ -1,4 +1,4 @@
-"""How a variant is made: everything that its bytes follow from, besides the F16 file and the importance matrix."""
+"""How a variant is made. Its bytes depend on the F16 file, the importance matrix and the recipe, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,75 +8,71 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from f2gguf.quantize.repair.plan import TypePlan, require_variant
-from f2gguf.quantize.repair.rescale import Exponents, places
-from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.quantize.convert.reserved import Value
+from f2gguf.quantize.repair.assemble import Imatrix, assemble
+from f2gguf.quantize.repair.plan import VARIANTS, TypePlan, plan_variant, require_variant
+from f2gguf.quantize.repair.rescale import Exponents, places, scaled_imatrix, scales
+from f2gguf.quantize.repair.tensors import OnProgress, Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
 from f2gguf.runtime.files import sha256_file
-from f2gguf.runtime.gguf.header import KEY_RECIPE, read_header
+from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import ggml_build
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """llama.cpp's types of `variant` but for `types`, channels scaled by `exponents`, errors weighed by an imatrix."""
+    """How a variant differs from what llama.cpp makes by default."""
 
     variant: str
-    types: Mapping[str, str] = field(default_factory=dict)  # tensor -> type, where it is not llama.cpp's own choice
+    types: Mapping[str, str] = field(default_factory=dict)  # tensor -> type, where llama.cpp would choose another
     exponents: Mapping[str, Exponents] = field(default_factory=dict)  # place -> exponents of its scales
-    imatrix_sha256: str = ""  # of the importance matrix; empty where none is used
-    calibration_sha256: str = ""  # of the texts that all of it was chosen with
+    imatrix_sha256: str = ""  # of the importance matrix; empty if none is used
+    calibration_sha256: str = ""  # of the texts that the recipe was chosen with
     n_calibration_texts: int = 0
     versions: Mapping[str, str] = field(default_factory=lambda: made_with())
 
     @property
     def kind(self) -> str:
-        """The most that was done: 'stock', 'imatrix', 'rescaled' or 'promoted'."""
-        if self.types:
-            return "promoted"
-        return "rescaled" if self.exponents else "imatrix" if self.imatrix_sha256 else "stock"
+        """The strongest means that the recipe uses: 'stock', 'imatrix', 'rescaled' or 'promoted'."""
+        uses = {"promoted": self.types, "rescaled": self.exponents, "imatrix": self.imatrix_sha256, "stock": True}
+        return next(name for name, used in uses.items() if used)
 
     def all_types(self, plan: TypePlan) -> dict[str, str]:
         """The type of every tensor."""
         return {tensor.name: self.types.get(tensor.name, tensor.new_type) for tensor in plan.tensors}
 
-    def lines(self, plan: TypePlan | None = None) -> list[str]:
+    def lines(self, plan: TypePlan) -> list[str]:
         """The recipe for people."""
         lines = [f"llama.cpp's {self.variant} types" + (f", but for {len(self.types)} tensors" if self.types else "")]
-        stock = {tensor.name: tensor.new_type for tensor in plan.tensors} if plan else {}
-        changes = Counter((kind_of(name), stock.get(name, ""), kind) for name, kind in self.types.items())
-        lines += [f"{n} {name}: {f'{old} to {new}' if old else new}" for (name, old, new), n in sorted(changes.items())]
+        stock = {tensor.name: tensor.new_type for tensor in plan.tensors}
+        changes = Counter((kind_of(name), stock[name], kind) for name, kind in self.types.items())
+        lines += [f"{n} {name}: {old} to {new}" for (name, old, new), n in sorted(changes.items())]
         if self.imatrix_sha256:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
-        found = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
-        lines += [
+        scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
+        return lines + [
             f"channels of {n} {place} scaled by activation^{a:g} / weight^{w:g}"
-            for (place, (a, w)), n in sorted(found.items())
+            for (place, (a, w)), n in sorted(scaled.items())
         ]
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        """For drift.json."""
-        return {"kind": self.kind, **asdict(self)}
 
     def to_header(self) -> str:
-        """For the header: the same recipe gives the same text."""
+        """The recipe as JSON. Equal recipes give equal texts."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
 
 def made_with() -> dict[str, str]:
-    """The versions that bytes depend on."""
-    return {**{name: version(name) for name in ("f2gguf", "llama-cpp-python")}, "ggml": ggml_build()}
+    """The versions that the bytes of a file depend on."""
+    return {"f2gguf": version("f2gguf"), "llama-cpp-python": version("llama-cpp-python"), "ggml": ggml_build()}
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a .gguf file's header, or of a .json file with the same keys; `WrongRecipe` where there is none."""
+    """The recipe in a .gguf file's header, or in a .json file with the same keys. Raises `WrongRecipe`."""
     from pydantic import TypeAdapter
 
     if path.suffix == ".gguf":
-        text = read_header(path).values.get(KEY_RECIPE)
+        text = read_header(path).values.get(keys.KEY_RECIPE)
         if text is None:
             raise WrongRecipe(f"{path}: its header has no recipe (--recipe). f2gguf writes one since 0.1.")
     else:
@@ -92,18 +88,40 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def require_inputs(recipe: Recipe, weights: Weights, variant: str, imatrix: Path | None, path: Path) -> None:
-    """Refuse a recipe that was not made for these inputs, and would give other bytes than it states."""
+    """Raise `WrongRecipe` unless the recipe was made for these inputs: with others it gives other bytes."""
     if recipe.variant != variant:
         raise WrongRecipe(f"{path}: is a recipe for {recipe.variant}, not for {variant} (--recipe).")
-    unknown = [name for name in recipe.types if name not in weights.infos]
-    unknown += [name for name in recipe.exponents if name not in {place.name for place in places(weights.header)}]
-    if unknown:
-        raise WrongRecipe(f"{path}: names {unknown[0]}, which {weights.header.path} does not have (--recipe).")
+    place_names = {place.name for place in places(weights.header)}
+    if unknown := recipe.types.keys() - weights.infos.keys() | recipe.exponents.keys() - place_names:
+        raise WrongRecipe(f"{path}: names {min(unknown)}, which {weights.header.path} does not have (--recipe).")
     if recipe.imatrix_sha256 and (imatrix is None or sha256_file(imatrix) != recipe.imatrix_sha256):
-        found = "none was given" if imatrix is None else f"{imatrix} is another"
-        raise WrongRecipe(
-            f"{path}: needs the importance matrix with the SHA-256 {recipe.imatrix_sha256}, and {found} (--imatrix)."
-        )
+        flaw = "none was given" if imatrix is None else f"{imatrix} is another"
+        needed = f"the importance matrix with the SHA-256 {recipe.imatrix_sha256}"
+        raise WrongRecipe(f"{path}: needs {needed}, and {flaw} (--imatrix).")
+
+
+def make(
+    weights: Weights,
+    path: Path,
+    recipe: Recipe,
+    imatrix: Imatrix,
+    *,
+    types: Mapping[str, str] | None = None,
+    header: Mapping[str, Value] | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> None:
+    """Write the file of `recipe` to `path`, with `header` values added. `types` replace those of the recipe."""
+    types = types or recipe.all_types(plan_variant(weights.header.path, recipe.variant))
+    factors = scales(weights, imatrix, recipe.exponents)
+    imatrix = scaled_imatrix(imatrix, factors) if recipe.imatrix_sha256 else {}
+    stated: dict[str, Value] = {
+        "general.file_type": VARIANTS[recipe.variant],
+        "general.quantization_version": 2,
+        keys.KEY_VARIANT: recipe.variant,
+        keys.KEY_RECIPE: recipe.to_header(),
+        **(header or {}),
+    }
+    assemble(weights, path, types, header=stated, imatrix=imatrix, scales=factors, on_progress=on_progress)
 
 
 def kind_of(name: str) -> str:

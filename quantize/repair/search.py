@@ -1,38 +1,53 @@
-"""From a bound to a file: importance matrix, scales, then more bits where they save most, measured at every step.
+"""The search for a recipe: importance matrix, scales, then more bits where they save most, measured at every step.
 
-All figures here are of the calibration texts. The search never sees evaluation texts. When the verdict on a file misses
-the bound, the search learns only by how much, and is repeated with a bound that is stricter by as much.
+All figures here are of the calibration texts. The search never sees evaluation texts. When the verdict misses the
+bound, the search learns only by how much, and is repeated with a bound that is stricter by as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from f2gguf.evals.drift import Verdict
+from f2gguf.evals.drift import Verdict, judge
+from f2gguf.evals.neighbours import Vectors
+from f2gguf.evals.texts import EvalText, embed_texts
+from f2gguf.quantize.convert.reserved import VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
-from f2gguf.quantize.repair.assemble import WEIGHED
-from f2gguf.quantize.repair.make import Evaluation, make_measured
+from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
-from f2gguf.quantize.repair.recipe import Recipe, kind_of
-from f2gguf.quantize.repair.study import CalibrationDrift, Study
-from f2gguf.runtime.console import say
+from f2gguf.quantize.repair.recipe import Recipe, kind_of, make
+from f2gguf.quantize.repair.study import Candidate, Study
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import OutOfReach
 from f2gguf.runtime.files import format_bound, format_size
+from f2gguf.runtime.gguf import header as keys
 
-MARGIN = 0.9  # of the bound, for calibration texts: the verdict is over others
+MARGIN = 0.9  # of the bound is allowed on calibration texts, as the verdict is on other texts
 MAX_VERDICTS = 3
-WORTH = 0.95  # scales must leave at most so much of the drift without them
-CLOSE = 0.85  # of what is allowed: near enough, few bytes are left to win
+WORTH = 0.95  # scales are used if they leave less than this part of the drift
+CLOSE = 0.85  # of the allowed drift: closer is not worth another try, as few bytes are left to save
 MAX_PROMOTIONS = 6
-N_PROBE_TEXTS = 48  # with which the kinds of tensors are compared
+N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a variant is measured with."""
+
+    texts: Sequence[EvalText]
+    reference: Vectors  # the F16 file's vectors of `texts`, (n_texts, n_embd)
+    max_drift: float
+    device: str
 
 
 @dataclass(frozen=True)
 class Made:
-    """A recipe, and the verdict on the file that was made by it."""
+    """A recipe, and the verdict on its file."""
 
     recipe: Recipe
     verdict: Verdict
@@ -47,17 +62,16 @@ def make_within_bound(
     max_size: int | None = None,
     there: Made | None = None,
 ) -> Made:
-    """Make `path` by the recipe that holds the bound at the least bytes: search, make, judge, and tighten if need be.
+    """Make `path` by the recipe that holds the bound with the fewest bytes: search, make, judge, and tighten if needed.
 
     With `max_size` (bytes of the whole file) it is the recipe of the least drift within that size. `there` is what
-    `path` holds already: it is not made again. Raises `OutOfReach` where no file of this variant is as small.
+    `path` holds already; it is not made again. Raises `OutOfReach` if no file of this variant is so small.
     """
     search, allowed = Search(study, variant), MARGIN * evaluation.max_drift
     for _ in range(MAX_VERDICTS):
         recipe = search.within_size(max_size, allowed) if max_size else search.under(allowed)
         if there is None or there.recipe != recipe:
-            verdict = make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation)
-            there = Made(recipe, verdict)
+            there = Made(recipe, make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation))
         if there.verdict.holds or max_size:
             break
         highest, bound = there.verdict.highest, evaluation.max_drift
@@ -67,73 +81,78 @@ def make_within_bound(
     return there
 
 
-@dataclass(frozen=True)
-class Candidate:
-    recipe: Recipe
-    drift: CalibrationDrift
+def make_measured(weights: Weights, path: Path, recipe: Recipe, imatrix: Imatrix, *, evaluation: Evaluation) -> Verdict:
+    """Make the file of `recipe` at `path`, measure it, and fill the verdict into its header."""
+    texts, max_drift = evaluation.texts, float(evaluation.max_drift)
+    header = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
+    with progress(f"quantise {recipe.variant}", len(weights.infos)) as advance:
+        make(weights, path, recipe, imatrix, header=header, on_progress=advance)
+    with Embedder(path, device=evaluation.device) as model:
+        with progress(f"measure {recipe.variant}", len(texts)) as advance:
+            vectors = embed_texts(model, texts, advance)
+        verdict = judge(vectors, evaluation.reference, texts, dims=model.header.dims, max_drift=max_drift)
+        golden = golden_stamps(model)
+    drifts = {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper}
+    fill_in(path, {**drifts, keys.KEY_HOLDS: verdict.holds, **golden})
+    return verdict
 
 
 @dataclass(frozen=True)
 class Search:
-    """The search for recipes of one variant; what was measured on the way is measured once."""
+    """The search for recipes of one variant. Both questions to it share what was measured."""
 
     study: Study
     variant: str
 
     @cached_property
     def start(self) -> Candidate:
-        """With llama.cpp's own types: the importance matrix alone, or with scales, where they are worth it."""
+        """With llama.cpp's own types: the importance matrix alone, or with scales if they save enough."""
         study, stock = self.study, Recipe(self.variant)
         types = study.types(stock)
         plain = study.recipe(self.variant) if set(WEIGHED) & set(types.values()) else stock
-        with study.progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
-            exponents = rescale.search(study.weights, study.activations, study.imatrix, types, on_progress=advance)
+        with progress(f"scales {self.variant}", len(rescale.places(study.weights.header))) as advance:
+            exponents = rescale.search(study.weights, study.activations, study.imatrix, types, advance)
         best = self._measured(plain)
-        if exponents:
-            scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents))
-            best = scaled if scaled.drift.mean < WORTH * best.drift.mean else best
-        return best
+        scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents)) if exponents else best
+        return scaled if scaled.mean < WORTH * best.mean else best
 
     @cached_property
     def choices(self) -> Choices:
-        """Every tensor's types with predicted noise; the noise of each kind of tensor is measured."""
+        """The types that each tensor can take, with predicted noise."""
         study, recipe = self.study, self.start.recipe
         types = study.types(recipe)
         smallest = "Q8_0" if self.variant == "Q8_0" else LADDER[0]
         possible = promote.possible_types(study.weights, types, smallest=smallest)
         scales = rescale.scales(study.weights, study.imatrix, recipe.exponents)
-        with study.progress("errors of every type", len(possible)) as advance:
-            errors = promote.errors(
-                study.weights, study.activations, study.imatrix, scales, possible, on_progress=advance
-            )
-        kinds = sorted(set(map(kind_of, possible)))
-        return promote.choices(study.weights, errors, types, {kind: noise(self._alone(kind)) for kind in kinds})
+        with progress("errors of every type", len(possible)) as advance:
+            errors = promote.errors(study.weights, study.activations, study.imatrix, scales, possible, advance)
+        kinds = {kind: noise(self._alone(kind)) for kind in sorted(set(map(kind_of, possible)))}
+        return promote.choices(study.weights, errors, types, kinds)
 
     def under(self, allowed: float) -> Recipe:
-        """The smallest recipe whose drift is under `allowed`; the best there is where none is.
+        """The smallest recipe whose drift is under `allowed`, or the last one that was tried if none is.
 
-        Predict, promote, measure, correct, until the drift is close under `allowed`.
+        Predict, promote, measure and correct, until the drift is close under `allowed`.
         """
-        if self.start.drift.worst < allowed:
+        if self.start.worst < allowed:
             return self.start.recipe
-        say(f"  {self.variant}: {self.start.drift.worst:.2%} at worst, not under {allowed:.2%}: promoting tensors")
+        say(f"  {self.variant}: {self.start.worst:.2%} at worst, not under {allowed:.2%}: promoting tensors")
         last, chosen = self.start, {name: choice[0] for name, choice in self.choices.items()}
         best: Candidate | None = None
         for _ in range(MAX_PROMOTIONS):
             chosen = promote.promote(self.choices, _allowed_noise(last, chosen, allowed))
-            last = self._measured(self._with_types(chosen))
-            if last.drift.worst < allowed and (best is None or self._size(last) < self._size(best)):
+            last = self._promoted(chosen)
+            if last.worst < allowed and (best is None or self._size(last) < self._size(best)):
                 best = last
             elif best:
                 break
-            if CLOSE * allowed < last.drift.worst < allowed:
+            if CLOSE * allowed < last.worst < allowed:
                 break
         return (best or last).recipe
 
     def within_size(self, max_size: int, allowed: float) -> Recipe:
-        """The recipe of the least drift within `max_size` bytes: bytes go where they save most."""
-        tensors = self.study.weights.header.tensors
-        fixed = self._head_bytes + sum(tensor.size_bytes for tensor in tensors if tensor.name not in self.choices)
+        """The recipe of the least drift within `max_size` bytes."""
+        fixed = self._size(self.start) - sum(some[0].size_bytes for some in self.choices.values())
         chosen = promote.fill(self.choices, max_size - fixed)
         if chosen is None:
             least = fixed + total_size(promote.smallest(self.choices))
@@ -141,48 +160,38 @@ class Search:
                 f"{self.study.weights.header.path}: no {self.variant} of {format_size(max_size)} (--max-size): with "
                 f"the fewest bits for every weight it takes {format_size(least)}."
             )
-        best = self._measured(self._with_types(chosen))
-        if self._size(self.start) <= max_size and self.start.drift.mean < best.drift.mean:
+        best = self._promoted(chosen)
+        if self._size(self.start) <= max_size and self.start.mean < best.mean:
             best = self.start
-        if best.drift.worst >= allowed:
-            needed = promote.promote(self.choices, _allowed_noise(best, chosen, allowed))
-            size = format_size(fixed + total_size(needed))
-            say(f"  the bound may not hold at this size; by prediction it takes {size}")
+        if best.worst >= allowed:
+            needed = fixed + total_size(promote.promote(self.choices, _allowed_noise(best, chosen, allowed)))
+            say(f"  the bound may not hold at this size; by prediction it takes {format_size(needed)}")
         return best.recipe
 
     def _alone(self, kind: str) -> float:
-        """The mean drift where only tensors of one kind are quantised."""
-        recipe = self.start.recipe
+        """The mean drift if only tensors of one kind are quantised."""
+        recipe, infos = self.start.recipe, self.study.weights.infos
         types = self.study.types(recipe)
-        tensors = self.study.weights.header.tensors
-        only = {tensor.name: types[tensor.name] if kind_of(tensor.name) == kind else tensor.type for tensor in tensors}
+        only = {name: types[name] if kind_of(name) == kind else info.type for name, info in infos.items()}
         return self.study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
 
-    def _with_types(self, chosen: Mapping[str, Choice]) -> Recipe:
-        stock = {tensor.name: tensor.new_type for tensor in self.study.plan(self.variant).tensors}
+    def _promoted(self, chosen: Mapping[str, Choice]) -> Candidate:
+        stock = self.study.types(Recipe(self.variant))
         types = {name: choice.kind for name, choice in chosen.items() if choice.kind != stock[name]}
-        return replace(self.start.recipe, types=types)
+        return self._measured(replace(self.start.recipe, types=types))
 
     def _measured(self, recipe: Recipe) -> Candidate:
-        drift = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
-        candidate = Candidate(recipe, drift)
-        say(
-            f"  {self.variant}, {recipe.kind}: {format_size(self._size(candidate))}; calibration texts drift "
-            f"{drift.mean:.3%}, at worst {drift.worst:.3%}"
-        )
-        return candidate
+        tried = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
+        drifts = f"calibration texts drift {tried.mean:.3%}, at worst {tried.worst:.3%}"
+        say(f"  {self.variant}, {recipe.kind}: {format_size(self._size(tried))}; {drifts}")
+        return tried
 
     def _size(self, candidate: Candidate) -> int:
-        """About the bytes of the whole file."""
-        return self._head_bytes + self.study.size_bytes(candidate.recipe)
-
-    @property
-    def _head_bytes(self) -> int:
-        """About what stands before the tensors, the recipe included."""
-        return self.study.weights.header.tensors[0].begin + 1_000 + 60 * len(self.study.weights.infos)
+        """Bytes of the whole file. Those before the tensors, with the recipe, are estimated."""
+        header, n_tensors = self.study.weights.header, len(self.study.weights.infos)
+        return header.tensors[0].begin + 1_000 + 60 * n_tensors + self.study.size_bytes(candidate.recipe)
 
 
 def _allowed_noise(last: Candidate, chosen: Mapping[str, Choice], allowed: float) -> float:
-    """The predicted noise at which `last`, made of `chosen`, would drift by `allowed` at worst."""
-    mean, worst = last.drift.mean, last.drift.worst
-    return total_noise(chosen) * noise(mean * allowed / worst) / noise(mean)
+    """The predicted noise at which `last`, the candidate of `chosen`, would drift by `allowed` at worst."""
+    return total_noise(chosen) * noise(last.mean * allowed / last.worst) / noise(last.mean)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.quantize.checkpoint.folder import DTYPES
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.reader import TensorInfo
@@ -16,20 +17,18 @@ from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
+OnProgress = Callable[[int], None]  # is called with the number of things that are done now
 _BLOCK_ELEMENTS = 1 << 22
 
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-
-libggml.ggml_quantize_chunk.argtypes = (
-    [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + 3 * [ctypes.c_int64] + [ctypes.c_void_p]
-)
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+libggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]
 libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 libggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 libggml.ggml_validate_row_data.restype = ctypes.c_bool
 
 
 class Weights:
-    """The tensors of a 16- or 32-bit .gguf file, mapped, not loaded."""
+    """The tensors of a 16- or 32-bit .gguf file. They are mapped, not loaded."""
 
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
@@ -47,7 +46,7 @@ class Weights:
         return self.rows(name, slice(None, None, max(1, shape_of(self.infos[name])[0] // n_rows)))
 
     def column_stats(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Mean square and largest magnitude of each column, (n_cols,) each; a few rows are in memory at a time."""
+        """Mean square and largest magnitude of each column, (n_cols,) each. A few rows are in memory at a time."""
         n_rows, n_cols = shape_of(self.infos[name])
         squares, highest = np.zeros(n_cols), np.zeros(n_cols, dtype=np.float32)
         for rows in self._row_blocks(name):
@@ -60,23 +59,28 @@ class Weights:
         return np.concatenate([np.abs(rows).max(axis=1) for rows in self._row_blocks(name)])
 
     def _row_blocks(self, name: str) -> Iterator[Rows]:
-        n_rows, n_cols = shape_of(self.infos[name])
-        step = max(1, _BLOCK_ELEMENTS // n_cols)
-        return (self.rows(name, slice(first, first + step)) for first in range(0, n_rows, step))
+        return (self.rows(name, chosen) for chosen in row_slices(self.infos[name], _BLOCK_ELEMENTS))
 
     def _stored(self, name: str) -> NDArray[Any]:
         info = self.infos[name]
-        if info.type not in _STORED:
+        if info.type not in DTYPES:
             raise QuantizationFailed(
                 f"{self.header.path}: {name} is {info.type} already. Start from the F16 file: `quantize convert MODEL`."
             )
-        return np.memmap(self.header.path, dtype=_STORED[info.type], mode="r", offset=info.begin, shape=shape_of(info))
+        return np.memmap(self.header.path, dtype=DTYPES[info.type], mode="r", offset=info.begin, shape=shape_of(info))
 
 
 def shape_of(info: TensorInfo) -> tuple[int, int]:
     """(n_rows, n_cols) of a matrix; a vector is one row."""
     *rows, n_cols = info.shape
     return int(np.prod(rows, dtype=np.int64)), n_cols
+
+
+def row_slices(info: TensorInfo, n_elements: int) -> list[slice]:
+    """All rows of a tensor, in blocks of about `n_elements` values."""
+    n_rows, n_cols = shape_of(info)
+    step = max(1, n_elements // n_cols)
+    return [slice(first, first + step) for first in range(0, n_rows, step)]
 
 
 def row_bytes(kind: str, n_cols: int) -> int:
@@ -99,7 +103,7 @@ def fits(kind: str, n_cols: int) -> bool:
 def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray[np.uint8]:
     """`rows` (n_rows, n_cols) in the GGML type `kind`, (n_rows, n_bytes), by ggml's own quantiser.
 
-    `imatrix` (n_cols,) weighs the columns' errors. Raises `QuantizationFailed` where the blocks are not finite.
+    `imatrix` (n_cols,) weighs the errors in the columns. Raises `QuantizationFailed` if the blocks are not finite.
     """
     n_rows, n_cols = rows.shape
     rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -114,7 +118,7 @@ def quantize_rows(rows: Rows, kind: str, imatrix: Rows | None = None) -> NDArray
 
 
 def as_stored(rows: Rows, kind: str, imatrix: Rows | None = None) -> Rows:
-    """What a file that holds `rows` in the type `kind` gives back, (n_rows, n_cols)."""
+    """`rows` (n_rows, n_cols) after a round trip through the type `kind`."""
     return dequantized(quantize_rows(rows, kind, imatrix), kind)
 
 
@@ -126,9 +130,9 @@ def dequantized(data: NDArray[np.uint8], kind: str) -> Rows:
 def as_multiplied(rows: Rows, kind: str) -> Rows:
     """Activations as llama.cpp's kernels round them before a product with weights of the type `kind`, same shape.
 
-    Eight bits a value and one scale a block: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
+    A value takes eight bits, and a block has one scale: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
     """
-    if kind in _STORED:
+    if kind in DTYPES:
         return rows
     blocks = rows.reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
     scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
