@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,9 @@ class Distribution:
         return f"{'under' if self.holds else 'OVER'} {format_bound(self.max_drift)}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, figures rounded to a millionth."""
-        return {**rounded(asdict(self)), "over": list(self.over), "holds": self.holds}
+        """For JSON: figures rounded to a millionth, and what follows from the rounded ones."""
+        stated = rounded(self)
+        return {**asdict(stated), "over": list(stated.over), "holds": stated.holds}
 
 
 @dataclass(frozen=True)
@@ -187,14 +188,14 @@ def percent(fraction: float) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it rounded to a millionth, tuples as lists."""
+    """`value` with every figure in it rounded to a millionth, tuples as lists; a dataclass stays one."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: item if key == "max_drift" else rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
-    return value
+    return replace(value, **rounded(vars(value))) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def json_text(document: Any) -> str:

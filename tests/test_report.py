@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.evals.conversion import NOT_CHECKED
-from f2gguf.evals.drift import drift, judge
+from f2gguf.evals.drift import Group, drift, judge
 from f2gguf.evals.texts import EvalText
 from f2gguf.quantize.release.write import write_release
 from f2gguf.quantize.repair.recipe import Recipe
@@ -209,6 +209,16 @@ def test_the_same_report_draws_the_same_bytes(report: Report, file_format: str, 
     stored = read_report(tmp_path)
     write_report(tmp_path, stored)
     assert drawn(stored, file_format) == drawn(read_report(tmp_path), file_format)
+
+
+def test_what_is_stated_follows_from_the_rounded_figures(tmp_path: Path) -> None:
+    """0.0199999999 is under the bound, and rounded to a millionth it is at the bound."""
+    groups = {"de": Group(2, 0.0150499996), "en": Group(2, 0.0199999999), "ja": Group(2, 0.02000000001)}
+    report = without_extras(languages=groups, kinds={}, upper=0.0123450004)
+    write_report(tmp_path, report)
+    stored = read_report(tmp_path).variants["Q2"]
+    assert stored.over == ("language en 2.00%", "language ja 2.00%")
+    assert json.loads((tmp_path / "drift.json").read_text())["variants"]["Q2"]["over"] == list(stored.over)
 
 
 def test_a_report_is_read_as_it_was_written(report: Report, tmp_path: Path) -> None:

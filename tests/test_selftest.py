@@ -243,5 +243,5 @@ def test_stamp_keeps_an_arrays_length_and_type(nano_f16: Path, tmp_path: Path) -
     assert read_header(path).values[golden.KEY_COSINES] == (0.5,) * 16
     assert path.stat().st_size == nano_f16.stat().st_size
     for key, numbers in ((golden.KEY_COSINES, [0.5] * 15), (golden.KEY_N_TOKENS, [0.5] * 16)):
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="does not fit"):
             fill_in(path, {key: numbers})

@@ -164,6 +164,13 @@ def test_another_bound_leaves_no_variant_of_the_old_one_in_the_list(runs: Runs) 
     assert "Q4_0" not in (runs.out / "tiny" / "SHA256SUMS").read_text()
 
 
+def test_a_bound_of_many_digits_is_the_same_bound_in_the_next_run(runs: Runs) -> None:
+    runs(max_drift=1.23456789)
+    assert runs.stages == {MAKE}
+    assert runs(max_drift=1.23456789).max_drift == 1.23456789
+    assert runs.stages == set()
+
+
 def test_a_file_that_is_gone_is_listed_nowhere(runs: Runs) -> None:
     runs(variants=("Q8_0", "Q4_0"))
     (runs.out / "tiny" / "tiny-Q8_0.gguf").unlink()
