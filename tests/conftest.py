@@ -43,12 +43,6 @@ def load_texts(*path, load=texts.load_texts):
 texts.load_texts = load_texts
 """
 
-# On every processor, not on those of a worker of pytest-xdist alone
-ALL_PROCESSORS = """
-import os
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, range(os.cpu_count()))
-"""
 # What is slow for its fixtures or as a file; single tests carry the marker themselves
 SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
 SLOW_FILES = {"test_hub_standin", "test_push_faults", "test_serve_schema"}
@@ -191,7 +185,7 @@ def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Releas
 
 @pytest.fixture(scope="session")
 def nano_release(release_of: Callable[..., Release]) -> Release:
-    return release_of("f2llm-nano", prelude=ALL_PROCESSORS, is_real=True)
+    return release_of("f2llm-nano", is_real=True)
 
 
 @pytest.fixture(scope="session")

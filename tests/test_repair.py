@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -61,10 +62,13 @@ def vectors_of(path: Path) -> np.ndarray:
         return embed_texts(model, TEXTS)
 
 
+source_vectors = functools.cache(vectors_of)  # a source is compared with several files
+
+
 def drift_of(study: Study, recipe: Recipe, path: Path) -> float:
     """Mean drift of the file of `recipe`, made at `path`, on a third of the evaluation texts."""
     make(study.weights, path, recipe, study.imatrix)
-    return float(drift(vectors_of(path), vectors_of(study.weights.header.path)).mean())
+    return float(drift(vectors_of(path), source_vectors(study.weights.header.path)).mean())
 
 
 @pytest.mark.parametrize(("source", "n_places"), [("nano_f16", 16), ("minilm_f16", 6)])
@@ -91,17 +95,18 @@ def test_scales_are_powers_of_two(nano_study: Study) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("kind", ["norm", "ffn", "value"])
-def test_outliers_in_channels_cost_nothing(kind: str, seed: int, tmp_path: Path, studied: Studied) -> None:
-    """Outliers of 16 to 512 that leave the function alone: under 0.5% at the stock size, unlike the stock recipe."""
+def test_outliers_in_channels_cost_nothing(seed: int, tmp_path: Path, studied: Studied) -> None:
+    """Outliers of 16 to 512 in every kind of place, which leave the function alone: under 0.5% at the stock size."""
     source = tmp_path / "outliers-F16.gguf"
-    convert(facts_of(write_outliers(tmp_path / "outliers", kind, factor=512, seed=seed)), source)
+    folder = write_outliers(tmp_path / "outliers", "norm", "ffn", "value", factor=512, seed=seed)
+    convert(facts_of(folder), source)
     study = studied(source)
     recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
     assert recipe.kind == "rescaled"
-    assert repaired < 0.005 < stock
+    assert {place.split(".")[-1] for place in recipe.exponents} == {"attn_norm", "value", "ffn_norm", "ffn"}
+    assert repaired < 0.005 < 0.05 < stock
     assert study.size_bytes(recipe) == study.size_bytes(Recipe("Q4_K_M"))
 
 
