@@ -45,6 +45,7 @@ texts.load_texts = load_texts
 
 # What is slow for its fixtures or as a file; single tests carry the marker themselves
 SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
+RELEASES = {"nano_release", "minilm_release"}
 SLOW_FILES = {"test_hub_standin", "test_push_faults", "test_serve_schema"}
 
 
@@ -82,9 +83,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow; the tests of one release go to one worker, so that no other waits while it is made."""
     for item in items:
-        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & fixtures:
             item.add_marker("slow")
+        for release in sorted(RELEASES & fixtures)[:1]:
+            item.add_marker(pytest.mark.xdist_group(release))
 
 
 @pytest.fixture

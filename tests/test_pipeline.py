@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import edit_tensors, tiny_tensors, write_tiny
 from conftest import COMMAND, QUICK, Release, Run, facts_of
+from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.plan import plan_variant
@@ -259,12 +260,18 @@ def test_stamp_moves_no_other_byte(nano_release: Release, tmp_path: Path) -> Non
         fill_in(path, {"f2gguf.variant": "Q4_K_M"})
 
 
-def test_verify_measures_a_file_against_another_and_against_its_checkpoint(nano_release: Release, run: Run) -> None:
+def test_verify_measures_a_file_against_another_and_against_its_checkpoint(
+    nano_release: Release, run: Run, tmp_path: Path
+) -> None:
     against_file = run("quantize", "verify", nano_release.file("Q4_0"), "--against", nano_release.file("F16"), "--json")
     verdict = json.loads(against_file.stdout)
     assert against_file.returncode == 0
     assert verdict["mean"] == pytest.approx(report_of(nano_release)["variants"]["Q4_0"]["mean"], abs=1e-6)
-    strict = run("quantize", "verify", nano_release.file("Q4_0"), "--against", "f2llm-nano", "--max-drift", "0.0001")
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"text": text.text, "kind": text.kind} for text in load_texts() if text.kind in ("query", "document")]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows[:80]))
+    arguments = ("--against", "f2llm-nano", "--max-drift", "0.0001", "--corpus", texts)
+    strict = run("quantize", "verify", nano_release.file("Q4_0"), *arguments)
     assert strict.returncode == 3
     assert "over the bound of 0.01%" in strict.stderr
 
