@@ -165,7 +165,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def facts_of(folder: Path, **stated: object) -> Facts:
-    """The settled facts of a folder that no lock knows."""
+    """The facts of a folder that no lock knows."""
     return read_facts(Entry(name=folder.name, **stated), folder)  # type: ignore[arg-type]
 
 
