@@ -45,8 +45,15 @@ texts.load_texts = load_texts
 
 # What is slow for its fixtures or as a file; single tests carry the marker themselves
 SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
-RELEASES = {"nano_release", "minilm_release"}
-SLOW_FILES = {"test_hub_standin", "test_push_faults", "test_serve_schema"}
+SLOW_FILES = {
+    "test_exactness",
+    "test_full_precision",
+    "test_hub_standin",
+    "test_mteb",
+    "test_push_faults",
+    "test_serve_schema",
+    "test_stages",
+}
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         terminal.flush()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow; the tests of one release go to one worker, so that no other waits while it is made."""
+    """Mark what is slow, and let each of two workers begin with another release, so that none waits for the other's."""
+    first: dict[str, list[pytest.Item]] = {"nano_release": [], "minilm_release": [], "": []}
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if item.path.stem in SLOW_FILES or SLOW_FIXTURES & fixtures:
             item.add_marker("slow")
-        for release in sorted(RELEASES & fixtures)[:1]:
-            item.add_marker(pytest.mark.xdist_group(release))
+        first[next((name for name in first if name in fixtures), "")].append(item)
+    nano, minilm, others = first.values()
+    n_before = max(0, len(items) // 2 - len(nano))  # pytest-xdist gives each worker a half of the list
+    items[:] = [*nano, *others[:n_before], *minilm, *others[n_before:]]
 
 
 @pytest.fixture
