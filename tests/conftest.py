@@ -89,14 +89,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         terminal.flush()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what is slow."""
+    if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow, and let each of two workers begin with another release, so that none waits for the other's."""
+    """Let each of two workers begin with another release, so that none waits for the other's."""
     first: dict[str, list[pytest.Item]] = {"nano_release": [], "minilm_release": [], "": []}
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & fixtures:
-            item.add_marker("slow")
         first[next((name for name in first if name in fixtures), "")].append(item)
     nano, minilm, others = first.values()
     n_before = max(0, len(items) // 2 - len(nano))  # pytest-xdist gives each worker a half of the list
