@@ -14,6 +14,7 @@ import ctypes
 import functools
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class _Fork(subprocess.Popen):
                        cwd: Any, env: Any, startupinfo: Any, creationflags: Any, shell: Any,
                        *pipes: int) -> None:  # fmt: skip
         theirs = pipes[0], pipes[3], pipes[5]
-        job = pickle.dumps((args[2], args[3:], str(cwd or Path.cwd()), env))
+        job = pickle.dumps((args[2], args[3:], str(cwd or Path.cwd()), env, _ignored()))
         with _lock:
             connection = _server()[0]
             fds = [mine if fd == -1 else fd for mine, fd in enumerate(theirs)]
@@ -101,6 +102,11 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
     theirs.close()
     atexit.register(lambda: (ours.close(), process.wait()))
     return ours, environment
+
+
+def _ignored() -> list[int]:
+    """The signals that this process ignores, and that its children then ignore too, as a job in the background does."""
+    return [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
 
 
 def _settings(environment: dict[str, str]) -> dict[str, str]:

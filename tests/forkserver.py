@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import pickle
+import signal
 import socket
 import sys
 from types import CodeType
@@ -61,13 +62,18 @@ def _spare_at_exit(fresh: set[str]) -> None:
     atexit.register(forget)  # the first to be registered is the last to run
 
 
-def _become(code: str, arguments: list[str], folder: str, environment: dict[str, str], fds: list[int]) -> CodeType:
+def _become(
+    code: str, arguments: list[str], folder: str, environment: dict[str, str], ignored: list[int], fds: list[int]
+) -> CodeType:
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
     for target, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, _reopened(target, getattr(sys, name)))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python sets it where nobody ignores it
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -42,6 +42,18 @@ def test_a_fork_sees_and_says_what_a_process_does(end: str, exit_code: int, tmp_
     assert fork.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_fork_ignores_what_its_starter_ignores(handler: signal.Handlers) -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGINT))"
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        real, fork = (forking.run(code, is_real=is_real).stdout for is_real in (True, False))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert real == fork
+    assert fork == f"{handler}\n"
+
+
 def test_a_fork_can_be_waited_for_and_killed() -> None:
     with forking.start("import time; print(1, flush=True); time.sleep(60)", stdout=subprocess.PIPE) as process:
         assert process.stdout
