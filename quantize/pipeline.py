@@ -37,7 +37,7 @@ from f2gguf.quantize.report.report import (
     read_report,
     write_report,
 )
-from f2gguf.quantize.source.facts import Facts, open_facts
+from f2gguf.quantize.source.facts import Facts, Stated, open_facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import ConversionMismatch
@@ -55,6 +55,9 @@ def quantize_model(
     calibration: str | Path | None = None,
     imatrix: str | Path | None = None,
     pooling: str | None = None,
+    eos_token: str | None = None,
+    allowed_keys: Sequence[str] = (),
+    name: str | None = None,
     device: str = "auto",
     lock: str | Path | None = None,
     force: bool = False,
@@ -62,12 +65,13 @@ def quantize_model(
     """Fetch, convert, quantise and measure `model`, write its release to `out`/NAME, and give the report of it.
 
     `model` is a name in models.lock, a checkpoint folder, or org/name[@revision] on the Hugging Face Hub. The arguments
-    are the options of `quantize all`; `max_size` is in bytes. `report.variants["Q4_0"].holds` says whether a file holds
-    the bound; one that does not was written all the same. Raises the errors of every step, all `F2ggufError`.
+    are the options of `quantize all`; `max_size` is in bytes, and `allowed_keys` is --allow-config-key.
+    `report.variants["Q4_0"].holds` says whether a file holds the bound; one that does not was written all the same.
+    Raises the errors of every step, all `F2ggufError`.
     """
     names = [require_variant(name.strip()) for name in (variants.split(",") if isinstance(variants, str) else variants)]
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
-    facts = open_facts(str(model), pooling=pooling, lock=lock)
+    facts = open_facts(str(model), stated=Stated(pooling, eos_token, tuple(allowed_keys), name), lock=lock)
     job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix)
     return make_release(job, names)
 

@@ -126,5 +126,9 @@ class DriftWarning(UserWarning):
     """A file from the Hub is over its bound, or was never measured."""
 
 
+class ConfigKeyWarning(UserWarning):
+    """A checkpoint's config.json has keys that f2gguf does not know; their names do not touch the arithmetic."""
+
+
 class TruncationWarning(UserWarning):
     """Texts were cut to the model's maximum length; the EOS stayed last."""

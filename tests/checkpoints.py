@@ -21,6 +21,7 @@ TINY_CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "intermediate_size": 64,
+    "layer_types": ["full_attention"] * 2,
 }
 
 
@@ -32,28 +33,61 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
+def tiny_tensors(seed: int = 0, *, head_dim: int = 8) -> dict[str, np.ndarray]:
     shapes = {"embed_tokens.weight": (16384, 32), "norm.weight": (32,)}
     for i in range(2):
         shapes |= {
             f"layers.{i}.{name}.weight": shape
             for name, shape in {
                 "input_layernorm": (32,),
-                "self_attn.q_proj": (32, 32),
-                "self_attn.q_norm": (8,),
-                "self_attn.k_proj": (16, 32),
-                "self_attn.k_norm": (8,),
-                "self_attn.v_proj": (16, 32),
-                "self_attn.o_proj": (32, 32),
+                "self_attn.q_proj": (4 * head_dim, 32),
+                "self_attn.q_norm": (head_dim,),
+                "self_attn.k_proj": (2 * head_dim, 32),
+                "self_attn.k_norm": (head_dim,),
+                "self_attn.v_proj": (2 * head_dim, 32),
+                "self_attn.o_proj": (32, 4 * head_dim),
                 "post_attention_layernorm": (32,),
                 "mlp.gate_proj": (64, 32),
                 "mlp.up_proj": (64, 32),
                 "mlp.down_proj": (32, 64),
             }.items()
         }
+    return _random(shapes, seed)
+
+
+def write_tiny_bert(folder: Path, *, seed: int = 0) -> Path:
+    """A BERT checkpoint of 1M random float32 weights with all-MiniLM-L6-v2's tokenizer and modules."""
+    shutil.copytree(MINILM, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(folder / "config.json", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    shapes = {
+        "embeddings.word_embeddings.weight": (30522, 32),
+        "embeddings.position_embeddings.weight": (512, 32),
+        "embeddings.token_type_embeddings.weight": (2, 32),
+        **_with_bias("embeddings.LayerNorm", 32),
+    }
+    for i in range(2):
+        layer = f"encoder.layer.{i}."
+        for name in ("query", "key", "value"):
+            shapes |= _with_bias(f"{layer}attention.self.{name}", 32, 32)
+        shapes |= _with_bias(f"{layer}attention.output.dense", 32, 32)
+        shapes |= _with_bias(f"{layer}attention.output.LayerNorm", 32)
+        shapes |= _with_bias(f"{layer}intermediate.dense", 64, 32)
+        shapes |= _with_bias(f"{layer}output.dense", 32, 64)
+        shapes |= _with_bias(f"{layer}output.LayerNorm", 32)
+    save_tensors(folder, _random(shapes, seed))
+    return folder
+
+
+def _with_bias(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Small values, and those of norms around 1."""
+    rng = np.random.default_rng(seed)
     return {
-        name: rng.standard_normal(shape, dtype=np.float32) * 0.1 + (len(shape) == 1) for name, shape in shapes.items()
+        name: rng.standard_normal(shape, dtype=np.float32) * 0.1 + (len(shape) == 1 and name.endswith("weight"))
+        for name, shape in shapes.items()
     }
 
 
@@ -78,15 +112,15 @@ def save_tensors(folder: Path, tensors: dict[str, np.ndarray], *, n_shards: int 
     """Write model.safetensors, or shards with their index."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     if n_shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = list(tensors)
     weight_map = {}
     for i in range(n_shards):
         file = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[i::n_shards]}, folder / file)
+        save_file({name: tensors[name] for name in names[i::n_shards]}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names[i::n_shards], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 OUTLIER_KINDS = ("norm", "ffn", "value", "residual")

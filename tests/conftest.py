@@ -22,7 +22,7 @@ import pytest
 from checkpoints import MINILM, NANO, write_tiny
 from endpoint import Api, serving
 from f2gguf.quantize.convert.write import convert
-from f2gguf.quantize.source.facts import Facts, read_facts
+from f2gguf.quantize.source.facts import NOTHING, Facts, Stated, read_facts
 from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime import Embedder
 from filelock import FileLock
@@ -179,9 +179,9 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "tiny")
 
 
-def facts_of(folder: Path, **stated: object) -> Facts:
-    """The facts of a folder that no lock knows."""
-    return read_facts(Entry(name=folder.name, **stated), folder)  # type: ignore[arg-type]
+def facts_of(folder: Path, stated: Stated = NOTHING, **locked: object) -> Facts:
+    """The facts of a folder: what the user states, and what a lock does."""
+    return read_facts(Entry(name=folder.name, **locked), folder, stated=stated)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import f2gguf.quantize.checkpoint.folder as folder_module
 import f2gguf.quantize.checkpoint.vocabulary as vocabulary_module
+import f2gguf.quantize.checkpoint.weights as weights_module
 import numpy as np
 import pytest
 from checkpoints import NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
@@ -37,6 +37,14 @@ def remove(name: str) -> Damage:
 
 def edit(name: str, **changes: object) -> Damage:
     return lambda folder: edit_json(folder / name, **changes)
+
+
+def index_alone(content: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return damage
 
 
 def flip_header_bit(folder: Path) -> None:
@@ -141,12 +149,12 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "modules that are no list": (write("modules.json", "5"), BrokenCheckpoint, "modules.json: is damaged"),
     "shard index that is no table": (
-        write("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        index_alone('{"weight_map": {"a": 5}}'),
         BrokenCheckpoint,
         r"index.json: is damaged, .*weight_map\.a: ",
     ),
     "shard index without files": (
-        write("model.safetensors.index.json", '{"weight_map": {}}'),
+        index_alone('{"weight_map": {}}'),
         BrokenCheckpoint,
         "has an empty 'weight_map'",
     ),
@@ -158,7 +166,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "two pooling modes": (
         edit("1_Pooling/config.json", pooling_mode_mean_tokens=True),
         UnsupportedCheckpoint,
-        "states pooling_mode_mean_tokens, pooling_mode_lasttoken",
+        "pools by mean and lasttoken; last token, mean or CLS",
     ),
     "no tokenizer": (remove("tokenizer.json"), BrokenCheckpoint, "tokenizer.json: no such file"),
     "broken tokenizer": (cut_file("tokenizer.json", 0.5), BrokenCheckpoint, "tokenizer.json: does not parse"),
@@ -201,7 +209,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "lower-casing outside the tokenizer": (
         edit("sentence_bert_config.json", do_lower_case=True),
         UnsupportedCheckpoint,
-        "do_lower_case is set",
+        "do_lower_case is True",
     ),
     "two ids for one token": (
         lambda f: edit_tokens(f, {"id": 16380, "content": "!", "special": False}),
@@ -237,7 +245,7 @@ def test_error_of_our_own_code_is_not_called_damage(
     def fail(*_: object) -> None:
         raise error("ours")
 
-    monkeypatch.setattr(folder_module, "_stored_tensor", fail)
+    monkeypatch.setattr(weights_module, "_stored_tensor", fail)
     with pytest.raises(error, match="ours"):
         facts_of(tiny)
     monkeypatch.undo()

@@ -6,11 +6,13 @@ Names and keys are those of llama.cpp (gguf-py, tensor_mapping.py and constants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from f2gguf.quantize.checkpoint.folder import Checkpoint, StoredTensor
+from f2gguf.quantize.checkpoint.config_keys import ConfigKeys, require_known_keys
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.weights import StoredTensor
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
 Target = tuple[str, tuple[int, ...]]  # a tensor's name in GGUF, and the shape that config.json implies
@@ -24,22 +26,21 @@ class Architecture:
     prefix: str  # some exports put it before every tensor name
     renames: Mapping[str, str]  # ending of a name in old exports -> today's ending
     dropped: re.Pattern[str]  # tensors that no vector depends on
-    required: Mapping[str, tuple[Any, ...]]  # key of config.json -> values that llama.cpp computes, the default first
+    keys: ConfigKeys  # what config.json may say
     targets: Callable[[Checkpoint], dict[str, Target]]
     facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
 
 
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert."""
+def architecture_of(checkpoint: Checkpoint, *, allowed_keys: Collection[str] = ()) -> Architecture:
+    """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert.
+
+    `allowed_keys` are keys of config.json that the user says are without effect.
+    """
     kind, config_path = checkpoint.model_type, checkpoint.folder / "config.json"
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} is not supported; {known} are.")
-    for key, values in ARCHITECTURES[kind].required.items():
-        value = checkpoint.config.get(key, values[0])
-        if value not in values:
-            supported = f"f2gguf converts {kind} with {values[0]!r}"
-            raise UnsupportedCheckpoint(f"{config_path}: {key} is {value!r}; {supported}.")
+    require_known_keys(config_path, checkpoint.config, ARCHITECTURES[kind].keys, allowed_keys)
     return ARCHITECTURES[kind]
 
 
@@ -81,7 +82,7 @@ def _listed(names: list[str]) -> str:
 def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
     n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
     n_head, n_head_kv = checkpoint.count("num_attention_heads"), checkpoint.count("num_key_value_heads")
-    head_dim = _head_dim(checkpoint)
+    head_dim = _head_dim(checkpoint, default=128)
     block = {
         "input_layernorm": ("attn_norm", (n_embd,)),
         "self_attn.q_proj": ("attn_q", (n_head * head_dim, n_embd)),
@@ -104,10 +105,17 @@ def _qwen3_targets(checkpoint: Checkpoint) -> dict[str, Target]:
 
 
 def _qwen3_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: RoPE scaling is not supported: {rope!r}.")
-    head_dim = _head_dim(checkpoint)
+    config, config_path = checkpoint.config, checkpoint.folder / "config.json"
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers takes the first
+    plain = {"rope_type": "default", "type": "default", "rope_theta": None}
+    if not isinstance(rope, dict) or any(plain.get(key, ...) not in (None, value) for key, value in rope.items()):
+        raise UnsupportedCheckpoint(f"{config_path}: RoPE scaling is not supported: {rope!r}.")
+    layers = config.get("layer_types") or []  # F2LLM-v2-80M lists more than it has
+    if any(layer != "full_attention" for layer in layers):
+        raise UnsupportedCheckpoint(f"{config_path}: layer_types has {layers}; only full_attention is supported.")
+    if type(is_causal := config.get("is_causal", True)) is not bool:
+        raise BrokenCheckpoint(f"{config_path}: is_causal is {is_causal!r}, which is not true or false.")
+    head_dim = _head_dim(checkpoint, default=128)
     return {
         **_shared_facts(checkpoint),
         "attention.head_count_kv": checkpoint.count("num_key_value_heads"),
@@ -115,6 +123,7 @@ def _qwen3_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": checkpoint.real("rms_norm_eps"),
         "rope.freq_base": checkpoint.real("rope_theta", rope if "rope_theta" in rope else None),
+        **({} if is_causal else {"attention.causal": False}),
     }
 
 
@@ -164,22 +173,34 @@ def _shared_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _head_dim(checkpoint: Checkpoint) -> int:
-    if checkpoint.config.get("head_dim") is not None:
-        return checkpoint.count("head_dim")
+def _head_dim(checkpoint: Checkpoint, *, default: int | None = None) -> int:
+    """Width of a head; `default` is that of transformers where the configuration leaves it out."""
+    if default:
+        return checkpoint.count("head_dim") if "head_dim" in checkpoint.config else default
     n_embd, n_head = checkpoint.count("hidden_size"), checkpoint.count("num_attention_heads")
     if n_embd % n_head:
         raise BrokenCheckpoint(f"{checkpoint.folder}/config.json: {n_head} heads do not divide hidden_size {n_embd}.")
     return n_embd // n_head
 
 
+_SIZES = frozenset(
+    {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+    | {"max_position_embeddings"}
+)
 ARCHITECTURES = {
     "qwen3": Architecture(
         name="qwen3",
         prefix="model.",
         renames={},
         dropped=re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq"),
-        required={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+        keys=ConfigKeys(
+            carried=_SIZES
+            | {"num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"}
+            | {"layer_types", "is_causal"}
+            | {"sliding_window", "max_window_layers"},  # of no effect without use_sliding_window
+            required={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False, None)},
+            classes=frozenset({"Qwen3Model", "Qwen3ForCausalLM"}),
+        ),
         targets=_qwen3_targets,
         facts=_qwen3_facts,
     ),
@@ -188,7 +209,15 @@ ARCHITECTURES = {
         prefix="bert.",
         renames={".gamma": ".weight", ".beta": ".bias"},
         dropped=re.compile(r"embeddings\.position_ids|pooler\..*|cls\..*"),
-        required={"hidden_act": ("gelu",), "position_embedding_type": ("absolute", None)},
+        keys=ConfigKeys(
+            carried=_SIZES | {"type_vocab_size", "layer_norm_eps"},
+            required={
+                "hidden_act": ("gelu",),
+                "position_embedding_type": ("absolute", None),
+                "is_causal": (None, False),
+            },
+            classes=frozenset({"BertModel", "BertForMaskedLM", "BertForPreTraining"}),
+        ),
         targets=_bert_targets,
         facts=_bert_facts,
     ),

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.json_files import read_json
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 
 # The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern

@@ -35,7 +35,7 @@ def quantize() -> None:
 @shared.STOCK
 @shared.CALIBRATION
 @shared.IMATRIX
-@shared.POOLING
+@shared.checkpoint_options
 @shared.DEVICE
 @shared.LOCK
 @click.option("--force", is_flag=True, help="Make everything again, even what is there.")
@@ -62,7 +62,9 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     names = [require_variant(name.strip()) for name in variants.split(",")]
     require_device(options["device"])
     models = models or (lock.default,)
-    sources = [find_model(model, lock) for model in models]
+    if options["name"] and len(models) > 1:
+        raise WrongUsage(f"--name {options['name']}: names one model, and {len(models)} are to be made.")
+    sources = [find_model(model, lock, name=options["name"]) for model in models]
     _require_different_names([entry.name for entry, _ in sources], models)
     if dry_run:
         for entry, folder in sources:

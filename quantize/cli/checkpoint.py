@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from f2gguf.quantize.cli import options as shared
@@ -64,9 +65,9 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
 @click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
 @click.option("-o", "--output", type=shared.PATH, help="File to write [default: NAME-DTYPE.gguf].")
 @shared.FORCE
-@shared.POOLING
+@shared.checkpoint_options
 @shared.LOCK
-def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: str | None, lock: Path | None) -> None:
+def convert(model: str, dtype: str, output: Path | None, force: bool, lock: Path | None, **stated: Any) -> None:
     """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
     from f2gguf.evals.texts import load_texts
     from f2gguf.quantize.convert.write import require_dtype
@@ -74,7 +75,7 @@ def convert(model: str, dtype: str, output: Path | None, force: bool, pooling: s
     from f2gguf.runtime.files import require_absent, writing
 
     require_dtype(dtype)
-    facts = shared.facts_of(model, pooling, lock)
+    facts = shared.facts_of(model, lock, **stated)
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:

@@ -91,12 +91,23 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
 @click.option("--endpoint-model", metavar="NAME", help="Model that a URL is asked for.")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable with the key of a URL.")
 @shared.MAX_DRIFT
-@shared.POOLING
+@shared.checkpoint_options
 @shared.DEVICE
 @shared.LOCK
 @shared.JSON
 def verify(
-    candidate: Path, against: str, corpus: str | None, thresholds: tuple[float, ...], as_json: bool, **options: Any
+    candidate: Path,
+    against: str,
+    corpus: str | None,
+    column: str,
+    thresholds: tuple[float, ...],
+    endpoint_model: str | None,
+    api_key_env: str | None,
+    max_drift: float,
+    device: str,
+    lock: Path | None,
+    as_json: bool,
+    **stated: Any,
 ) -> None:
     """Measure the drift of a file against a baseline.
 
@@ -118,38 +129,38 @@ def verify(
     header.require_pooling()
     texts = claimed_texts(load_texts(), header.languages)
     if corpus:
-        texts = read_corpus(corpus, column=options["column"])
+        texts = read_corpus(corpus, column=column)
     baseline = open_baseline(
         against,
         texts,
         header,
-        run_checkpoint=lambda model: _checkpoint_baseline(model, texts, options["pooling"], options["lock"]),
-        device=options["device"],
-        endpoint_model=options["endpoint_model"],
-        api_key_env=options["api_key_env"],
+        run_checkpoint=lambda model: _checkpoint_baseline(model, texts, lock, **stated),
+        device=device,
+        endpoint_model=endpoint_model,
+        api_key_env=api_key_env,
     )
     with (
-        Embedder(candidate, device=options["device"]) as model,
+        Embedder(candidate, device=device) as model,
         progress(f"measure {candidate.name}", len(texts)) as advance,
     ):
         vectors = embed_texts(model, texts, advance)
     if corpus:
-        on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=options["max_drift"])
+        on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=max_drift)
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
-    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=options["max_drift"])
+    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=max_drift)
     _show_verdict(candidate, verdict, as_json)
     return _require_bound(candidate, verdict)
 
 
-def _checkpoint_baseline(model: str, texts: Any, pooling: str | None, lock: Path | None) -> Any:
+def _checkpoint_baseline(model: str, texts: Any, lock: Path | None, **stated: Any) -> Any:
     """The vectors of MODEL's checkpoint, as `open_baseline` takes them."""
     from f2gguf.evals.against import Baseline
     from f2gguf.evals.full_precision import choose_run, require_transformers
     from f2gguf.quantize.convert.readback import reference_ids
 
     require_transformers()
-    facts = shared.facts_of(model, pooling, lock)
+    facts = shared.facts_of(model, lock, **stated)
     run, name = choose_run(facts.checkpoint.folder, facts.checkpoint.n_parameters)
     ids = reference_ids(facts, texts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,32 @@ MAX_DRIFT = click.option(
 MAX_SIZE = click.option(
     "--max-size", callback=_require_size, help="Make the file that drifts least within this size: 350MB, 1.2GB."
 )
-POOLING = click.option("--pooling", help="Pooling of a checkpoint that does not state it: last, mean or cls.")
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 
 
-def facts_of(model: str, pooling: str | None, lock: Path | None) -> Any:
-    """The facts of MODEL, which is fetched if it is not here yet."""
-    from f2gguf.quantize.source.facts import open_facts
+def checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what a checkpoint leaves out."""
+    for option in (
+        click.option("--name", help="Name of the model and of its files [default: the folder's or repository's]."),
+        click.option(
+            "--allow-config-key",
+            "allowed_keys",
+            metavar="KEY",
+            multiple=True,
+            help="A key of config.json that changes no vector, though f2gguf does not know it; repeatable.",
+        ),
+        click.option("--eos-token", metavar="TOKEN", help="Token that closes every text, or none if no token does."),
+        click.option("--pooling", help="Pooling of a checkpoint that does not state it: last, mean or cls."),
+    ):
+        command = option(command)
+    return command
 
-    return open_facts(model, pooling=pooling, lock=lock)
+
+def facts_of(model: str, lock: Path | None, **stated: Any) -> Any:
+    """The facts of MODEL, which is fetched if it is not here yet."""
+    from f2gguf.quantize.source.facts import Stated, open_facts
+
+    return open_facts(model, stated=Stated(**stated), lock=lock)
 
 
 def refuse_together(options: Mapping[str, object], first: str, *others: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from f2gguf.quantize.checkpoint.folder import StoredTensor
+from f2gguf.quantize.checkpoint.weights import StoredTensor
 from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, VALUE_TYPES, add_golden, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
@@ -198,7 +198,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
         if entry.revision:
             writer.add_base_model_version(0, entry.revision)
             writer.add_string(keys.KEY_REVISION, entry.revision)
-    for key, value in facts.architecture.facts(facts.checkpoint).items():
+    for key, value in facts.shape.items():
         writer.add_key_value(f"{architecture}.{key}", value, VALUE_TYPES[type(value)][0])
     writer.add_uint32(f"{architecture}.pooling_type", keys.POOLING_IDS[facts.pooling])
     writer.add_file_type(file_type)
@@ -206,10 +206,12 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
     writer.add_string(keys.KEY_VERSION, version("f2gguf"))
     writer.add_string(keys.KEY_SOURCE_SHA256, UNKNOWN_SHA256)
     writer.add_uint32(keys.KEY_MAX_TOKENS, facts.max_tokens)
-    writer.add_bool(keys.KEY_NORMALIZE, facts.checkpoint.is_normalized)
+    writer.add_bool(keys.KEY_NORMALIZE, facts.checkpoint.modules.is_normalized)
     writer.add_array(keys.KEY_MATRYOSHKA_DIMS, list(facts.dims))
     for name, text in facts.prompts.items():
         writer.add_key_value(keys.KEY_PROMPT + name, text, GGUFValueType.STRING)  # add_string leaves out empty ones
+    if facts.default_prompt:
+        writer.add_string(keys.KEY_DEFAULT_PROMPT, facts.default_prompt)
     if vocabulary.normalizer:
         writer.add_string(keys.KEY_NORMALIZER, vocabulary.normalizer)
     if vocabulary.special_tokens:

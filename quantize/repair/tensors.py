@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.quantize.checkpoint.folder import DTYPES
+from f2gguf.quantize.checkpoint.weights import DTYPES
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.reader import TensorInfo

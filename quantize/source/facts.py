@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
-from f2gguf.quantize.checkpoint.folder import Checkpoint, StoredTensor, read_checkpoint
+from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint
+from f2gguf.quantize.checkpoint.modules import PROMPTS_FILE
 from f2gguf.quantize.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from f2gguf.quantize.checkpoint.weights import StoredTensor
 from f2gguf.quantize.source.fetch import fetch, find_model
 from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnknownName
 from f2gguf.runtime.gguf.header import POOLING_IDS
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the user says of a model, where its checkpoint does not say it."""
+
+    pooling: str | None = None
+    eos_token: str | None = None  # the token that closes every text, or "none"
+    allowed_keys: tuple[str, ...] = ()  # keys of config.json that change no vector
+    name: str | None = None  # instead of the folder's
+
+
+NOTHING = Stated()
 
 
 @dataclass(frozen=True)
@@ -23,10 +39,12 @@ class Facts:
     entry: Entry
     checkpoint: Checkpoint
     architecture: Architecture
+    shape: Mapping[str, Any]  # header keys below the architecture's name, as 'block_count'
     tensors: Mapping[str, StoredTensor]  # by GGUF name, in GGUF order
     vocabulary: Vocabulary
     pooling: str  # 'last', 'mean' or 'cls'
     prompts: Mapping[str, str]
+    default_prompt: str | None  # name of the prompt that `encode` puts before every text
     max_tokens: int
     dims: tuple[int, ...]  # Matryoshka widths, the full one last
 
@@ -41,41 +59,42 @@ class Facts:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one token's keys and values in F16; none for models that see a text at once."""
-        values = self.architecture.facts(self.checkpoint)
-        if "attention.head_count_kv" not in values:
+        if "attention.head_count_kv" not in self.shape:
             return 0
-        width = values["attention.key_length"] + values["attention.value_length"]
-        return int(2 * values["block_count"] * values["attention.head_count_kv"] * width)
+        width = self.shape["attention.key_length"] + self.shape["attention.value_length"]
+        return int(2 * self.shape["block_count"] * self.shape["attention.head_count_kv"] * width)
 
 
-def open_facts(model: str, *, pooling: str | None = None, lock: Path | None = None) -> Facts:
+def open_facts(model: str, *, stated: Stated = NOTHING, lock: Path | None = None) -> Facts:
     """The facts of the model that `model` names. Its checkpoint is downloaded where it is not on this disk.
 
     Raises the errors of `find_model`, `fetch` and `read_facts`.
     """
-    entry, folder = find_model(model, read_lock(lock))
+    entry, folder = find_model(model, read_lock(lock), name=stated.name)
     checkpoint = fetch(entry, folder)
     say(f"{entry.name}: {checkpoint}")
-    return read_facts(entry, checkpoint, pooling=pooling)
+    return read_facts(entry, checkpoint, stated=stated)
 
 
-def read_facts(entry: Entry, folder: Path, *, pooling: str | None = None) -> Facts:
-    """Combine lock and checkpoint; `pooling` is what the user states where the checkpoint does not.
+def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING) -> Facts:
+    """Combine lock and checkpoint, and what the user states where the checkpoint does not.
 
     Raises `Disagreement` where two sources contradict each other (it names both), `BrokenCheckpoint` for a checkpoint
     that contradicts itself, `UnsupportedCheckpoint` for one that f2gguf does not convert.
     """
     checkpoint = read_checkpoint(folder)
-    architecture = architecture_of(checkpoint)
+    architecture = architecture_of(checkpoint, allowed_keys=stated.allowed_keys)
     limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
     return Facts(
         entry=entry,
         checkpoint=checkpoint,
         architecture=architecture,
+        shape=architecture.facts(checkpoint),
         tensors=match_tensors(checkpoint, architecture),
-        vocabulary=read_vocabulary(checkpoint, eos_token=entry.eos_token),
-        pooling=_pooling(entry, checkpoint, pooling),
+        vocabulary=read_vocabulary(checkpoint, eos_token=stated.eos_token or entry.eos_token),
+        pooling=_pooling(entry, checkpoint, stated.pooling),
         prompts=_prompts(entry, checkpoint),
+        default_prompt=checkpoint.prompts.default,
         max_tokens=min(int(limit) for limit in limits if limit),
         dims=_dims(entry, checkpoint),
     )
@@ -85,15 +104,17 @@ def _pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:
     if pooling is not None and pooling not in POOLING_IDS:
         raise UnknownName("pooling in --pooling", pooling, POOLING_IDS)
     for source, value in (("models.lock", entry.pooling), ("--pooling", pooling)):
-        if value and checkpoint.pooling and value != checkpoint.pooling:
+        if value and checkpoint.modules.pooling and value != checkpoint.modules.pooling:
             raise Disagreement(
-                f"{source} says {value} pooling for {entry.name}, but {checkpoint.folder / 'modules.json'} leads to "
-                f"{checkpoint.pooling}. The checkpoint decides: correct {source}, or fetch the revision that it means."
+                f"{source} says {value} pooling for {entry.name}, but {checkpoint.root / 'modules.json'} leads to "
+                f"{checkpoint.modules.pooling}. The checkpoint decides: correct {source}, or fetch the right revision."
             )
-    stated = checkpoint.pooling or pooling or entry.pooling
+    stated = checkpoint.modules.pooling or pooling or entry.pooling
     if stated is None:
+        files = checkpoint.modules.files[1:]
+        what = f"lacks {files[0]}, which modules.json names" if files else "has no modules.json with a Pooling module"
         raise BrokenCheckpoint(
-            f"{checkpoint.folder}: has no modules.json with a Pooling module, so nothing says how to pool. "
+            f"{checkpoint.root}: {what}, so nothing says how to pool. "
             "State it with --pooling last (or mean, or cls), or as `pooling` in models.lock."
         )
     return stated
@@ -101,13 +122,13 @@ def _pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:
 
 def _prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
     for name, text in entry.prompts.items():
-        if checkpoint.prompts.get(name, text) != text:
+        if checkpoint.prompts.texts.get(name, text) != text:
             raise Disagreement(
                 f"models.lock gives {entry.name} the {name} prompt {text!r}, but "
-                f"{checkpoint.folder / 'config_sentence_transformers.json'} has {checkpoint.prompts[name]!r}. "
+                f"{checkpoint.root / PROMPTS_FILE} has {checkpoint.prompts.texts[name]!r}. "
                 "The checkpoint decides: correct the lock, or fetch the revision that it means."
             )
-    return {**entry.prompts, **checkpoint.prompts}
+    return {**entry.prompts, **checkpoint.prompts.texts}
 
 
 def _dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -6,22 +6,30 @@ import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from f2gguf.quantize.checkpoint.folder import NEEDED, PICKLES, is_legal
+from f2gguf.quantize.checkpoint.folder import NEEDED, is_legal
+from f2gguf.quantize.checkpoint.weights import PICKLES
 from f2gguf.quantize.source.lock import Entry, Lock, package_folder
 from f2gguf.runtime.errors import HashMismatch, UnsupportedCheckpoint, WrongUsage
 from f2gguf.runtime.hub.download import cached_folder, download
-from f2gguf.runtime.hub.listing import REPO, Listing, RemoteFile, list_files
+from f2gguf.runtime.hub.listing import COMMIT, REPO, Listing, RemoteFile, list_files
 
+_SNAPSHOT = re.compile(rf"/models--(?P<repo>[^/]+--[^/]+)/snapshots/(?P<commit>{COMMIT.pattern})$")
+_NAME = re.compile(r"\w[\w.-]*")
 _MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
-def find_model(model: str, lock: Lock) -> tuple[Entry, Path | None]:
+def find_model(model: str, lock: Lock, *, name: str | None = None) -> tuple[Entry, Path | None]:
     """What `MODEL` on the command line means: its entry, and its folder where that is already on this disk.
 
-    A name in the lock goes first, then an existing folder, then org/name[@revision] on the Hub. Raises `UnknownName`,
-    and `UnsupportedCheckpoint` for an entry that the lock calls so.
+    A name in the lock goes first, then an existing folder, then org/name[@revision] on the Hub. `name` is what the
+    user calls the model instead. Raises `UnknownName`, `WrongUsage` for a folder whose name is no name of a model, and
+    `UnsupportedCheckpoint` for an entry that the lock calls so.
     """
     entry, folder = find_entry(model, lock)
+    if name is not None:
+        entry = replace(entry, name=_valid_name(name))
+    elif not entry.name or COMMIT.fullmatch(entry.name):
+        raise WrongUsage(f"{model}: the folder's name is a commit, or empty. Name the model: --name NAME.")
     if entry.unsupported:
         raise UnsupportedCheckpoint(
             f"{entry.name}: f2gguf does not convert it yet: {entry.unsupported}. "
@@ -41,13 +49,26 @@ def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
     except OSError:  # a name too long for any file system
         is_folder = exists = False
     if is_folder:
-        return Entry(name=folder.resolve().name), folder
+        return _of_folder(folder.resolve(), lock), folder
     if exists or folder.is_absolute() or model.startswith("."):
         raise WrongUsage(f"{model}: is no folder. Pass the folder that holds the checkpoint's config.json.")
     match = _MODEL.fullmatch(model)
     if not match:
         return lock.entry(model), None  # raises, and suggests the nearest name
     return _of_repo(match["repo"], match["revision"], lock), None
+
+
+def _of_folder(folder: Path, lock: Lock) -> Entry:
+    """The entry of a folder: its repository's, at that commit, where it is a snapshot in the Hub's cache."""
+    if match := _SNAPSHOT.search(folder.as_posix()):
+        return _of_repo(match["repo"].replace("--", "/", 1), match["commit"], lock)
+    return Entry(name=folder.name)
+
+
+def _valid_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise WrongUsage(f"--name {name}: is no name of files. Use letters, digits, '.', '-' and '_'.")
+    return name
 
 
 def _of_repo(repo: str, revision: str | None, lock: Lock) -> Entry:

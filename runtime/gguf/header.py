@@ -18,6 +18,7 @@ from f2gguf.runtime.gguf.reader import Reader, TensorInfo
 # golden vectors stand in runtime/gguf/golden.py.
 KEY_VERSION = "f2gguf.version"
 KEY_PROMPT = "f2gguf.prompt."  # + name -> text put before the input
+KEY_DEFAULT_PROMPT = "f2gguf.default_prompt"  # name of the prompt that goes before a text where nobody chose one
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
 KEY_MAX_TOKENS = "f2gguf.max_tokens"
 KEY_NORMALIZE = "f2gguf.normalize"
@@ -98,6 +99,11 @@ class Header:
     @property
     def prompts(self) -> dict[str, str]:
         return {key[len(KEY_PROMPT) :]: text for key, text in self.values.items() if key.startswith(KEY_PROMPT)}
+
+    @property
+    def default_prompt(self) -> str | None:
+        """Name of the prompt that goes before a text where nobody chose one."""
+        return self.values.get(KEY_DEFAULT_PROMPT)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -223,6 +229,7 @@ _CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "{arch}.context_length": _COUNT,
     "{arch}.attention.layer_norm_rms_epsilon": _EPSILON,
     "{arch}.attention.layer_norm_epsilon": _EPSILON,
+    KEY_DEFAULT_PROMPT: _TEXT,
     KEY_MAX_TOKENS: (int, lambda value: _is_count(value) and value > 1),
     KEY_MATRYOSHKA_DIMS: (tuple, lambda value: all(map(_is_count, value))),
     KEY_NORMALIZER: (str, _has_type),
