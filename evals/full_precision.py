@@ -51,10 +51,8 @@ def transformers_vectors(
 ) -> NDArray[np.float32]:
     """A `Run` with all weights in memory, text by text."""
     import torch
-    from transformers import AutoModel
 
-    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    model = AutoModel.from_pretrained(folder, config=_model_config(_read_config(folder)), **options).eval()
+    model = load_model(folder)
     rows = []
     with torch.inference_mode():
         for ids in token_ids:
@@ -63,6 +61,25 @@ def transformers_vectors(
             if on_progress:
                 on_progress(1)
     return np.stack(rows)
+
+
+def load_model(folder: Path, **changes: Any) -> Any:
+    """The checkpoint in transformers, with all weights in memory; `changes` are of its configuration."""
+    import torch
+    from transformers import AutoModel
+
+    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    config = _model_config({**_read_config(folder), **changes})
+    return AutoModel.from_pretrained(folder, config=config, **options).eval()
+
+
+def tokenizer_ids(folder: Path, samples: Sequence[str], *, max_tokens: int) -> list[Ids]:
+    """Token ids by transformers' tokenizer, which it builds from all of a checkpoint's tokenizer files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    encoded = (tokenizer(sample, truncation=True, max_length=max_tokens)["input_ids"] for sample in samples)
+    return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
 def streamed_vectors(
@@ -145,12 +162,13 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
     """Name of each tensor, without the "model." that some exports begin it with -> its file, and its name there."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    single = _read_config(folder).get("transformers_weights") or "model.safetensors"
+    if single.endswith(".json") or not (folder / single).exists():
+        index = folder / (single if single.endswith(".json") else "model.safetensors.index.json")
         files = json.loads(index.read_bytes())["weight_map"]
     else:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
+        with safe_open(folder / single, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), single)
     return {name.removeprefix("model."): (folder / file, name) for name, file in files.items()}
 
 

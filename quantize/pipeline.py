@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from f2gguf.evals.conversion import ConversionCheck, check_conversion
 from f2gguf.evals.drift import MAX_DRIFT
 from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts
-from f2gguf.quantize.convert.readback import read_back, reference_ids
+from f2gguf.quantize.convert.gate import pass_gate_1
+from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
@@ -40,7 +40,6 @@ from f2gguf.quantize.report.report import (
 from f2gguf.quantize.source.facts import Facts, Stated, open_facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import ConversionMismatch
 from f2gguf.runtime.files import format_size, locked, writing
 
 
@@ -131,35 +130,12 @@ def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequ
         vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
         vectors[is_claimed] = reference
         vectors[~is_claimed] = _embed(job, part, [text for text in texts if text not in claimed])
-        check = _gate_1(job, vectors, texts)
+        check = pass_gate_1(job.facts, part, vectors, texts)
         with writing(job.reference_path) as cached, cached.open("wb") as file:
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
         files = {"F16": described(part, name=path.name), **report.files}
         return _saved(job, replace(report, files=files, conversion=conversion))
-
-
-def _gate_1(job: Job, vectors: Vectors, texts: Sequence[EvalText]) -> ConversionCheck:
-    """Compare the F16 file with the checkpoint; `ConversionMismatch` where they do not do the same."""
-    facts = job.facts
-    with progress("gate 1", len(texts)) as advance:
-        check = check_conversion(
-            vectors,
-            texts,
-            folder=facts.checkpoint.folder,
-            checkpoint_sha256=facts.checkpoint.sha256,
-            n_parameters=facts.checkpoint.n_parameters,
-            token_ids=lambda: reference_ids(facts, texts),
-            pooling=facts.pooling,
-            on_progress=advance,
-        )
-    if check.holds is False:
-        raise ConversionMismatch(
-            f"{job.file('F16')}: does not do what the checkpoint does: minimum cosine {check.min_cosine} against "
-            f"{check.reference}, on {check.worst_text}. It was not kept. Please report the model."
-        )
-    say(f"gate 1, {check.reference}: " + (check.why or f"minimum cosine {check.min_cosine} over {check.n} texts"))
-    return check
 
 
 def _make_variants(

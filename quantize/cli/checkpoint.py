@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,35 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
 @click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
 @click.option("-o", "--output", type=shared.PATH, help="File to write [default: NAME-DTYPE.gguf].")
 @shared.FORCE
+@click.option("--check", is_flag=True, help="Compare token ids and vectors of a dozen texts with transformers.")
 @shared.checkpoint_options
 @shared.LOCK
-def convert(model: str, dtype: str, output: Path | None, force: bool, lock: Path | None, **stated: Any) -> None:
-    """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does."""
+def convert(
+    model: str, dtype: str, output: Path | None, force: bool, check: bool, lock: Path | None, **stated: Any
+) -> None:
+    """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does.
+
+    --check needs the extra 'evals'. Without it, nothing compares the vectors.
+    """
+    from f2gguf.evals.full_precision import require_transformers
     from f2gguf.evals.texts import load_texts
+    from f2gguf.quantize.convert.gate import pass_sampled_gate_1
     from f2gguf.quantize.convert.write import require_dtype
     from f2gguf.quantize.pipeline import convert_checked
     from f2gguf.runtime.files import require_absent, writing
 
     require_dtype(dtype)
+    if check:
+        require_transformers()
     facts = shared.facts_of(model, lock, **stated)
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:
         convert_checked(facts, part, dtype=dtype, texts=load_texts())
+        if check:
+            pass_sampled_gate_1(facts, part, load_texts())
     click.echo(str(path))
+    if not check:
+        pooling = ["--pooling", facts.pooling] if stated["pooling"] else []
+        command = shlex.join(["quantize", "verify", str(path), "--against", model, *pooling])
+        say(f"Nothing compared its vectors with the checkpoint's. Do it: {command} (with the extra 'evals')")

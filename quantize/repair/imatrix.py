@@ -20,6 +20,7 @@ from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, NoVector, Tru
 from f2gguf.runtime.files import sha256_file, writing
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import Header, read_header
+from f2gguf.runtime.llama.context import read_rows
 from gguf import GGUFWriter
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
@@ -98,8 +99,7 @@ class _Collector:
         tensor = _Tensor.from_address(address)
         name = libggml.ggml_get_name(tensor.src[0]).decode()
         n_cols = self._widths[name]
-        rows = np.empty(libggml.ggml_nbytes(tensor.src[1]) // 4, dtype=np.float32)
-        libggml.ggml_backend_tensor_get(tensor.src[1], rows.ctypes.data, 0, rows.nbytes)
+        rows = read_rows(tensor.src[1])
         if rows.size % n_cols or _Tensor.from_address(tensor.src[1]).ne[0] != n_cols:
             self.faults.append(f"{name} (its input is not {n_cols} wide)")
             return

@@ -25,7 +25,7 @@ N_UBATCH = 512  # tokens in one pass; with last-token pooling a longer text take
 # On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
 # file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
 MIN_FLASH = 64
-TAPPED = b"result_norm"  # llama.cpp's name for the final norm's output
+TAPPED = "result_norm"  # llama.cpp's name for the final norm's output
 _HELD = 0  # the sequence that holds the shared prefix
 
 libggml.ggml_get_name.argtypes = [ctypes.c_void_p]
@@ -158,7 +158,7 @@ class LastTokenContext(Context):
         self._decode_passes(own, outputs="last", first_position=n_shared, first_sequence=1)
         values = np.concatenate([np.empty(0, np.float32), *self._tap.rows])
         if len(values) != len(texts) * self.n_embd:
-            raise TensorMissing(f"{len(values) // self.n_embd} rows of {TAPPED.decode()} for {len(texts)} texts")
+            raise TensorMissing(f"{len(values) // self.n_embd} rows of {TAPPED} for {len(texts)} texts")
         return values.reshape(-1, self.n_embd)
 
     def _decode_passes(self, texts: Sequence[Ids], *, outputs: str, first_position: int, first_sequence: int) -> None:
@@ -193,24 +193,34 @@ class TensorMissing(Exception):
 class _Tap:
     """Takes the rows of one named tensor while the graph runs, and stops the graph there; shows others to `watch`."""
 
-    def __init__(self, name: bytes | None, watch: Watch | None) -> None:
+    def __init__(self, name: str | None, watch: Watch | None) -> None:
         self.rows: list[NDArray[np.float32]] = []
         rows = self.rows  # the callback must not keep its own owner alive
 
         @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
         def callback(tensor: int, ask: bool, _user_data: int) -> bool:
-            is_named = libggml.ggml_get_name(tensor) == name
+            is_named = tensor_name(tensor) == name
             if ask:
                 return bool(is_named or (watch and watch.wants(tensor)))
             if watch and not is_named:
                 watch.take(tensor)
                 return True
-            taken = np.empty(libggml.ggml_nbytes(tensor) // 4, dtype=np.float32)
-            libggml.ggml_backend_tensor_get(tensor, taken.ctypes.data, 0, taken.nbytes)
-            rows.append(taken)
+            rows.append(read_rows(tensor))
             return False
 
         self.callback = callback
+
+
+def tensor_name(tensor: int) -> str:
+    """llama.cpp's name of a ggml_tensor, which its address names."""
+    return str(libggml.ggml_get_name(tensor).decode())
+
+
+def read_rows(tensor: int) -> NDArray[np.float32]:
+    """The values of an F32 ggml_tensor, flat."""
+    values = np.empty(libggml.ggml_nbytes(tensor) // 4, dtype=np.float32)
+    libggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+    return values
 
 
 def _batch(texts: Sequence[Ids], outputs: str, first_position: int, first_sequence: int) -> Any:
