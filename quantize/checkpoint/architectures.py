@@ -31,7 +31,7 @@ class Architecture:
     facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
 
 
-def architecture_of(checkpoint: Checkpoint, *, allowed_keys: Collection[str] = ()) -> Architecture:
+def architecture_of(checkpoint: Checkpoint, allowed_keys: Collection[str] = ()) -> Architecture:
     """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert.
 
     `allowed_keys` are keys of config.json that the user says are without effect.

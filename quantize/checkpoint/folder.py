@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from f2gguf.quantize.checkpoint.modules import (
     read_modules,
     read_prompts,
 )
-from f2gguf.quantize.checkpoint.weights import INDEX, StoredTensor, read_tensors, refuse_adapter, weights_paths
+from f2gguf.quantize.checkpoint.weights import (
+    INDEX,
+    StoredTensor,
+    read_tensors,
+    refuse_adapter,
+    refuse_quantized,
+    weights_paths,
+)
 from f2gguf.runtime.errors import BrokenCheckpoint
 from f2gguf.runtime.files import sha256_file
 
@@ -98,25 +105,18 @@ def read_checkpoint(root: Path) -> Checkpoint:
     Raises `BrokenCheckpoint` for files that are missing, cut off or contradict each other. Raises
     `UnsupportedCheckpoint` for modules and weight formats that f2gguf does not convert.
     """
+    settings = read_settings(root)
+    return replace(settings, tensors=read_tensors(settings.folder, settings.config))
+
+
+def read_settings(root: Path) -> Checkpoint:
+    """`read_checkpoint` without tensors, for a folder whose weights may still be missing."""
     modules = read_modules(root)
     folder = root / modules.transformer
-    config = read_config(folder)
-    return Checkpoint(
-        root=root,
-        folder=folder,
-        config=config,
-        tensors=read_tensors(folder, config),
-        modules=modules,
-        prompts=read_prompts(root),
-        max_seq_length=read_limit(folder, config),
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; without one, an adapter is named as what it is."""
-    if not (folder / "config.json").exists():
-        refuse_adapter(folder)
-    return read_json(folder / "config.json")
+    refuse_adapter(folder)
+    config = read_json(folder / "config.json")
+    refuse_quantized(folder, config)
+    return Checkpoint(root, folder, config, {}, modules, read_prompts(root), read_limit(folder, config))
 
 
 def is_legal(name: str) -> bool:

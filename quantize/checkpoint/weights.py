@@ -67,11 +67,9 @@ class StoredTensor:
 def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Every tensor of the files that transformers would load.
 
-    Raises `UnsupportedCheckpoint` for weights that are adapters, quantised, or no safetensors, `BrokenCheckpoint` for
-    files that are missing, damaged or contradict each other.
+    Raises `UnsupportedCheckpoint` for weights that are quantised, or no safetensors, `BrokenCheckpoint` for files that
+    are missing, damaged or contradict each other.
     """
-    refuse_adapter(folder)
-    _refuse_quantized_config(folder, config)
     path = _weights_file(folder, config)
     tensors = _read_shards(path) if path.name.endswith(".index.json") else _read_safetensors(path)
     if quantized := next((name for name in tensors if name.endswith(_QUANTIZED_ENDINGS)), None):
@@ -86,7 +84,7 @@ def weights_paths(folder: Path, config: Mapping[str, Any]) -> list[Path]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """An adapter changes the weights that it is loaded with, also where whole weights lie beside it."""
+    """Refuse a folder with an adapter, which changes the weights that it is loaded with, also where these are there."""
     path = folder / _ADAPTER
     if not path.exists():
         return
@@ -100,7 +98,8 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def _refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration whose weights are quantised; the error names the method."""
     for key in ("quantization_config", "quantization", "compression_config"):
         if stated := config.get(key):
             method = stated.get("quant_method") or stated.get("bits") if isinstance(stated, dict) else stated

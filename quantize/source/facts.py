@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
-from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint
+from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint, read_settings
 from f2gguf.quantize.checkpoint.modules import PROMPTS_FILE
 from f2gguf.quantize.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from f2gguf.quantize.checkpoint.weights import StoredTensor
@@ -71,7 +71,7 @@ def open_facts(model: str, *, stated: Stated = NOTHING, lock: Path | None = None
     Raises the errors of `find_model`, `fetch` and `read_facts`.
     """
     entry, folder = find_model(model, read_lock(lock), name=stated.name)
-    checkpoint = fetch(entry, folder)
+    checkpoint = fetch(entry, folder, check=lambda path: architecture_of(read_settings(path), stated.allowed_keys))
     say(f"{entry.name}: {checkpoint}")
     return read_facts(entry, checkpoint, stated=stated)
 
@@ -83,7 +83,7 @@ def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING) -> Facts
     that contradicts itself, `UnsupportedCheckpoint` for one that f2gguf does not convert.
     """
     checkpoint = read_checkpoint(folder)
-    architecture = architecture_of(checkpoint, allowed_keys=stated.allowed_keys)
+    architecture = architecture_of(checkpoint, stated.allowed_keys)
     limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
     return Facts(
         entry=entry,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -83,8 +84,10 @@ def _of_repo(repo: str, revision: str | None, lock: Lock) -> Entry:
     return replace(known[0], revision=revision, package=None, folder=None, install=None, files={})
 
 
-def fetch(entry: Entry, folder: Path | None = None) -> Path:
+def fetch(entry: Entry, folder: Path | None = None, *, check: Callable[[Path], object] | None = None) -> Path:
     """The checkpoint folder of a model, downloaded into the Hub's cache where it is not on this disk yet, and verified.
+
+    `check` is called with the folder before its weights are downloaded, and raises why they need not be.
 
     Raises a `HubError` with the Hub's reason, `OutputError` where the disk is too small, `WrongUsage` for an entry
     without a revision, `UnsupportedCheckpoint` for a repository without safetensors. The Hub is not asked for a locked
@@ -105,7 +108,10 @@ def fetch(entry: Entry, folder: Path | None = None) -> Path:
     listing = list_files(entry.repo, entry.revision)
     if entry.files:
         require_as_locked(entry, listing)
-    return download(listing, needed_files(listing))
+    files = needed_files(listing)
+    if check:
+        check(download(listing, [name for name in files if not name.endswith(".safetensors")]))
+    return download(listing, files)
 
 
 def needed_files(listing: Listing) -> dict[str, RemoteFile]:
