@@ -168,6 +168,8 @@ def _read_pooling(path: Path) -> str | None:
     if not path.exists():
         return None
     config = read_json(path)
+    if not {"embedding_dimension", "word_embedding_dimension"} & config.keys():
+        raise BrokenCheckpoint(f"{path}: has no embedding_dimension, so it is no Pooling module's file. {FETCH_AGAIN}")
     if config.get("include_prompt") is False:
         raise UnsupportedCheckpoint(f"{path}: include_prompt is false; llama.cpp pools over the prompt too.")
     stated = config.get("pooling_mode")
