@@ -17,8 +17,8 @@ from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.engine import unusable
-from f2gguf.runtime.llama.library import default_threads
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.llama.threads import default_threads
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 

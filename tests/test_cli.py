@@ -117,7 +117,7 @@ def test_ctrl_c_is_answered_at_once_and_leaves_nothing(nano_f16: Path, tmp_path:
 
 def test_threads_are_the_processors_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" if sys.platform == "linux" else ""
-    code += "from f2gguf.runtime.llama.library import default_threads; print(default_threads())"
+    code += "from f2gguf.runtime.llama.threads import default_threads; print(default_threads())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 <= int(process.stdout) <= (1 if sys.platform == "linux" else os.cpu_count() or 1)
 

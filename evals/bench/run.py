@@ -28,7 +28,8 @@ from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.engine import unusable
-from f2gguf.runtime.llama.library import default_threads, require_device
+from f2gguf.runtime.llama.library import require_device
+from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray
 
 N_CTX = 512  # context of the other sides, or a multiple for longer texts

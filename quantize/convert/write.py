@@ -19,7 +19,7 @@ from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.gguf import header as keys
-from f2gguf.runtime.llama.library import default_threads
+from f2gguf.runtime.llama.threads import default_threads
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 

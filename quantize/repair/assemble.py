@@ -17,7 +17,7 @@ from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.gguf.reader import TensorInfo
-from f2gguf.runtime.llama.library import default_threads
+from f2gguf.runtime.llama.threads import default_threads
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 

@@ -18,7 +18,7 @@ from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.recipe import kind_of
 from f2gguf.quantize.repair.rescale import N_ROWS, Trial, relative_error
 from f2gguf.quantize.repair.tensors import OnProgress, Weights, as_stored, fits, shape_of, size_as
-from f2gguf.runtime.llama.library import default_threads
+from f2gguf.runtime.llama.threads import default_threads
 
 # From the smallest to the largest. A tensor can take those whose blocks its rows fill.
 LADDER = ("Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")

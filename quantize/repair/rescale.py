@@ -17,7 +17,7 @@ from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, as_stored
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.library import default_threads
+from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray
 
 Exponents = tuple[float, float]  # of a channel's activation, and (negative) of its weights

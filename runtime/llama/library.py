@@ -1,15 +1,10 @@
-"""The llama.cpp library as a whole, through llama-cpp-python's C functions: its logs, devices, threads and build."""
+"""The llama.cpp library as a whole, through llama-cpp-python's C functions: its logs, devices and build."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import llama_cpp
 from f2gguf.runtime.errors import DeviceMissing, UnknownName
@@ -77,35 +72,6 @@ def require_device(device: str) -> None:
             f"--device {device}: this build of llama.cpp has only: {', '.join(backends())}. Reinstall with\n"
             f'  CMAKE_ARGS="{flag}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
         )
-
-
-def default_threads() -> int:
-    """Number of physical cores that this process may run on: two threads of one core only get in each other's way.
-
-    macOS: the performance cores. A container's CPU quota counts where it is less.
-    """
-    if sys.platform == "darwin":
-        return _performance_cores() or os.cpu_count() or 1
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    processors = os.sched_getaffinity(0)
-    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in processors)
-    n_cores = len({path.read_text() for path in siblings if path.exists()}) or len(processors)
-    return max(1, min(n_cores, _cpu_quota() or n_cores))
-
-
-@functools.cache
-def _performance_cores() -> int | None:
-    """What macOS's `sysctl` says, asked once in a process; None where it does not know."""
-    asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
-    return int(asked.stdout) if asked.stdout.strip().isdigit() else None
-
-
-def _cpu_quota() -> int | None:
-    """Processors' worth of time that a container may use (cgroup 2), rounded up; None without a limit."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
-    return None if quota == "max" else -(-int(quota) // int(period))
 
 
 def backends() -> list[str]:
