@@ -94,13 +94,13 @@ def embed(
     failure = None
     with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
         if not chosen:
-            prompt_name = embedder.default_prompt("document")
+            prompt = embedder.prompts.get("document", "")
         try:
             embeddings = embedder.embed(
                 rows.texts,
                 prompt=prompt,
                 prompt_name="query" if query else prompt_name,
-                normalize_embeddings=False if no_normalize else None,
+                normalize=False if no_normalize else None,
                 truncate_dim=dims,
                 precision=dtype,
                 on_progress=advance,

@@ -29,7 +29,8 @@ class Commands(click.Group):
         except OSError as error:  # files raise OutputError or InputError: this is a closed or full stdout
             if isinstance(error, BrokenPipeError):
                 raise
-            click.echo(f"error: {error.filename or 'stdout'}: {error.strerror}.", err=True)
+            reason = f"{error.filename or 'stdout'}: {error.strerror}" if error.strerror else str(error)
+            click.echo(f"error: {reason}.", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted: nothing is half written, and finished files are kept.", err=True)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName
+from f2gguf.runtime import calls
+from f2gguf.runtime import similarity as cosines
+from f2gguf.runtime.calls import Texts, Vectors, texts_of
+from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.hub.models import open_header
+from f2gguf.runtime.hub.models import name_elsewhere, open_header
 from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.library import device_in_use
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.threads import default_threads
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
-Vectors = NDArray[np.floating[Any]]
 log = logging.getLogger("f2gguf")
 PRECISIONS = ("float32", "float16")
 
@@ -37,13 +41,20 @@ class Embeddings:
 
 
 class EncodeOptions(TypedDict, total=False):
-    """The options of `embed`, which `encode` and its like take too."""
+    """What `encode_query` and `encode_document` pass on to `encode`, besides the prompt."""
 
-    prompt_name: str | None
-    prompt: str | None
+    sentences: Texts | None
+    batch_size: int
+    show_progress_bar: bool | None
+    output_value: str | None
+    precision: str | None
+    convert_to_numpy: bool
+    convert_to_tensor: bool
+    device: Any
     normalize_embeddings: bool | None
     truncate_dim: int | None
-    precision: str
+    pool: None
+    chunk_size: None
     on_progress: Callable[[int], None] | None
 
 
@@ -59,7 +70,10 @@ class Embedder:
     and `max_tokens` do. `n_threads` is the number of physical cores by default, and `n_gpu_layers` is all layers (-1).
     With `deterministic` every text is a batch of its own, so that a quantised file gives a text the same bytes whatever
     else is embedded. With `selftest` the file's golden texts are embedded first, and must give what its maker measured.
-    `watch` receives tensors of llama.cpp's graph. Many threads may share one Embedder.
+    `watch` receives tensors of llama.cpp's graph.
+
+    Many threads may share one Embedder. A copy, and what another process gets by pickle, opens the file again, with the
+    same options. A fork of a process that has used an Embedder cannot use it: `Forked`.
 
     A file of the Hub is downloaded once and verified. Later it comes from the cache without a request, until
     `f2gguf pull` updates it. A `Path`, or a string that is the path of a file, is never looked up on the Hub.
@@ -84,10 +98,21 @@ class Embedder:
     ) -> None:
         self.header: Header = open_header(path)
         self.prompts = self.header.prompts
+        self.default_prompt_name: str | None = None  # of the prompt for `encode` without one
         self.pooling = self.header.require_pooling(pooling)
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim
-        self.max_seq_length = self.header.require_max_tokens(max_tokens)  # in tokens, special tokens included
+        self.max_seq_length = max_tokens
+        self._opened: dict[str, Any] = {
+            "path": name_elsewhere(path, self.header.path),
+            "device": device,
+            "n_gpu_layers": n_gpu_layers,
+            "n_threads": n_threads,
+            "pooling": pooling,
+            "deterministic": deterministic,
+            "selftest": selftest,
+            "watch": watch,
+        }
         settings = ComputeSettings(
             device, n_gpu_layers, n_threads or default_threads(), self.pooling, self.max_seq_length, deterministic
         )
@@ -108,51 +133,144 @@ class Embedder:
 
     @property
     def encoder(self) -> Encoder:
-        """The single steps of `embed`, for callers that batch by other rules. Raises `Closed` after `close`."""
+        """The single steps of `embed`, for callers that batch by other rules. Raises `Closed`, or `Forked`."""
         if self._encoder is None:
             raise Closed(f"{self.header.path}: this Embedder was closed; open the file again.")
+        self._encoder.engine.require_here()
         return self._encoder
 
-    def default_prompt(self, kind: str) -> str | None:
-        """Name of the prompt for a 'query' or 'document', None where the model has none for it."""
-        return kind if kind in self.prompts else None
+    @property
+    def device(self) -> str:
+        """Where the vectors are computed, as torch calls it: 'cpu', 'cuda' or 'mps'."""
+        return device_in_use(offloaded=bool(self.encoder.engine.model.offloaded))
 
-    def get_sentence_embedding_dimension(self) -> int:
+    @property
+    def max_seq_length(self) -> int:
+        """Longest input in tokens, special tokens included. It can be set; None sets what the header says."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, max_tokens: int | None) -> None:
+        self._max_seq_length = self.header.require_max_tokens(max_tokens)
+
+    def get_max_seq_length(self) -> int:
+        """`max_seq_length`."""
+        return self.max_seq_length
+
+    def get_embedding_dimension(self) -> int:
         """Width of the vectors that `encode` gives."""
         return self.truncate_dim or self.header.n_embd
 
+    def get_sentence_embedding_dimension(self) -> int:
+        """`get_embedding_dimension`, by its name before sentence-transformers 6."""
+        return self.get_embedding_dimension()
+
     def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
-        return self.encoder.tokenize(_texts_of(text)).ids[0]
+        if not isinstance(text, str):
+            raise TextError(f"tokenize takes one text, and this is {calls.described(text)}.")
+        return self.encoder.tokenize([text], max_tokens=self.max_seq_length).ids[0]
 
-    def encode(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
-        """Vectors of texts: (n_texts, n_dims), or (n_dims,) for a single string. See `embed`."""
-        vectors = self.embed(sentences, **options).vectors
-        return vectors[0] if isinstance(sentences, str) else vectors
+    def encode(  # the order and the defaults are sentence-transformers'
+        self,
+        inputs: Texts | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool | None = False,
+        truncate_dim: int | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
+        sentences: Texts | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Vectors:
+        """Vectors of texts as a `SentenceTransformer` gives them: (n_texts, n_dims), or (n_dims,) for a single string.
 
-    def encode_query(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
-        """`encode` with the model's query prompt, where it has one."""
-        return self.encode(sentences, **self._with_prompt("query", options))
+        `inputs` (`sentences` before sentence-transformers 6) is a string, or strings in a list, tuple, generator, numpy
+        array or column of a table.
 
-    def encode_document(self, sentences: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Vectors:
-        """`encode` with the model's document prompt, where it has one."""
-        return self.encode(sentences, **self._with_prompt("document", options))
+        `prompt_name`, `prompt`: as in `embed`. `encode` puts none before the texts unless asked to.
+        `batch_size`: has no effect, because batches are packed by their tokens.
+        `show_progress_bar`: True draws a bar on stderr. None and False draw none.
+        `precision`: float32 or float16.
+        `convert_to_tensor`: True gives one torch tensor, on the CPU. `convert_to_numpy=False` gives a list of them.
+        `device`: may name the device that is in use. Another one is an error.
+        `normalize_embeddings`: True gives vectors of length 1. False gives what the model's own modules give, which is
+        of length 1 as well for most models. (`embed(..., normalize=False)` gives the length before that.)
+        `truncate_dim`: the number of leading dimensions to keep.
+        `output_value`, `pool`, `chunk_size`: only the defaults, since there are no vectors of tokens, and no pools.
+        `on_progress`: a function that receives the number of texts that a batch finished.
+
+        Raises what `embed` does, `WrongUsage` for arguments that cannot work, and `ExtraMissing` for tensors without
+        torch.
+        """
+        calls.require_call(batch_size=batch_size, output_value=output_value, pool=pool, chunk_size=chunk_size)
+        calls.require_device(device, self.device)
+        inputs = sentences if inputs is None else inputs
+        texts = texts_of(inputs)
+        with contextlib.ExitStack() as stack:
+            if show_progress_bar:
+                on_progress = stack.enter_context(calls.progress_bar(len(texts), on_progress))
+            vectors = self.embed(
+                texts,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                normalize=True if normalize_embeddings else None,
+                truncate_dim=truncate_dim,
+                precision=precision or "float32",
+                on_progress=on_progress,
+            ).vectors
+        if convert_to_tensor or not convert_to_numpy:
+            vectors = calls.as_tensors(vectors, one=convert_to_tensor)
+        return vectors[0] if isinstance(inputs, str) else vectors
+
+    def encode_query(
+        self,
+        inputs: Texts | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *more: Any,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors:
+        """`encode` with the model's query prompt, where it has one and no other is given."""
+        prompt = self.prompts.get("query", "") if prompt_name is None and prompt is None else prompt
+        return self.encode(inputs, prompt_name, prompt, *more, **options)
+
+    def encode_document(
+        self,
+        inputs: Texts | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *more: Any,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors:
+        """`encode` with the model's document prompt, where it has one and no other is given."""
+        prompt = self.prompts.get("document", "") if prompt_name is None and prompt is None else prompt
+        return self.encode(inputs, prompt_name, prompt, *more, **options)
 
     def embed(
         self,
-        sentences: str | Sequence[str],
+        inputs: Texts,
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        normalize_embeddings: bool | None = None,
+        normalize: bool | None = None,
         truncate_dim: int | None = None,
         precision: str = "float32",
         on_progress: Callable[[int], None] | None = None,
     ) -> Embeddings:
         """Vectors of texts, with the number of tokens of each and whether it was cut.
 
-        `prompt` (or the header's prompt called `prompt_name`) is put before every text that does not begin with it.
-        `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
+        `prompt` (or the prompt called `prompt_name`) is put before every text that does not begin with it. `normalize`
+        says whether vectors have the length 1, or with False the length that the pooling left; None is what the header
+        says. `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
         widths. `precision` is float32 or float16. `on_progress` receives the number of texts that a batch finished.
         Texts over the maximum length are cut but keep their EOS, with one `TruncationWarning`. Raises `TextError` for
         what is no valid text, `NoVector` (which carries all other vectors) for texts without a finite vector,
@@ -162,21 +280,19 @@ class Embedder:
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
-        tokens = encoder.tokenize(_texts_of(sentences), prompt if prompt is not None else self._prompt_of(prompt_name))
+        prompt = self._prompt_of(prompt_name, prompt)
+        tokens = encoder.tokenize(texts_of(inputs), prompt, max_tokens=self.max_seq_length)
         if tokens.truncated.any() and not self._warned:
             self._warned = True
             words = f"{tokens.truncated.sum()} of {len(tokens.ids)} texts are longer than {self.max_seq_length} tokens"
             warnings.warn(f"{words} and were cut", TruncationWarning, stacklevel=3)
         rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
-        vectors = encoder.finish(rows, width=width, normalize=normalize_embeddings).astype(precision, copy=False)
+        vectors = encoder.finish(rows, width=width, normalize=normalize).astype(precision, copy=False)
         return self._require_vectors(Embeddings(vectors, tokens.lengths, tokens.truncated))
 
-    @staticmethod
-    def similarity(embeddings1: Vectors, embeddings2: Vectors) -> NDArray[np.float32]:
-        """Cosine of every row of one with every row of the other, (n1, n2) float32."""
-        left, right = (np.atleast_2d(np.asarray(e, dtype=np.float32)) for e in (embeddings1, embeddings2))
-        left, right = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (left, right))
-        return np.asarray(left @ right.T)
+    similarity_fn_name = "cosine"
+    similarity = staticmethod(cosines.similarity)
+    similarity_pairwise = staticmethod(cosines.similarity_pairwise)
 
     def selftest(self) -> Selftest:
         """Compare the file's golden texts on this device with what its maker measured.
@@ -201,16 +317,32 @@ class Embedder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(wait=kind is not KeyboardInterrupt)  # Ctrl-C does not wait for the batch that is under way
 
-    def _with_prompt(self, kind: str, options: EncodeOptions) -> EncodeOptions:
-        return options if "prompt" in options else {"prompt_name": self.default_prompt(kind), **options}
+    def __getstate__(self) -> dict[str, Any]:
+        """What opens the same file in the same way: in a copy, or where a pickle arrives."""
+        if self._encoder is None:
+            raise Closed(f"{self.header.path}: this Embedder was closed, and cannot be copied or pickled.")
+        if self._opened["watch"]:
+            raise WrongUsage("an Embedder with watch=... cannot be copied or pickled: open the file again without it.")
+        opening = {**self._opened, "max_tokens": self.max_seq_length, "truncate_dim": self.truncate_dim}
+        return {"opening": opening, "prompts": dict(self.prompts), "default_prompt_name": self.default_prompt_name}
 
-    def _prompt_of(self, prompt_name: str | None) -> str:
-        if prompt_name is None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Embedder.__init__(self, **state.pop("opening"))
+        vars(self).update(state)
+
+    def _prompt_of(self, prompt_name: str | None, prompt: str | None) -> str:
+        """The text to put before every input: `prompt`, else the prompt of that name, else the default one."""
+        if prompt is not None:
+            if prompt_name is not None:
+                log.warning("prompt and prompt_name are given: prompt_name (%r) is ignored", prompt_name)
+            return prompt
+        name = self.default_prompt_name if prompt_name is None else prompt_name
+        if name is None:
             return ""
-        if prompt_name not in self.prompts:
+        if name not in self.prompts:
             hint = " Pass the text itself with prompt=... (--prompt)."
-            raise UnknownName(f"prompt of {self.header.path}", prompt_name, self.prompts, hint)
-        return self.prompts[prompt_name]
+            raise UnknownName(f"prompt of {self.header.path}", name, self.prompts, hint)
+        return self.prompts[name]
 
     def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
@@ -226,13 +358,3 @@ class Embedder:
             bad,
             Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
         )
-
-
-def _texts_of(sentences: Any) -> list[str]:
-    """The texts as a list. Raises `TextError` for what is no string, such as the NaN of an empty cell."""
-    texts = [sentences] if isinstance(sentences, str) else list(sentences)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise TextError(f"text {i + 1} of {len(texts)}: is no text, but {text!r:.40} of type {kind}. Pass strings.")
-    return texts

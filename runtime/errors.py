@@ -14,6 +14,16 @@ class F2ggufError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> Any:
+        """Pickle without a call of `__init__`. An error that can't be unpickled hangs a `multiprocessing.Pool`."""
+        return _unpickled, (type(self), self.args, vars(self))
+
+
+def _unpickled(kind: type[F2ggufError], args: tuple[Any, ...], attributes: dict[str, Any]) -> F2ggufError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
 
 class WrongUsage(F2ggufError):
     """An argument or flag that cannot work."""
@@ -43,6 +53,7 @@ class BrokenCheckpoint(CheckpointError): ...        # a file that is missing, tr
 class Disagreement(CheckpointError): ...            # models.lock and the checkpoint state different facts
 
 class GGUFError(F2ggufError): ...                   # the llama.cpp side
+class LlamaCppMissing(GGUFError): ...               # llama.cpp's library cannot be loaded
 class NotGGUF(GGUFError): ...                       # no GGUF file, or a truncated one
 class NotAnEmbeddingModel(GGUFError): ...           # a GGUF file that holds something else
 class PoolingMissing(GGUFError): ...                # the header does not say how to pool
@@ -64,6 +75,7 @@ class WrongImatrix(F2ggufError): ...                # an importance matrix of an
 class WrongRecipe(F2ggufError): ...                 # a recipe that does not parse, or belongs to other inputs
 class TextError(F2ggufError): ...                   # a text that cannot be embedded
 class Closed(F2ggufError): ...                      # an Embedder that was closed
+class Forked(F2ggufError): ...                      # an Embedder that was used before the process was forked
 class InputError(F2ggufError): ...                  # an input file that does not parse
 class OutputError(F2ggufError): ...                 # an output that cannot be written
 class UnfitRelease(F2ggufError): ...                # a release folder that is incomplete or contradicts itself

@@ -25,10 +25,16 @@ _REMEMBERED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
 _MIN_AGE_NS = 100_000_000  # a file system's clock may tick 100 times a second: two changes within a tick look like one
 
 
-def cache_folder() -> Path:
-    """The folder of what f2gguf remembers between runs: $F2GGUF_CACHE. It can be removed at any time."""
+def cache_folder() -> Path | None:
+    """The folder of what f2gguf remembers between runs: $F2GGUF_CACHE. It can be removed at any time.
+
+    None where nothing names one: no HOME, and a user whom the system does not know, as in some containers.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "f2gguf")
-    return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser()
+    try:
+        return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser()
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -138,16 +144,19 @@ def sha256_file(path: Path) -> str:
 
 
 def remember(name: str, value: Any) -> None:
-    """Keep a JSON value in the cache folder. If the folder cannot be written, later runs only take longer."""
+    """Keep a JSON value in the cache folder. If there is none to write to, later runs only take longer."""
     text = json.dumps(value)
-    with contextlib.suppress(OutputError):
-        write_text(cache_folder() / f"{name}.json", f"{sha256_text(text)}\n{text}\n")
+    if folder := cache_folder():
+        with contextlib.suppress(OutputError):
+            write_text(folder / f"{name}.json", f"{sha256_text(text)}\n{text}\n")
 
 
 def recall(name: str) -> Any:
     """The value that `remember` kept, None if there is none or its file is damaged."""
+    if (folder := cache_folder()) is None:
+        return None
     try:
-        checksum, _, text = (cache_folder() / f"{name}.json").read_text(encoding="utf-8").partition("\n")
+        checksum, _, text = (folder / f"{name}.json").read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError):
         return None
     text = text.removesuffix("\n")

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.embedder import Vectors
+from f2gguf.runtime.calls import Vectors
 from f2gguf.runtime.errors import ExtraMissing
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.header import KEY_REVISION, KEY_VERSION, Header

@@ -9,12 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp
 from f2gguf.quantize.repair.tensors import size_as
 from f2gguf.runtime.errors import QuantizationFailed, UnknownName
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama import library as llama
+from f2gguf.runtime.llama import llama_cpp
 from f2gguf.runtime.llama.worker import interruptible
 
 # name of a variant -> llama.cpp's file type

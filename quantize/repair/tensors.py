@@ -12,8 +12,8 @@ from f2gguf.quantize.checkpoint.weights import DTYPES
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.reader import TensorInfo
+from f2gguf.runtime.llama.library import libggml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]

@@ -56,7 +56,7 @@ def open_header(model: str | Path) -> Header:
     A `Path` is always a path. Warns of a file from the Hub that is over its bound, or was never measured. Raises
     `NotGGUF`, `UnknownName`, `WrongUsage`, and what downloads raise.
     """
-    file = None if isinstance(model, Path) or os.path.lexists(model) else parse_model(model)
+    file = _named_on_hub(model)
     if file is None:
         return read_header(model)
     try:
@@ -65,6 +65,18 @@ def open_header(model: str | Path) -> Header:
         raise type(error)(f"{model}: no such file here, and on the Hub: {error}") from error
     _warn_unless_good(header, str(model))
     return header
+
+
+def name_elsewhere(model: str | Path, path: Path) -> str:
+    """What opens the file that `open_header` found at `path` from another folder, process or machine.
+
+    'org/name:FILE@commit' for one of the Hub, so that all processes have the same file; else its absolute path.
+    """
+    file = _named_on_hub(model)
+    if file is None:
+        return str(path.absolute())
+    commit, _, name = path.as_posix().rpartition("/snapshots/")[2].partition("/")  # as the Hub's cache names it
+    return f"{file.repo}:{name}@{commit}"
 
 
 def find_file(file: HubFile) -> tuple[Listing, str]:
@@ -119,6 +131,10 @@ def variant_of(name: str) -> str | None:
     """'x/nano-q8_0.gguf' -> 'Q8_0'; None where the name ends in no type of llama.cpp."""
     match = _VARIANT.search(_PART.sub("", name))
     return match[1].upper() if match else None
+
+
+def _named_on_hub(model: str | Path) -> HubFile | None:
+    return None if isinstance(model, Path) or os.path.lexists(model) else parse_model(model)
 
 
 def _locate(file: HubFile) -> Path:

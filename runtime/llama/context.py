@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from f2gguf.runtime.gguf.header import POOLING_IDS
 from f2gguf.runtime.llama.library import captured_errors
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, leading_length
+from f2gguf.runtime.llama.worker import free_with
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
@@ -91,8 +91,7 @@ class Context:
         self._pointer = pointer
         self._model = model  # must outlive the context
         self._memory = llama_cpp.llama_get_memory(pointer)
-        self._free = weakref.finalize(self, llama_cpp.llama_free, pointer)
-        self._free.atexit = False  # after Ctrl-C a batch may still be running
+        self._free = free_with(self, llama_cpp.llama_free, pointer)
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
         """Pooled raw vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32.

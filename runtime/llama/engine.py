@@ -49,6 +49,8 @@ class Engine:
         self._contexts: dict[bool, Context] = {}  # with flash attention or without -> the context
         self._past_seconds = 0.0
         self._worker = Worker()
+        if self.model.offloaded:
+            self._worker.bind()  # no GPU can be used in a fork of the process that opened it
 
     @property
     def description(self) -> str:
@@ -77,6 +79,10 @@ class Engine:
             vectors[batch] = self._worker(partial(self._embed, [texts[i] for i in batch], n_shared))
             on_batch(batch)
         return vectors
+
+    def require_here(self) -> None:
+        """Raise `Forked` in a fork of the process that has computed."""
+        self._worker.require_here()
 
     def close(self, *, wait: bool = True) -> None:
         """Free the context behind every call that came before; the model goes with its last user."""

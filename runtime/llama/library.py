@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import llama_cpp
 from f2gguf.runtime.errors import DeviceMissing, UnknownName
-from llama_cpp._ggml import libggml
+from llama_cpp._ggml import libggml as libggml
 
 for _name in ("ggml_version", "ggml_commit", "ggml_backend_reg_name"):
     getattr(libggml, _name).restype = ctypes.c_char_p
@@ -23,6 +23,7 @@ DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
     "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
     "cuda": (("CUDA",), "-DGGML_CUDA=on"),
 }
+TORCH_NAMES = {"CUDA": "cuda", "ROCm": "cuda", "MTL": "mps", "Metal": "mps"}  # of ggml's backends
 ERROR = 4  # ggml_log_level
 
 _sinks: list[Callable[[int, str], None]] = []
@@ -37,6 +38,14 @@ def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
 
 llama_cpp.llama_log_set(_on_log, ctypes.c_void_p())
 llama_cpp.llama_backend_init()
+
+
+def device_in_use(*, offloaded: bool) -> str:
+    """Where a model computes, by torch's names where it has one: 'cpu', 'cuda', 'mps'."""
+    if not offloaded:
+        return "cpu"
+    names = [name for name in backends() if name != "CPU"]
+    return next((TORCH_NAMES[name] for name in names if name in TORCH_NAMES), names[0].lower())
 
 
 def ggml_build() -> str:

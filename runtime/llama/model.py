@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.llama.library import captured_errors, log_to, require_device
-from f2gguf.runtime.llama.worker import interruptible
+from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
 
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
@@ -52,8 +51,7 @@ class Model:
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
         offloaded = _OFFLOADED.search("".join(lines))
         self.offloaded = offloaded[0] if offloaded else ""  # "offloaded 29/29 layers to GPU"
-        self._free = weakref.finalize(self, llama_cpp.llama_model_free, self.pointer)
-        self._free.atexit = False  # after Ctrl-C it may still be in use
+        self._free = free_with(self, llama_cpp.llama_model_free, self.pointer)
 
     @property
     def n_embd(self) -> int:
