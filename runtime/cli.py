@@ -94,7 +94,7 @@ def embed(
     failure = None
     with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
         if not chosen:
-            prompt = embedder.prompts.get("document", "")
+            prompt = embedder.header.document_prompt
         try:
             embeddings = embedder.embed(
                 rows.texts,

@@ -98,7 +98,7 @@ class Embedder:
     ) -> None:
         self.header: Header = open_header(path)
         self.prompts = self.header.prompts
-        self.default_prompt_name: str | None = None  # of the prompt for `encode` without one
+        self.default_prompt_name = self.header.default_prompt  # of the prompt for `encode` without one
         self.pooling = self.header.require_pooling(pooling)
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim

@@ -69,6 +69,7 @@ def as_dict(header: Header) -> dict[str, Any]:
         "dims": list(header.dims),
         "max_tokens": header.max_tokens,
         "prompts": header.prompts,
+        "default_prompt": header.default_prompt,
         "file_type": header.file_type,
         "has_golden": has_golden(header),
         "values": {key: _plain(key, value) for key, value in header.values.items()},
@@ -103,6 +104,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("normaliser", header.normalizer or "none"),
     ]
     facts += [(f"prompt {name}", repr(text)) for name, text in header.prompts.items()]
+    facts += [("default prompt", header.default_prompt)] if header.default_prompt else []
     facts.append(("made by", f"f2gguf {values[keys.KEY_VERSION]}" if keys.KEY_VERSION in values else "not f2gguf"))
     return facts
 

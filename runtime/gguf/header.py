@@ -106,6 +106,11 @@ class Header:
         return self.values.get(KEY_DEFAULT_PROMPT)
 
     @property
+    def document_prompt(self) -> str:
+        """The prompt of a text that nobody calls a query: the documents' own, else the default one."""
+        return self.prompts.get("document", self.prompts.get(self.default_prompt or "", ""))
+
+    @property
     def dims(self) -> tuple[int, ...]:
         """Widths that the model was trained for, the full one last."""
         return tuple(self.values.get(KEY_MATRYOSHKA_DIMS, ())) or (self.n_embd,)
