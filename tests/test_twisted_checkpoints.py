@@ -119,7 +119,7 @@ def mixed_types(folder: Path) -> None:
 POOLING = "1_Pooling/config.json"
 ONE_WORD = {"pooling_mode_lasttoken": ..., "pooling_mode_mean_tokens": ...}
 SETTINGS = "sentence_bert_config.json"
-PROMPTS = {"query": "Find: ", "passage": "Text: ", "mine": "query: ", "none": None}
+PROMPTS = {"query": "Find: ", "passage": "Text: ", "mine": "Mine: ", "none": None}
 
 TWISTS: dict[str, Twist] = {
     "as it is": lambda folder: None,
