@@ -13,7 +13,7 @@ from f2gguf.evals.texts import EvalText
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.files import format_size
-from f2gguf.runtime.tables import read_texts
+from f2gguf.runtime.tables.texts import read_texts
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)  # of the reference's scores: the thresholds when the user names none
 COLUMNS = ("file", "size", "texts", "mean drift", "95% interval", "p95", "p99", "worst", "top-10 kept", "verdict")
@@ -43,15 +43,16 @@ class CorpusVerdict(Distribution):
     thresholds: tuple[Threshold, ...]
 
 
-def read_corpus(source: str, *, column: str = "text") -> tuple[EvalText, ...]:
-    """The texts of a .txt, .jsonl or .csv file; rows of the kind "query" are queries, all others documents.
+def read_corpus(source: str, *, column: str | None = None) -> tuple[EvalText, ...]:
+    """The texts of a file that `read_texts` reads; rows of the kind "query" are queries, all others documents.
 
     Raises `WrongUsage` for fewer than two different texts, besides the errors of `read_texts`.
     """
     rows = read_texts(source, column=column)
     kinds = ["query" if kind == "query" else "document" for kind in rows.kinds]
-    labels = zip(rows.ids, kinds, rows.texts, strict=True)
-    texts = tuple(EvalText(str(row_id), kind, "und", text) for row_id, kind, text in labels)
+    names = [f"row {i}" if row_id is None else str(row_id) for i, row_id in enumerate(rows.ids, start=1)]
+    labels = zip(names, kinds, rows.texts, strict=True)
+    texts = tuple(EvalText(name, kind, "und", text) for name, kind, text in labels)
     if (n := len(_different(texts))) < 2:
         raise WrongUsage(f"{source}: holds {n} different texts; drift of scores takes at least 2 (--corpus).")
     return texts

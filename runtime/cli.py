@@ -28,8 +28,11 @@ THREADS = click.option(
 )
 POOLING = click.option("--pooling", help="Pooling of a file whose header does not state it: last, mean or cls.")
 MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut texts to this many tokens [default: the model's limit].")
+INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv or .parquet file"
 DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
-COLUMN = click.option("--column", default="text", show_default=True, help="Key or column that holds the text.")
+COLUMN = click.option(
+    "--column", help="Key or column that holds the text [default: text, behind the row's title where it has one]."
+)
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output file if it exists.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -43,7 +46,7 @@ def f2gguf() -> None:
 @f2gguf.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @MODEL
-@click.option("--input", "input_path", metavar="FILE", help="A .txt, .jsonl or .csv file, or - for lines on stdin.")
+@click.option("--input", "input_path", metavar="FILE", help=f"{INPUT_FILE}, or - for lines on stdin.")
 @COLUMN
 @click.option("--query", is_flag=True, help="Put the model's query prompt before every text.")
 @click.option("--prompt", help="Put this text before every text.")
@@ -65,7 +68,7 @@ def embed(
     texts: tuple[str, ...],
     model: str | None,
     input_path: str | None,
-    column: str,
+    column: str | None,
     query: bool,
     prompt: str | None,
     prompt_name: str | None,
@@ -82,7 +85,7 @@ def embed(
     embedding. Texts are documents unless --query says otherwise. If texts have no finite vector, an error names them,
     and the vectors of all others are written.
     """
-    from f2gguf.runtime.tables import WRITERS, json_rows, require_output
+    from f2gguf.runtime.tables.vectors import WRITERS, json_rows, require_output
 
     flags = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
     chosen = [flag for flag, value in flags.items() if value is not None]
@@ -116,7 +119,7 @@ def embed(
 @f2gguf.command()
 @click.argument("query")
 @MODEL
-@click.option("--docs", required=True, metavar="FILE", help="A .txt, .jsonl or .csv file of documents.")
+@click.option("--docs", required=True, metavar="FILE", help=f"{INPUT_FILE} of documents.")
 @COLUMN
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
 @DIMS
@@ -127,10 +130,17 @@ def embed(
 @THREADS
 @JSON
 def search(
-    query: str, model: str | None, docs: str, column: str, top: int, dims: int | None, as_json: bool, **opening: Any
+    query: str,
+    model: str | None,
+    docs: str,
+    column: str | None,
+    top: int,
+    dims: int | None,
+    as_json: bool,
+    **opening: Any,
 ) -> None:
     """Rank the documents of --docs by their similarity to QUERY."""
-    from f2gguf.runtime.tables import read_texts
+    from f2gguf.runtime.tables.texts import read_texts
 
     rows = read_texts(docs, column=column)
     if not rows.texts:
@@ -145,7 +155,8 @@ def search(
             continue
         line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
         shown = line if len(line) <= 100 else line[:97] + "..."
-        click.echo(f"{rank:>3}  {scores[i]:.3f}  {rows.ids[i]}  {shown}")
+        row_id = "-" if rows.ids[i] is None else rows.ids[i]
+        click.echo(f"{rank:>3}  {scores[i]:.3f}  {row_id}  {shown}")
 
 
 @f2gguf.command()
@@ -231,13 +242,13 @@ def selftest(model: str, as_json: bool, **opening: Any) -> None:
     outcome.require_sound()
 
 
-def _texts(arguments: tuple[str, ...], input_path: str | None, column: str) -> Any:
-    from f2gguf.runtime.tables import Texts, read_texts
+def _texts(arguments: tuple[str, ...], input_path: str | None, column: str | None) -> Any:
+    from f2gguf.runtime.tables.texts import Row, Texts, read_texts
 
     if arguments and input_path is not None:
         raise WrongUsage("TEXT and --input: give one of them.")
     if arguments:
-        return Texts(tuple(range(len(arguments))), arguments, ("",) * len(arguments))
+        return Texts.of([Row(text) for text in arguments])
     next_step = "Give TEXT arguments, --input FILE, or lines on stdin."
     if input_path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise WrongUsage(f"no text. {next_step}")

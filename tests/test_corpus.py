@@ -117,7 +117,7 @@ def test_kinds_and_ids_are_read(tmp_path: Path) -> None:
     rows = [{"id": 7, "text": "what?", "kind": "query"}, {"text": "this", "kind": 3}, {"text": "that"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     texts = read_corpus(str(tmp_path / "x.jsonl"))
-    assert [(text.id, text.kind) for text in texts] == [("7", "query"), ("1", "document"), ("2", "document")]
+    assert [(text.id, text.kind) for text in texts] == [("7", "query"), ("row 2", "document"), ("row 3", "document")]
     (tmp_path / "x.csv").write_text("body,kind\nwhat?,query\nthis,\n")
     assert [text.kind for text in read_corpus(str(tmp_path / "x.csv"), column="body")] == ["query", "document"]
 

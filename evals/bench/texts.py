@@ -13,7 +13,7 @@ from f2gguf.runtime.errors import GGUFError, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.tokenizer import open_tokenizer
-from f2gguf.runtime.tables import read_texts
+from f2gguf.runtime.tables.texts import read_texts
 from numpy.typing import NDArray
 
 Tokenize = Callable[[str], NDArray[np.int32]]
@@ -58,7 +58,7 @@ def require_work(work: str, *, has_input: bool) -> list[str]:
 
 
 def make_workloads(
-    header: Header, names: Sequence[str], *, n_texts: int, seed: int, input_path: str | None, column: str
+    header: Header, names: Sequence[str], *, n_texts: int, seed: int, input_path: str | None, column: str | None
 ) -> list[Workload]:
     """The workloads called `names`. The same `seed` gives the same texts."""
     own: tuple[str, ...] = ()

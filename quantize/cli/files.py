@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from f2gguf.quantize.cli import options as shared
-from f2gguf.runtime.cli import COLUMN
+from f2gguf.runtime.cli import COLUMN, INPUT_FILE
 from f2gguf.runtime.console import progress, text_table
 from f2gguf.runtime.errors import OverBound, WrongUsage
 
@@ -78,7 +78,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
 @click.option(
     "--against", required=True, metavar="FILE|MODEL|URL", help="What to compare with: the four kinds named above."
 )
-@click.option("--corpus", metavar="FILE", help="Measure on your own texts: a .txt, .jsonl or .csv file.")
+@click.option("--corpus", metavar="FILE", help=f"Measure on your own texts. {INPUT_FILE}.")
 @COLUMN
 @click.option(
     "--threshold",

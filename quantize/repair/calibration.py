@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from f2gguf.evals.texts import KINDS, EvalText, claimed_texts, load_texts
 from f2gguf.runtime.errors import WrongUsage
-from f2gguf.runtime.tables import read_texts
+from f2gguf.runtime.tables.texts import read_texts
 
 PATH = Path(__file__).with_name("calibration.jsonl")
 # With fewer texts, columns of a wide matrix would get no weight. 64 texts of 100 tokens give twice as many rows as the
@@ -19,9 +18,9 @@ PASSAGE_CHARS = 40  # characters in a row that two texts must not share
 
 
 def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
-    """The texts of `path` (.jsonl, .txt or .csv), or f2gguf's own in the model's `languages`.
+    """The texts of `path`, which `read_texts` reads, or f2gguf's own in the model's `languages`.
 
-    Rows of a .jsonl file may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage`
+    Rows may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage`
     for too few texts, or one with a passage of an evaluation text; `InputError` for a file that does not parse.
     """
     texts = _read(path) if path else claimed_texts(load_texts(PATH), languages)
@@ -41,16 +40,12 @@ def _passages(text: str) -> set[str]:
 
 def _read(path: Path) -> tuple[EvalText, ...]:
     rows = read_texts(str(path))
-    stated: list[dict[str, object]] = [{} for _ in rows.texts]
-    if path.suffix.lower() == ".jsonl":
-        parsed = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        stated = [row if isinstance(row, dict) else {} for row in parsed]
     texts: dict[str, EvalText] = {}
-    for row_id, text, facts in zip(rows.ids, rows.texts, stated, strict=True):
-        kind = str(facts.get("kind", "document"))
+    for i, text in enumerate(rows.texts):
+        row_id, kind, language = rows.ids[i], rows.kinds[i] or "document", rows.languages[i] or "und"
         if kind not in KINDS:
             raise WrongUsage(f"{path}: {row_id} is of the kind {kind!r}; there are {', '.join(KINDS)}.")
-        texts.setdefault(text, EvalText(str(row_id), kind, str(facts.get("language", "und")), text))
+        texts.setdefault(text, EvalText(str(row_id), kind, language, text))
     return tuple(texts[text] for text in texts if text.strip())
 
 

@@ -1,0 +1,1 @@
+"""Texts in, vectors out: the files of `f2gguf embed` and its like."""
