@@ -11,6 +11,7 @@ import numpy as np
 from f2gguf.evals import neighbours
 from f2gguf.evals.neighbours import Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
 from f2gguf.evals.texts import ANSWER_KINDS, EvalText
+from f2gguf.runtime.calls import described
 from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import format_bound
 from f2gguf.runtime.llama.engine import unusable
@@ -137,7 +138,7 @@ def require_comparable(
     candidate: Any, reference: Any, texts: Sequence[EvalText] | None = None, dims: Sequence[int] = ()
 ) -> tuple[Vectors, Vectors]:
     """Both as arrays. Raises `InputError` unless they are finite vectors of one shape, with a row for each text."""
-    pair = {"candidate": np.asarray(candidate), "reference": np.asarray(reference)}
+    pair = {"candidate": _array("candidate", candidate), "reference": _array("reference", reference)}
     for name, vectors in pair.items():
         shape, dtype = vectors.shape, vectors.dtype
         if len(shape) != 2 or not vectors.size or not np.issubdtype(dtype, np.number):
@@ -149,11 +150,20 @@ def require_comparable(
     ours, theirs = (v if np.issubdtype(v.dtype, np.floating) else v.astype(np.float32) for v in pair.values())
     if ours.shape != theirs.shape:
         raise InputError(f"candidate {ours.shape} and reference {theirs.shape} differ in shape: nothing to compare.")
+    if other := [text for text in texts or () if not isinstance(text, EvalText)]:
+        raise InputError(f"texts: describe rows with EvalText, and the first that does not is {described(other[0])}.")
     if texts is not None and len(texts) != len(ours):
         raise InputError(f"{len(ours)} vectors and {len(texts)} texts: each text needs one vector.")
     if wide := [dim for dim in dims if not 0 < dim <= ours.shape[1]]:
         raise InputError(f"dims: {wide[0]} is no width of vectors with {ours.shape[1]} dimensions.")
     return ours, theirs
+
+
+def _array(name: str, vectors: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(vectors)
+    except (TypeError, ValueError) as error:  # rows of different lengths; tensors of a GPU
+        raise InputError(f"{name}: is no array of vectors: {error}.") from error
 
 
 def distribution(drifts: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:

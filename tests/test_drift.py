@@ -100,6 +100,25 @@ def test_width_beyond_the_vectors_is_refused() -> None:
         judge(REFERENCE, REFERENCE, dims=(2, 5))
 
 
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        (["a", "b"], "candidate: has the shape .2,. of <U1"),
+        ([[1.0, 2.0], [1.0]], "candidate: is no array of vectors"),
+        ([[1.0, None], [1.0, 2.0]], "of object, not .n_texts, n_embd. of floats"),
+        (float("nan"), "candidate: has the shape .. of float64"),
+    ],
+)
+def test_what_is_no_vector_is_named(candidate: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        judge(candidate, REFERENCE)
+
+
+def test_texts_of_another_kind_are_named() -> None:
+    with pytest.raises(InputError, match="describe rows with EvalText, and the first .* is 'a' of type str"):
+        judge(REFERENCE, REFERENCE, ["a"] * len(REFERENCE))  # type: ignore[list-item]
+
+
 def test_anybodys_vectors_are_judged_without_texts() -> None:
     """From lists, in another precision, of rows that nobody describes: the bound is about the mean alone."""
     rng = np.random.default_rng(2)
