@@ -115,7 +115,7 @@ def test_what_is_no_vector_is_named(candidate: object, words: str) -> None:
 
 
 def test_texts_of_another_kind_are_named() -> None:
-    with pytest.raises(InputError, match="describe rows with EvalText, and the first .* is 'a' of type str"):
+    with pytest.raises(InputError, match=r"describe rows with EvalText, and the first .* is 'a' of type str"):
         judge(REFERENCE, REFERENCE, ["a"] * len(REFERENCE))  # type: ignore[list-item]
 
 
