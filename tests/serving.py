@@ -19,6 +19,7 @@ import uvicorn
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.server.app import create_app
 from f2gguf.runtime.server.batching import Compute
+from f2gguf.runtime.server.connections import ServerConfig
 from f2gguf.runtime.server.metrics import Metrics
 from f2gguf.runtime.server.models import Limits, ServedModel
 
@@ -71,7 +72,7 @@ def serving_thread(
     """The app under the name 'nano', in a thread; its URL. `compute` stands in for the model's own."""
     limits, metrics = limits or Limits(), Metrics()
     app = create_app([ServedModel("nano", embedder, limits, metrics, compute=compute)], limits, metrics)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none"))
+    server = uvicorn.Server(ServerConfig(app, limits, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     _await(lambda: server.started)

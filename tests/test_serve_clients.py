@@ -11,10 +11,11 @@ import httpx
 import numpy as np
 import pytest
 from f2gguf.runtime import Embedder
-from serving import Served, serving_process
+from f2gguf.runtime.server.models import Limits
+from serving import Served, serving_process, serving_thread
 
 TEXTS = ["how do I compress a folder?", "tar is an archiving program", "", "日本語のテキスト", "word " * 300]
-GIVEN = [text for text in TEXTS if text]  # OpenAI and TEI refuse empty texts
+GIVEN = [text for text in TEXTS if text]  # OpenAI, TEI and Cohere refuse empty texts
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +72,27 @@ def test_openai_says_query_by_the_models_name_or_by_input_type(openai: Any, nano
     same(by_field.data[0].embedding, wanted)
 
 
-def test_openai_takes_token_ids_and_adds_the_closing_token_that_they_lack(openai: Any, nano: Embedder) -> None:
+ASKED_WITH_IDS = {"/v1/embeddings": "input", "/embeddings": "input", "/embed": "inputs", "/": "inputs"}
+
+
+def rows_of_ids(url: str, path: str, ids: list[Any]) -> list[list[float]]:
+    answer = httpx.post(url + path, json={ASKED_WITH_IDS[path]: ids}).json()
+    return [item["embedding"] for item in answer["data"]] if "data" in answer else answer
+
+
+@pytest.mark.parametrize("path", ASKED_WITH_IDS)
+def test_token_ids_are_taken_where_allowed_and_completed(nano: Embedder, path: str) -> None:
     ids = nano.tokenize(GIVEN[0]).tolist()
     wanted = nano.encode(GIVEN[0])
-    same(openai.embeddings.create(model="nano", input=ids).data[0].embedding, wanted)
-    both = openai.embeddings.create(model="nano", input=[ids, ids[:-1]])
-    same([item.embedding for item in both.data], np.stack([wanted, wanted]))
+    with serving_thread(nano, Limits(allow_token_ids=True)) as url:
+        same(rows_of_ids(url, path, ids), wanted[None])
+        same(rows_of_ids(url, path, [ids, ids[:-1]]), np.stack([wanted, wanted]))
 
 
-def test_token_ids_of_a_model_that_opens_texts_too(openai: Any, minilm: Embedder, minilm_f16: Path) -> None:
+def test_token_ids_of_a_model_that_opens_texts_too(minilm: Embedder) -> None:
     ids = minilm.tokenize(GIVEN[0]).tolist()[1:-1]
-    same(openai.embeddings.create(model=minilm_f16.stem, input=ids).data[0].embedding, minilm.encode(GIVEN[0]))
+    with serving_thread(minilm, Limits(allow_token_ids=True)) as url:
+        same(rows_of_ids(url, "/v1/embeddings", ids), minilm.encode(GIVEN[0])[None])
 
 
 def test_openai_dimensions_are_trained_widths_normalised_again(openai: Any, nano: Embedder) -> None:
@@ -128,16 +139,40 @@ def test_ollama_gets_the_embedders_vectors(ollama: Any, nano: Embedder) -> None:
     same(ollama.embeddings(model="nano", prompt=TEXTS[0]).embedding, nano.encode_document(TEXTS[0]))
 
 
-def test_ollama_loads_a_model_by_an_empty_input(ollama: Any) -> None:
-    assert ollama.embed(model="nano", input="").embeddings == []
+@pytest.mark.parametrize(("given", "n"), [("", 0), ([], 0), ([""], 1), (["", ""], 2), (["a", ""], 2), (["", "a"], 2)])
+def test_ollama_gives_a_vector_for_each_text_of_a_list_and_none_for_nothing(
+    ollama: Any, nano: Embedder, given: Any, n: int
+) -> None:
+    rows = ollama.embed(model="nano", input=given).embeddings
+    assert len(rows) == n
+    if n:
+        same(rows, nano.encode_document(given))
 
 
-def test_ollama_lists_and_shows_the_models(ollama: Any, nano_f16: Path) -> None:
+def test_ollama_takes_the_fields_that_say_nothing_here(ollama: Any, nano: Embedder) -> None:
+    fields = {"options": {"num_ctx": 8, "temperature": None}, "keep_alive": "5m"}
+    same(ollama.embed(model="nano", input=TEXTS[0], **fields).embeddings[0], nano.encode_document(TEXTS[0]))
+    same(ollama.embeddings(model="nano", prompt=TEXTS[0], **fields).embedding, nano.encode_document(TEXTS[0]))
+    assert list(ollama.embeddings(model="nano", prompt="").embedding) == []
+
+
+def test_ollama_lists_and_shows_the_models(ollama: Any, served: Served, nano_f16: Path) -> None:
     first = ollama.list().models[0]
     assert (first.model, first.size, first.details.quantization_level) == ("nano", nano_f16.stat().st_size, "F16")
     shown = ollama.show("nano")
     assert shown.capabilities == ["embedding"]
     assert shown.modelinfo["general.architecture"] == "qwen3"
+    assert (shown.modelinfo["qwen3.context_length"], shown.modelinfo["qwen3.embedding_length"]) == (4096, 256)
+    tag, loaded = (httpx.get(f"{served.url}/api/{path}").json()["models"][0] for path in ("tags", "ps"))
+    assert tag["capabilities"] == ["embedding"]
+    for details in (tag["details"], loaded["details"]):
+        assert (details["context_length"], details["embedding_length"]) == (2048, 256)
+
+
+def test_ollama_says_which_models_are_in_memory(ollama: Any, nano_f16: Path, minilm_f16: Path) -> None:
+    loaded = ollama.ps().models
+    assert [model.model for model in loaded] == ["nano", minilm_f16.stem]
+    assert (loaded[0].size, loaded[0].size_vram, loaded[0].context_length) == (nano_f16.stat().st_size, 0, 2048)
 
 
 def test_ollama_refusals_are_its_own_errors(ollama: Any) -> None:
@@ -170,6 +205,99 @@ def test_inference_client_compares_sentences(served: Served, nano: Embedder) -> 
     same(found, nano.similarity(vectors[:1], vectors[1:])[0])
 
 
+def test_inference_client_asks_for_everything_at_once(served: Served, nano: Embedder) -> None:
+    from huggingface_hub import InferenceClient
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = InferenceClient(base_url=served.url)
+    options = {"normalize": True, "prompt_name": "query", "truncate": True}
+    for direction in ("right", "Right"):
+        found = client.feature_extraction(GIVEN[0], truncation_direction=direction, **options)
+        same(found[0], nano.encode_query(GIVEN[0]))
+    raw = client.feature_extraction(GIVEN[0], normalize=False, truncate=False, truncation_direction="left")
+    same(raw[0] / np.linalg.norm(raw[0]), nano.encode_document(GIVEN[0]))
+    with pytest.raises(HfHubHTTPError, match="cuts only the end of texts"):
+        client.feature_extraction(GIVEN[0], truncation_direction="left", **options)
+
+
+NVIDIA = {"input": GIVEN[:2], "encoding_format": "float", "user": "u", "truncate": "NONE"}
+KINDS_OF = {
+    "query": "query",
+    "passage": "document",
+    "search_query": "query",
+    "search_document": "document",
+    "classification": "document",
+    "clustering": "document",
+}
+
+
+@pytest.mark.parametrize("word", KINDS_OF)
+def test_the_words_of_nvidia_and_cohere_are_understood(served: Served, nano: Embedder, word: str) -> None:
+    wanted = nano.encode_query(GIVEN[:2]) if KINDS_OF[word] == "query" else nano.encode_document(GIVEN[:2])
+    body = {**NVIDIA, "model": "nano", "input_type": word}
+    by_field = httpx.post(f"{served.url}/v1/embeddings", json=body).json()["data"]
+    same([item["embedding"] for item in by_field], wanted)
+    by_name = httpx.post(f"{served.url}/v1/embeddings", json={**NVIDIA, "model": f"nano:{word}"}).json()["data"]
+    same([item["embedding"] for item in by_name], wanted)
+    tei = httpx.post(f"{served.url}/embed", json={"inputs": GIVEN[:2], "prompt_name": word}).json()
+    same(tei, wanted)
+
+
+def test_the_models_own_prompt_goes_before_what_the_word_means(nano: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As e5 (passage) and nomic (clustering) call theirs."""
+    prompts = {"query": "q: ", "passage": "p: ", "clustering": "c: "}
+    monkeypatch.setattr(type(nano.header), "prompts", prompts)
+    wanted = {"document": "p: ", "search_document": "p: ", None: "p: ", "classification": "p: ", "clustering": "c: "}
+    with serving_thread(nano) as url:
+        for word, prompt in wanted.items():
+            answer = httpx.post(f"{url}/v1/embeddings", json={"input": GIVEN[0], "input_type": word}).json()
+            same(answer["data"][0]["embedding"], nano.encode(GIVEN[0], prompt=prompt))
+
+
+def test_cohere_gets_the_embedders_vectors(served: Served, nano: Embedder) -> None:
+    """The body that cohere.ClientV2 sends, and the answer that it reads."""
+    body = {"texts": GIVEN[:2], "model": "nano", "input_type": "search_query", "embedding_types": ["float", "base64"]}
+    answer = httpx.post(f"{served.url}/v2/embed", json=body).json()
+    same(answer["embeddings"]["float"], nano.encode_query(GIVEN[:2]))
+    assert len(answer["embeddings"]["base64"]) == 2
+    assert (answer["response_type"], answer["texts"]) == ("embeddings_by_type", GIVEN[:2])
+    narrow = httpx.post(f"{served.url}/v2/embed", json={"texts": GIVEN[:1], "model": "nano", "output_dimension": 32})
+    same(narrow.json()["embeddings"]["float"], nano.encode_document(GIVEN[:1], truncate_dim=32))
+    refused = httpx.post(f"{served.url}/v2/embed", json={**body, "embedding_types": ["int8"]})
+    assert (refused.status_code, list(refused.json())) == (400, ["message"])
+
+
+def test_openais_paths_are_answered_without_v1(served: Served, nano: Embedder) -> None:
+    import openai as library
+
+    with library.OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
+        same(client.embeddings.create(model="nano", input=GIVEN[0]).data[0].embedding, nano.encode(GIVEN[0]))
+        assert client.models.retrieve("nano").id == next(iter(client.models.list())).id == "nano"
+        with pytest.raises(library.NotFoundError, match="model 'gpt' not found") as raised:
+            client.embeddings.create(model="gpt", input="a")
+        assert raised.value.code == "model_not_found"
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": "a"},
+    "/v2/embed": {"texts": ["a"]},
+    "/api/embed": {"input": "a"},
+    "/api/embeddings": {"prompt": "a"},
+    "/api/show": {},
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_model_needs_no_name_where_there_is_one(served: Served, nano: Embedder, path: str) -> None:
+    with serving_thread(nano) as url:
+        answer = httpx.post(url + path, json=ASKED[path])
+    assert answer.status_code == 200
+    assert answer.json().get("model", "nano") == "nano"
+    of_two = httpx.post(served.url + path, json=ASKED[path])
+    assert of_two.status_code == 400
+    assert "this server has several, so name one: nano, minilm-F16" in of_two.text
+
+
 def test_tei_vectors_keep_their_length_where_asked(served: Served, nano: Embedder) -> None:
     rows = httpx.post(f"{served.url}/embed", json={"inputs": GIVEN, "normalize": False}).json()
     np.testing.assert_allclose(rows, nano.embed(GIVEN, normalize=False).vectors, rtol=1e-4, atol=1e-4)
@@ -192,6 +320,8 @@ def test_tei_info_names_the_model_and_its_limits(served: Served) -> None:
 LONG = {"short": "a", "long": "word " * 5000}
 TRUNCATING: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"model": "nano", "input": list(LONG.values()), "truncate": True},
+    "/embeddings": {"model": "nano", "input": list(LONG.values()), "truncate": "END"},
+    "/v2/embed": {"model": "nano", "texts": list(LONG.values())},
     "/embed": {"inputs": list(LONG.values()), "truncate": True},
     "/api/embed": {"model": "nano", "input": list(LONG.values())},
 }
@@ -201,15 +331,33 @@ TRUNCATING: dict[str, dict[str, Any]] = {
 def test_every_dialect_tells_which_texts_were_cut(served: Served, path: str) -> None:
     answer = httpx.post(served.url + path, json=TRUNCATING[path])
     assert answer.headers["X-Embedding-Truncated"] == "1"
-    if path != "/embed":  # whose body is the vectors
+    if path not in ("/embed", "/v2/embed"):  # whose bodies have no room for it
         assert answer.json()["truncated"] == [1]
 
 
 @pytest.mark.parametrize("path", TRUNCATING)
 def test_too_long_texts_are_refused_where_cutting_is_not_wanted(served: Served, path: str) -> None:
-    answer = httpx.post(served.url + path, json={**TRUNCATING[path], "truncate": False})
-    assert answer.status_code == (413 if path == "/embed" else 400)
-    assert "is longer than 2,048 tokens" in answer.text
+    for no in (False, "NONE") if path not in ("/embed", "/api/embed") else (False,):
+        answer = httpx.post(served.url + path, json={**TRUNCATING[path], "truncate": no})
+        assert answer.status_code == (413 if path == "/embed" else 400)
+        assert "is longer than 2,048 tokens" in answer.text
+
+
+@pytest.mark.parametrize("path", TRUNCATING)
+def test_a_server_that_truncates_does_so_where_a_request_does_not_say(nano: Embedder, path: str) -> None:
+    body = {name: value for name, value in TRUNCATING[path].items() if name != "truncate"}
+    with serving_thread(nano, Limits(truncate=True)) as url:
+        assert httpx.post(url + path, json=body).headers["X-Embedding-Truncated"] == "1"
+        assert httpx.post(url + path, json={**body, "truncate": False}).status_code in (400, 413)
+        assert httpx.get(f"{url}/info").json()["auto_truncate"] is True
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v2/embed"])
+@pytest.mark.parametrize(("word", "reason"), [("START", "cuts only the end"), ("left", "none of END, NONE, true and")])
+def test_other_ways_to_truncate_are_refused(served: Served, path: str, word: str, reason: str) -> None:
+    answer = httpx.post(served.url + path, json={**TRUNCATING[path], "truncate": word})
+    assert answer.status_code == 400
+    assert reason in answer.text
 
 
 def fingerprint(served: Served, **body: Any) -> tuple[str, ...]:

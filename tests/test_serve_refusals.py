@@ -14,17 +14,20 @@ import httpx
 import numpy as np
 import pytest
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.server.models import Limits
 from serving import figure, serving_thread
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"model": "nano", "input": "a"},
+    "/v2/embed": {"model": "nano", "texts": ["a"]},
     "/embed": {"inputs": "a"},
     "/api/embed": {"model": "nano", "input": "a"},
 }
-KEY_OF_TEXTS = {"/v1/embeddings": "input", "/embed": "inputs", "/api/embed": "input"}
-INVALID = {"/v1/embeddings": 400, "/embed": 422, "/api/embed": 400}
+KEY_OF_TEXTS = {"/v1/embeddings": "input", "/v2/embed": "texts", "/embed": "inputs", "/api/embed": "input"}
+INVALID = {"/v1/embeddings": 400, "/v2/embed": 400, "/embed": 422, "/api/embed": 400}
+SHAPES = {"/v2/embed": {"message"}, "/api/embed": {"error"}, "/embed": {"error", "error_type"}}
 
 
 def words(path: str, answer: httpx.Response) -> str:
@@ -33,8 +36,8 @@ def words(path: str, answer: httpx.Response) -> str:
     if path == "/v1/embeddings":
         assert set(body["error"]) == {"message", "type", "param", "code"}
         return body["error"]["message"]
-    assert set(body) == ({"error"} if path == "/api/embed" else {"error", "error_type"})
-    return body["error"]
+    assert set(body) == SHAPES[path]
+    return body["message" if path == "/v2/embed" else "error"]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +75,13 @@ MALFORMED = {
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_requests_are_refused_in_the_dialects_words(url: str, path: str, name: str) -> None:
-    answer = httpx.post(url + path, content=MALFORMED[name], headers={"Content-Type": "application/json"})
+    body = MALFORMED[name].replace(b'"inputs"', b'"texts"') if path == "/v2/embed" else MALFORMED[name]
+    answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == INVALID[path]
     assert words(path, answer)
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/embed"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v2/embed", "/embed"])
 @pytest.mark.parametrize("empty", [[], "", ["a", ""]])
 def test_nothing_to_embed_is_refused(url: str, path: str, empty: Any) -> None:
     answer = httpx.post(url + path, json=BODIES[path] | {KEY_OF_TEXTS[path]: empty})
@@ -115,7 +119,7 @@ def test_too_many_texts_or_tokens_are_refused(url: str, path: str) -> None:
 def test_a_slow_sender_is_told_so(url: str) -> None:
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as sender:
-        sender.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n{"model"')
+        sender.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n{"model"')
         answer = sender.makefile("rb").read()  # until the server closes the connection
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive within 0.5 s" in answer
@@ -140,10 +144,52 @@ def test_a_prompt_that_contradicts_the_models_name_is_refused(url: str) -> None:
     assert "the model's name says query, the request document" in answer.text
 
 
-def test_a_prompt_does_not_go_before_token_ids(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/embeddings", json={"model": "nano:query", "input": [5, 6]})
-    assert answer.status_code == 400
-    assert "before texts, not token ids" in answer.text
+ADVICE = "pass check_embedding_ctx_length=False to OpenAIEmbeddings"
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/embed", "/"])
+@pytest.mark.parametrize("ids", [[15339, 1917], [[15339, 1917]], [[5], [6]], [999_999]])
+def test_token_ids_are_refused_unless_the_operator_allows_them(url: str, path: str, ids: Any) -> None:
+    """LangChain sends those of tiktoken."""
+    answer = httpx.post(url + path, json={"input": ids, "inputs": ids})
+    assert answer.status_code == (400 if "embeddings" in path else 422)
+    for words_of_it in ("token ids are refused", ADVICE, "start f2gguf serve with --allow-token-ids"):
+        assert words_of_it in answer.text
+
+
+def test_allowed_token_ids_must_be_of_the_models_tokenizer_and_have_no_prompt(nano: Embedder) -> None:
+    with serving_thread(nano, Limits(allow_token_ids=True)) as url:
+        unknown = httpx.post(f"{url}/v1/embeddings", json={"input": [[5], [16384]]})
+        assert unknown.status_code == 400
+        assert "input 1: there is no token 16384: this model has 16,384, from 0." in unknown.text
+        assert ADVICE in unknown.text
+        prompted = httpx.post(f"{url}/v1/embeddings", json={"model": "nano:query", "input": [5, 6]})
+        assert prompted.status_code == 400
+        assert "before texts, not token ids" in prompted.text
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("error", [GGUFError("the tokenizer gave up"), MemoryError(), RuntimeError("regex")])
+def test_a_text_on_which_the_tokenizer_fails_fails_alone(
+    nano: Embedder, monkeypatch: pytest.MonkeyPatch, path: str, error: Exception
+) -> None:
+    tokenize = nano.encoder.tokenize
+
+    def faulty(inputs: Any, *arguments: Any, **options: Any) -> Any:
+        if any("kill" in one for one in inputs):
+            raise error
+        return tokenize(inputs, *arguments, **options)
+
+    monkeypatch.setattr(nano.encoder, "tokenize", faulty)
+    with serving_thread(nano) as url, ThreadPoolExecutor(8) as clients:
+        texts = ["kill" * 2000 if i % 4 == 0 else f"text {i}" for i in range(16)]
+        asked = [
+            clients.submit(httpx.post, url + path, json=BODIES[path] | {KEY_OF_TEXTS[path]: [text]}, timeout=30)
+            for text in texts
+        ]
+        answers = [request.result() for request in asked]
+    assert [answer.status_code for answer in answers] == [500 if "kill" in text else 200 for text in texts]
+    assert answers[0].headers["X-Request-Id"] in words(path, answers[0])
 
 
 @pytest.mark.parametrize("header", [{"Authorization": "Bearer two"}, {"X-API-Key": "one"}])
@@ -170,6 +216,46 @@ def test_pages_of_other_origins_are_let_in_only_where_told(nano: Embedder, url: 
         assert httpx.options(f"{told}/embed", headers=asking).headers["access-control-allow-origin"] == "http://page"
         refused = httpx.options(f"{told}/embed", headers={**asking, "Origin": "http://other"})
         assert "access-control-allow-origin" not in refused.headers
+
+
+def test_openais_client_may_ask_from_a_page_that_is_let_in(nano: Embedder) -> None:
+    """What Chromium asks before `new OpenAI({dangerouslyAllowBrowser: true})` sends its headers."""
+    sent = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    sent += "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+    asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": sent}
+    with serving_thread(nano, Limits(cors_origins=("http://page",))) as url:
+        allowed = httpx.options(f"{url}/v1/embeddings", headers=asking)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "http://page"
+        allowed_headers = allowed.headers["access-control-allow-headers"].replace(" ", "")
+        assert set(sent.split(",")) <= set(allowed_headers.split(","))
+        near = httpx.options(f"{url}/embed", headers={**asking, "Access-Control-Request-Private-Network": "true"})
+        assert near.headers["access-control-allow-private-network"] == "true"
+        assert httpx.options(f"{url}/embed", headers={**asking, "Origin": "http://other"}).status_code == 400
+
+
+UNSERVED = {
+    "/embed_all": "vectors of single tokens are not served",
+    "/embed_sparse": "sparse vectors are not served",
+    "/rerank": "score none",
+    "/predict": "score none",
+    "/v1/chat/completions": "write none",
+    "/v1/embed": "only /v2/embed is served",
+    "/v2/rerank": "score none",
+    "/api/generate": "write none",
+    "/api/pull": "f2gguf serve -m MODEL",
+    "/v2/none": "nothing at this path; /openapi.json",
+}
+DIALECT_OF = {"/v1/": "/v1/embeddings", "/v2/": "/v2/embed", "/api/": "/api/embed"}
+
+
+@pytest.mark.parametrize("path", UNSERVED)
+def test_what_a_dialect_has_and_this_server_has_not_is_named(url: str, path: str) -> None:
+    answer = httpx.post(url + path, json={"inputs": ["a"]})
+    assert answer.status_code == 404
+    dialect = next((dialect for prefix, dialect in DIALECT_OF.items() if path.startswith(prefix)), "/embed")
+    assert UNSERVED[path] in words(dialect, answer)
+    assert "/openapi.json" in answer.text
 
 
 class Slow:
@@ -205,7 +291,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(nano: Embedder, slow
         wait_for(url, 'f2gguf_queue_seconds_count{model="nano"}', 1)
         second = clients.submit(httpx.post, url + path, json=BODIES[path], timeout=30)
         wait_for(url, 'f2gguf_queue_requests{model="nano"}', 1)
-        third = httpx.post(url + path, json=BODIES[path] | {KEY_OF_TEXTS[path]: "many words, too many for ten"})
+        third = httpx.post(url + path, json=BODIES[path] | {KEY_OF_TEXTS[path]: ["many words, too many for ten"]})
         assert third.status_code == 429
         assert int(third.headers["Retry-After"]) >= 1
         assert "queue is full" in words(path, third)
@@ -235,7 +321,7 @@ def test_a_client_that_leaves_takes_its_texts_out_of_the_queue(nano: Embedder, s
         assert first.result().status_code == 200
 
 
-POISONED = {"/v1/embeddings": 422, "/embed": 424, "/api/embed": 422}
+POISONED = {"/v1/embeddings": 422, "/v2/embed": 422, "/embed": 424, "/api/embed": 422}
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -19,13 +19,22 @@ with warnings.catch_warnings():
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 OURS = ("nano", "nano:query", "nano:latest")
-READ = ("/v1/models", "/v1/models/{name}", "/info", "/api/tags", "/api/version", "/health", "/metrics")
-ASKED = ("/v1/embeddings", "/embed", "/similarity", "/tokenize", "/api/embed", "/api/embeddings", "/api/show")
+READ = ("/v1/models", "/v1/models/{name}", "/info", "/api/tags", "/api/ps", "/api/version", "/health", "/metrics")
+ASKED = (
+    "/v1/embeddings",
+    "/v2/embed",
+    "/embed",
+    "/similarity",
+    "/tokenize",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/show",
+)
 
 
 @pytest.fixture(scope="module")
 def schema(nano: Embedder) -> Iterator[Any]:
-    with serving_thread(nano, Limits(max_body_bytes=100_000)) as url:
+    with serving_thread(nano, Limits(max_body_bytes=100_000, allow_token_ids=True)) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 

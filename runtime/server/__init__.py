@@ -1,1 +1,1 @@
-"""`f2gguf serve`: one port for the clients of OpenAI, text-embeddings-inference and Ollama."""
+"""`f2gguf serve`: one port for the clients of OpenAI, text-embeddings-inference, Ollama and Cohere."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import orjson
 from f2gguf.runtime.llama.encoder import Input
 from f2gguf.runtime.llama.engine import Rows
-from pydantic import Field, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 from starlette.responses import Response
 
 # fail_fast: a long list of wrong values gets one error, not one for each value
@@ -19,6 +20,29 @@ ModelName = Annotated[
     StrictStr, Field(description="A model's name; it may end in ':query' or ':document' (or another prompt's name).")
 ]
 Width = Annotated[StrictInt, Field(ge=1)]
+# True and false; and NVIDIA's and Cohere's words: END cuts, NONE does not
+Truncate = StrictBool | Annotated[StrictStr, Field(json_schema_extra={"enum": ["END", "NONE", "START"]})]
+# A text, texts, the ids of one text, or of several
+Inputs = (
+    Text
+    | Annotated[list[Text], Field(fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+)
+MODEL = (
+    "A model's name; it may end in ':query' or ':document' (or another prompt's name). It may be left out where the "
+    "server has one model."
+)
+INPUTS = (
+    "A text or texts. Where the server was started with --allow-token-ids, also the ids of one text or several by this "
+    "model's own tokenizer; special tokens that they lack are added."
+)
+
+INPUT_TYPE = (
+    "Which prompt is put before every text: 'query', 'document' (default) or another of the model's. 'passage', "
+    "'search_query' and 'search_document' are understood. 'classification' and 'clustering' mean documents, unless the "
+    "model has such a prompt."
+)
 
 _SHOWN_INDICES = 256  # in a header; clients and proxies take a few kB
 
@@ -30,7 +54,9 @@ STATUSES = {
     "too_many_inputs": 400,
     "request_too_large": 413,
     "request_timeout": 408,
+    "unsupported_encoding": 415,
     "invalid_api_key": 401,
+    "host_not_allowed": 403,
     "model_not_found": 404,
     "unknown_url": 404,
     "method_not_allowed": 405,
@@ -57,13 +83,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a request of any dialect asks for; `prompt_name` None means documents."""
+    """What a request of any dialect asks for.
+
+    `prompt_name` None means documents, `truncate` None that the server's own setting counts.
+    """
 
     inputs: Sequence[Input]
     prompt_name: str | None = None
     dimensions: int | None = None
     normalize: bool | None = None
-    truncate: bool = False
+    truncate: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +111,32 @@ class Answer:
             more = ",..." * (len(self.truncated) > _SHOWN_INDICES)
             headers["X-Embedding-Truncated"] = ",".join(map(str, self.truncated[:_SHOWN_INDICES])) + more
         return headers
+
+
+def base64_rows(rows: Rows) -> list[str]:
+    """The little-endian float32 bytes of each vector in base64."""
+    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+
+
+def input_list(stated: Inputs) -> list[Input]:
+    """The inputs that get a vector each."""
+    if isinstance(stated, str):
+        return [stated]
+    first = stated[0] if stated else ""
+    return [cast(TokenIds, stated)] if isinstance(first, int) else cast(list[Input], stated)
+
+
+def truncates(stated: bool | str | None) -> bool | None:
+    """What a field `truncate` says: whether to cut, or None. Raises `Refused` for START, which no dialect can have."""
+    words = {"END": True, "NONE": False}
+    if not isinstance(stated, str):
+        return stated
+    if stated.upper() in words:
+        return words[stated.upper()]
+    reason = "it is none of END, NONE, true and false"
+    if stated.upper() == "START":
+        reason = "START would cut the beginning of a text, and this server cuts only the end: send END, or NONE"
+    raise Refused("invalid_value", f"truncate: {reason}.", param="truncate")
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import uvicorn
 from f2gguf.runtime.errors import WrongUsage
-from f2gguf.runtime.server import ollama, openai, tei
-from f2gguf.runtime.server.answers import Refused, json_response
+from f2gguf.runtime.server import cohere, ollama, openai, tei
+from f2gguf.runtime.server.answers import STATUSES, Refused, json_response
+from f2gguf.runtime.server.connections import ServerConfig
 from f2gguf.runtime.server.guard import Drain, Guard
 from f2gguf.runtime.server.metrics import Metrics
 from f2gguf.runtime.server.models import Limits, Models, ServedModel
@@ -30,16 +31,27 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference and Ollama.
+DESCRIPTION = """Embeddings in the dialects of OpenAI, text-embeddings-inference, Ollama and Cohere.
 
 A model's name may end in ':query' or ':document' (or another of its prompts' names), in every dialect: the prompt is
-put before each text. Without a suffix, `input_type` (OpenAI) or `prompt_name` (text-embeddings-inference), texts are
-documents. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors compare where SPACE is equal (file, pooling, width). With
-one model, every response states SPACE.
+put before each text. Without a suffix, `input_type` (OpenAI, Cohere) or `prompt_name` (text-embeddings-inference),
+texts are documents. OpenAI's paths are answered without /v1 too. X-Embedding-Fingerprint is 'SPACE.PROMPT': vectors
+compare where SPACE is equal (file, pooling, width). With one model, every response states SPACE.
 X-Embedding-Truncated holds the indices of texts that were cut."""
-_HTTP_ERRORS = {
-    404: ("unknown_url", "there is nothing at this path; /openapi.json lists what there is."),
-    405: ("method_not_allowed", "this path takes another method; see /openapi.json."),
+# Paths that clients of the dialects know and this server has not, and why
+_ABSENT = {
+    "/embed_all": "vectors of single tokens are not served",
+    "/embed_sparse": "sparse vectors are not served",
+    "/v1/embed": "of Cohere's paths only /v2/embed is served, which cohere.ClientV2 uses",
+    **dict.fromkeys(("/rerank", "/predict", "/v1/rerank", "/v2/rerank"), "the models here embed texts and score none"),
+    **dict.fromkeys(
+        ("/api/generate", "/api/chat", "/v1/completions", "/v1/chat/completions", "/v1/responses"),
+        "the models here embed texts and write none",
+    ),
+    **dict.fromkeys(
+        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"),
+        "the models are those that `f2gguf serve -m MODEL` was started with",
+    ),
 }
 _BRANCHES = ("str", "int", "float")  # pydantic's names for branches of a union that look like names of fields
 # A policy for browsers: the page's own script and style run, nothing else does, and nothing is sent elsewhere.
@@ -52,16 +64,19 @@ _POLICY = (
 class Dialect(NamedTuple):
     """An API that clients know: where it stands, what makes its routes, and the shape of its errors."""
 
-    prefix: str
+    prefixes: tuple[str, ...]  # the schema describes the first
+    paths: tuple[str, ...]  # how the paths begin at which its errors are sent
     router: Callable[[Models], APIRouter]
     error: type[BaseModel]
     error_body: Callable[[Refused], tuple[int, dict[str, Any]]]
 
 
 DIALECTS = (
-    Dialect("/v1", openai.router, openai.OpenAIError, openai.error_body),
-    Dialect("/api", ollama.router, ollama.OllamaError, ollama.error_body),
-    Dialect("", tei.router, tei.TEIError, tei.error_body),  # last: it speaks wherever no other does
+    # As in text-embeddings-inference, OpenAI's paths work without /v1 too
+    Dialect(("/v1", ""), ("/v1/", "/embeddings", "/models"), openai.router, openai.OpenAIError, openai.error_body),
+    Dialect(("/v2",), ("/v2/",), cohere.router, cohere.CohereError, cohere.error_body),
+    Dialect(("/api",), ("/api/",), ollama.router, ollama.OllamaError, ollama.error_body),
+    Dialect(("",), ("",), tei.router, tei.TEIError, tei.error_body),  # last: it speaks wherever no other does
 )
 
 
@@ -71,19 +86,22 @@ class Health(BaseModel):
 
 
 def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) -> FastAPI:
-    """The ASGI app over open models. `app.state.drain` tells it that the server is about to end."""
+    """The ASGI app over open models. `app.state` has its limits, and `drain`, which says that the server is to end."""
     version = metadata.version("f2gguf")
     app = FastAPI(title="f2gguf", version=version, description=DESCRIPTION, docs_url=None, redoc_url=None)
     for kind in (Refused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
-    app.state.drain = drain = Drain()
+    app.state.limits, app.state.drain = limits, (drain := Drain())
     models = {model.name: model for model in served}
     for dialect in DIALECTS:
-        statuses = (400, 401, 404, 405, 408, 413, 422, 424, 429, 500, 503)
+        statuses = {*STATUSES.values(), 424}
         errors: dict[int | str, dict[str, Any]] = {status: {"model": dialect.error} for status in statuses}
-        app.include_router(dialect.router(models), prefix=dialect.prefix, responses=errors)
+        for prefix in dialect.prefixes:
+            is_described = prefix == dialect.prefixes[0]
+            app.include_router(dialect.router(models), prefix=prefix, responses=errors, include_in_schema=is_described)
     _add_operations(app, models, metrics, drain)
-    paths = frozenset({"/", "/openapi.json", *app.openapi()["paths"]})
+    described = app.openapi()["paths"]
+    paths = frozenset({"/", "/openapi.json", "/embeddings", "/models", *described})
     headers = served[0].headers if len(served) == 1 else {}
     app.add_middleware(
         Guard, limits=limits, metrics=metrics, drain=drain, paths=paths, headers=headers, refuse=error_response
@@ -92,8 +110,9 @@ def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) 
         app.add_middleware(
             CORSMiddleware,
             allow_origins=limits.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # openai's client for JavaScript sends a dozen of its own
+            allow_private_network=True,  # a page that was let in may come from another network
             expose_headers=["X-Embedding-Fingerprint", "X-Embedding-Truncated", "X-Request-Id", "Retry-After"],
         )
     return app
@@ -101,7 +120,7 @@ def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) 
 
 def error_response(refused: Refused, path: str) -> Response:
     """A refusal in the dialect that speaks at `path`."""
-    dialect = next(dialect for dialect in DIALECTS if path.startswith(f"{dialect.prefix}/"))
+    dialect = next(dialect for dialect in DIALECTS if path.startswith(dialect.paths))
     status, body = dialect.error_body(refused)
     return json_response(body, status=status, headers=refused.headers)
 
@@ -112,7 +131,7 @@ class Server(uvicorn.Server):
     After SIGTERM or Ctrl-C it answers new requests with a 503 until then, so that no connection breaks.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Drain, drain_timeout_s: float) -> None:
+    def __init__(self, config: ServerConfig, drain: Drain, drain_timeout_s: float) -> None:
         super().__init__(config)
         self._drain = drain
         self._drain_timeout_s = drain_timeout_s
@@ -146,7 +165,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
 
 def serve(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float = 60.0) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish the accepted ones, and return."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5)
+    config = ServerConfig(app, app.state.limits, timeout_graceful_shutdown=5)
     server = Server(config, app.state.drain, drain_timeout_s)
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)  # uvicorn sends the signal again after its own end
@@ -166,7 +185,7 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page() -> Response:
         html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         parts = re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)
@@ -181,16 +200,16 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(_refusal(error), request.url.path)
+    path = request.scope["path"]
+    return error_response(_refusal(error, path), path)
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: Exception, path: str) -> Refused:
     """What is wrong and where, without the value itself. Of a union's branches, the one that went furthest counts."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, HTTPException):
-        code, words = _HTTP_ERRORS.get(error.status_code, ("invalid_value", "the body is no JSON in UTF-8."))
-        return Refused(code, words, headers=error.headers)
+        return _http_refusal(error, path)
     assert isinstance(error, RequestValidationError)
     worst = max(error.errors(), key=lambda one: len(one["loc"]))
     if worst["type"] == "json_invalid":
@@ -199,3 +218,13 @@ def _refusal(error: Exception) -> Refused:
     places = [str(part) for part in worst["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
     where = ".".join(place for place in places if place not in _BRANCHES) or "body"
     return Refused("invalid_value", f"{where}: {worst['msg']}", param=where)
+
+
+def _http_refusal(error: HTTPException, path: str) -> Refused:
+    code, words = "invalid_value", "the body is no JSON in UTF-8."
+    if error.status_code == 404:
+        reason = f" ({_ABSENT[path]})" if path in _ABSENT else ""
+        code, words = "unknown_url", f"there is nothing at this path{reason}; /openapi.json lists what there is."
+    if error.status_code == 405:
+        code, words = "method_not_allowed", "this path takes another method; see /openapi.json."
+    return Refused(code, words, headers=error.headers)

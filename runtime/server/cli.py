@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
@@ -42,12 +43,27 @@ def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[
 @click.option(
     "--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Accept pages of this origin; repeatable."
 )
+@click.option(
+    "--allow-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Answer requests to this name of the server too, or to every name for '*'; repeatable. Addresses, localhost, "
+    "--host and this machine's name are always answered.",
+)
+@click.option("--truncate", is_flag=True, help="Cut texts that are too long, where a request does not say.")
+@click.option(
+    "--allow-token-ids",
+    is_flag=True,
+    help="Accept token ids instead of texts. They must be of the model's own tokenizer.",
+)
 @click.option("--selftest", is_flag=True, help="Refuse files without golden vectors. Files that have them are tested.")
 @_limit("--max-body", "max_body_bytes", 16 << 20, "Bytes that a request's body may have.")
 @_limit("--max-texts", "max_texts", 2048, "Texts that a request may have.")
 @_limit("--max-request-tokens", "max_request_tokens", 262_144, "Tokens that a request may have.")
 @_limit("--max-waiting-tokens", "max_waiting_tokens", 524_288, "Tokens that may wait; more are answered with 429.")
 @_limit("--max-requests", "max_requests", 512, "Requests in flight; more are answered with 429.")
+@_limit("--header-timeout", "header_timeout_s", 10.0, "Seconds to wait for a request's headers before hanging up.")
 @_limit("--body-timeout", "body_timeout_s", 30.0, "Seconds to wait for a body before the answer 408.")
 @_limit("--drain-timeout", "drain_timeout_s", 60.0, "Seconds to finish accepted requests after SIGTERM.")
 @MAX_TOKENS
@@ -62,11 +78,12 @@ def serve(
     api_keys_file: Path | None,
     api_key_env: str | None,
     allow_open: bool,
+    allowed_hosts: tuple[str, ...],
     selftest: bool,
     drain_timeout_s: float,
     **options: Any,
 ) -> None:
-    """Serve embeddings to the clients of OpenAI, text-embeddings-inference and Ollama.
+    """Serve embeddings to the clients of OpenAI, text-embeddings-inference, Ollama and Cohere.
 
     A model's NAME is its file's name, unless you give another; clients put ':query' or ':document' behind it. Logs are
     JSON on stderr, without anybody's text. After SIGTERM, accepted requests are finished.
@@ -82,12 +99,11 @@ def serve(
     if missing:
         raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
     from f2gguf.runtime.server import app as server
-    from f2gguf.runtime.server.guard import log_as_json
-    from f2gguf.runtime.server.metrics import Metrics
+    from f2gguf.runtime.server.metrics import Metrics, log_as_json
     from f2gguf.runtime.server.models import Limits, open_model
 
     stated = {field.name: options.pop(field.name) for field in fields(Limits) if field.name in options}
-    limits, metrics = Limits(api_keys=keys, **stated), Metrics()
+    limits, metrics = Limits(api_keys=keys, host_names=_host_names(host, allowed_hosts), **stated), Metrics()
     log_as_json()
     with server.bound(host, port) as listener:
         served = [open_model(file, name, limits, metrics, selftest=selftest, **options) for name, file in files.items()]
@@ -134,6 +150,17 @@ def _read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
             raise WrongUsage(f"--api-key-env {variable}: holds no key. Set it.")
         keys += more
     return tuple(keys)
+
+
+def _host_names(host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The names by which requests may call this server: those that are stated, and the machine's own."""
+    from f2gguf.runtime.server.guard import host_name
+
+    for name in allowed:
+        if "/" in name or not host_name(name):
+            raise WrongUsage(f"--allow-host {name}: pass a name, such as embeddings.example.org.")
+    own = socket.gethostname()
+    return tuple(map(host_name, (host, own, f"{own}.local", *allowed)))
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,20 +1,20 @@
-"""What stands before the dialects: request ids, keys, limits, slow senders, clients that leave, logs and metrics."""
+"""What stands before the dialects: hosts, keys, limits, bodies, clients that leave, request ids, logs and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
-import json
+import ipaddress
 import logging
+import re
 import time
-import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+import zlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from f2gguf.runtime.errors import F2ggufError
 from f2gguf.runtime.server.answers import Refused
 from f2gguf.runtime.server.metrics import Metrics
 from f2gguf.runtime.server.models import Limits
@@ -24,35 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = ("/", "/health")  # read without a key: the page, and what a load balancer asks
 CLIENT_LEFT = 499  # nginx's status for the log; nobody receives it
+_GZIP = 16 + zlib.MAX_WBITS  # zlib's number for gzip's header and trailer
+_NAME = re.compile(r"[a-z0-9._-]{1,100}")  # of a host or an encoding: what may be shown
 
 log = logging.getLogger("f2gguf.serve")
-
-
-class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON, with the record's `facts`.
-
-    An error that is not ours is logged without its message, which could quote a text.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info and (error := record.exc_info[1]):
-            line["error"] = f"{type(error).__name__}{f': {error}' if isinstance(error, F2ggufError) else ''}"
-            line["traceback"] = "".join(traceback.format_tb(error.__traceback__))
-        return json.dumps(line)
-
-
-def log_as_json() -> None:
-    """Log to stderr: f2gguf's own records from info on, those of others from warnings on."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("f2gguf").setLevel(logging.INFO)
 
 
 @dataclass
@@ -66,6 +41,32 @@ class Drain:
         """Return once every accepted request was answered."""
         while self.n_in_flight:
             await asyncio.sleep(0.02)
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port, in lower case: 'localhost' of 'LocalHost.:8080', '::1' of '[::1]:8080'."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].rstrip(".").lower()
+
+
+def is_own_host(host: str, names: Collection[str]) -> bool:
+    """Whether a Host header names this server: an address, a loopback name, or one of `names` ('*' among them: any).
+
+    A web page could otherwise reach a local server under the page's own name, which it gives this machine's address
+    (DNS rebinding). Such a page must have a name, so any address will do. So will no host, because browsers send one.
+
+    >>> is_own_host("localhost:8080", ()), is_own_host("192.168.0.7:8080", ()), is_own_host("page.example", ())
+    (True, True, False)
+    """
+    name = host_name(host)
+    if not name or name == "localhost" or name.endswith(".localhost") or name in names or "*" in names:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(eq=False)
@@ -105,11 +106,15 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
+            headers = Headers(scope=scope)
+            self._require_own_host(headers)
             self._require_welcome(scope)
-            body = await self._body(Headers(scope=scope), receive)
+            body = await self._body(headers, receive)
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}  # uvicorn leaves the body out
             # Read a body as JSON whatever its stated type: curl's -d calls it a form, and Ollama's users leave it so.
             # Bodies from browsers keep their type: pages could otherwise write here without asking first (CORS).
-            if "origin" not in Headers(scope=scope):
+            if "origin" not in headers:
                 MutableHeaders(scope=scope)["content-type"] = "application/json"
             work = self.app(scope, _replayed(body, receive), answer)
             await (_until_left(work, receive) if body else work)
@@ -121,6 +126,17 @@ class Guard:
             log.exception("request failed", extra={"facts": scope["state"]["facts"]})
             words = f"the server failed on this request; its log says why, at {answer.request_id}."
             await self.refuse(Refused("internal_error", words), scope["path"])(scope, receive, answer)
+
+    def _require_own_host(self, headers: Headers) -> None:
+        for host in headers.getlist("host"):
+            if not is_own_host(host, self.limits.host_names):
+                name = host_name(host)
+                shown = name if _NAME.fullmatch(name) else "NAME"
+                words = (
+                    "the request's Host header is neither an address, localhost nor a name of this server. If the name "
+                    f"is right, start f2gguf serve with --allow-host {shown}."
+                )
+                raise Refused("host_not_allowed", words)
 
     def _require_welcome(self, scope: Scope) -> None:
         is_read = scope["method"] in ("GET", "HEAD")
@@ -142,8 +158,20 @@ class Guard:
         equal = [hmac.compare_digest(key, digest) for key in self._keys]  # no early end, whose time could tell a key
         return any(equal)
 
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        """The whole body, before anybody parses it. Raises `Refused` for a large or a slow one."""
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """The whole body, before anybody parses it. Raises `Refused` for a large, slow or unreadable one."""
+        encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip"):
+            shown = encoding if _NAME.fullmatch(encoding) else "of this kind"
+            words = f"Content-Encoding {shown}: this server reads bodies as they are, or in gzip."
+            raise Refused("unsupported_encoding", words, headers={"Accept-Encoding": "gzip"})
+        body = await self._received(headers, receive)
+        if encoding in ("", "identity"):
+            return body
+        return await asyncio.to_thread(_unzipped, body, self.limits.max_body_bytes)
+
+    async def _received(self, headers: Headers, receive: Receive) -> bytes:
+        """The body as it was sent."""
         limit = self.limits.max_body_bytes
         too_large = Refused("request_too_large", f"the body is larger than {limit:,} bytes.")
         length = headers.get("content-length", "")
@@ -226,6 +254,20 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replayed
+
+
+def _unzipped(body: bytes, limit: int) -> bytes:
+    """A body in gzip as it was before. Stops at the first byte over the limit: a few kB could hold gigabytes."""
+    reader = zlib.decompressobj(_GZIP)
+    try:
+        plain = reader.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise Refused("invalid_value", "the body is no gzip, though its Content-Encoding says so.") from error
+    if len(plain) > limit:
+        raise Refused("request_too_large", f"the body is larger than {limit:,} bytes once it is unzipped.")
+    if not reader.eof or reader.unused_data:
+        raise Refused("invalid_value", "the body is no whole gzip stream, or more than one.")
+    return plain
 
 
 def _digest(key: str) -> bytes:

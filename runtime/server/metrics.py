@@ -1,9 +1,13 @@
-"""What Prometheus is told: counters, gauges and histograms of one server."""
+"""What is told of a server: counters, gauges and histograms to Prometheus, and the log in JSON."""
 
 from __future__ import annotations
 
+import json
+import logging
+import traceback
 from typing import Any
 
+from f2gguf.runtime.errors import F2ggufError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -45,3 +49,30 @@ class Metrics:
 
     def _new(self, kind: type[MetricWrapperBase], name: str, words: str, *labels: str, **options: Any) -> Any:
         return kind(f"f2gguf_{name}", words, labels, registry=self.registry, **options)
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as one line of JSON, with the record's `facts`.
+
+    An error that is not ours is logged without its message, which could quote a text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and (error := record.exc_info[1]):
+            line["error"] = f"{type(error).__name__}{f': {error}' if isinstance(error, F2ggufError) else ''}"
+            line["traceback"] = "".join(traceback.format_tb(error.__traceback__))
+        return json.dumps(line)
+
+
+def log_as_json() -> None:
+    """Log to stderr: f2gguf's own records from info on, those of others from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("f2gguf").setLevel(logging.INFO)

@@ -21,21 +21,33 @@ from f2gguf.runtime.server.answers import Answer, Job, Refused
 from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull
 from f2gguf.runtime.server.metrics import Metrics
 
-KINDS = ("query", "document")  # every model knows them; where it has no such prompt, texts stay as they are
+# What checkpoints call the prompts of the two kinds of texts, the usual name first. Every model knows both kinds; where
+# it has no such prompt, texts stay as they are.
+KINDS = {"query": ("query", "search_query"), "document": ("document", "passage", "corpus", "search_document")}
+# What clients call the kinds: NVIDIA says passage, Cohere search_query, search_document, classification and clustering
+WORDS = {word: kind for kind, words in KINDS.items() for word in words}
+WORDS |= {"classification": "document", "clustering": "document"}
+_SEND_TEXTS = (
+    "Send texts. LangChain sends tiktoken's ids by default: pass check_embedding_ctx_length=False to OpenAIEmbeddings."
+)
 _INLINE_CHARS = 1000  # tokenising fewer takes less time than handing them to a thread
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server allows: who may ask, how much, and how long it waits."""
+    """What a server allows: who may ask, by which names, for what, how much, and how long it waits."""
 
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()  # besides loopback names and addresses; lower case
+    allow_token_ids: bool = False
+    truncate: bool = False  # what counts where a request does not say
     max_body_bytes: int = 16 << 20
     max_texts: int = 2048  # of a request; OpenAI's limit
     max_request_tokens: int = 262_144
     max_waiting_tokens: int = 524_288
     max_requests: int = 512  # in flight
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     # 32 queries of a dozen tokens and their shared prompt take one step; a newcomer waits for one step at most
     step_tokens: int = 1024
@@ -84,7 +96,8 @@ class ServedModel:
         begin = time.perf_counter()
         facts |= {"model": self.name, "n_texts": len(job.inputs)}
         prompt, width = self._prompt_for(job), self._width(job.dimensions)
-        tokens = await self.tokenize(job.inputs, prompt, truncate=job.truncate)
+        truncate = self.limits.truncate if job.truncate is None else job.truncate
+        tokens = await self.tokenize(job.inputs, prompt, truncate=truncate)
         n_tokens, truncated = int(tokens.lengths.sum()), np.flatnonzero(tokens.truncated).tolist()
         facts |= {"n_tokens": n_tokens, "n_truncated": len(truncated)}
         _require_at_most(self.limits.max_request_tokens, n_tokens, "tokens", "context_length_exceeded")
@@ -122,19 +135,27 @@ class ServedModel:
         return await asyncio.to_thread(self._tokenize, inputs, prompt, truncate)
 
     def prompt(self, name: str | None) -> str:
-        """The text of a prompt by its name; None means the prompt of documents."""
+        """The text of a prompt by its name, or by a client's word for its kind; None means that of documents."""
         prompts = self.header.prompts
         name = "document" if name is None else name
-        if name not in prompts and name not in KINDS:
-            known = ", ".join(dict.fromkeys([*prompts, *KINDS]))
+        if name in prompts:
+            return prompts[name]
+        if name not in WORDS:
+            known = ", ".join(dict.fromkeys([*prompts, *WORDS]))
             words = f"{self.name} has no prompt of this name. Known: {known}."
             raise Refused("invalid_value", words, param="prompt_name")
-        return prompts.get(name, "")
+        return next((prompts[own] for own in KINDS[WORDS[name]] if own in prompts), "")
 
     def _prompt_for(self, job: Job) -> str:
         """The prompt of a job. Token ids have none, because prompt and text must be tokenised as one string."""
         if all(isinstance(one, str) for one in job.inputs):
             return self.prompt(job.prompt_name)
+        if not self.limits.allow_token_ids:
+            words = (
+                "token ids are refused, because those of another tokenizer give wrong vectors without an error. "
+                f"{_SEND_TEXTS} For ids of this model's own tokenizer, start f2gguf serve with --allow-token-ids."
+            )
+            raise Refused("invalid_value", words, param="input")
         if job.prompt_name is None:
             return ""
         words = f"the {job.prompt_name} prompt goes before texts, not token ids."
@@ -152,10 +173,15 @@ class ServedModel:
         try:
             tokens = self.encoder.tokenize(inputs, prompt, label="input {index}")
         except TextError as error:
-            raise Refused("invalid_value", str(error), param="input") from error
+            are_ids = not all(isinstance(one, str) for one in inputs)
+            words = f"{error} Ids must be of this model's own tokenizer. {_SEND_TEXTS}" if are_ids else str(error)
+            raise Refused("invalid_value", words, param="input") from error
         if tokens.truncated.any() and not truncate:
             which, limit = tokens.truncated.argmax(), f"{self.embedder.max_seq_length:,} tokens"
-            words = f"input {which} is longer than {limit}. Shorten it, or pass truncate: true."
+            words = (
+                f"input {which} is longer than {limit}. Shorten it, pass truncate: true, or start f2gguf serve with "
+                "--truncate."
+            )
             raise Refused("context_length_exceeded", words, param="input")
         return tokens
 
@@ -176,6 +202,14 @@ def open_model(
     return ServedModel(name, embedder, limits, metrics, selftest="passed" if tested else "file has no golden vectors")
 
 
+def stated_name(models: Models, name: str | None) -> str:
+    """The name of a model in a request; where there is none, that of the only model. Raises `Refused` for several."""
+    if name is None and len(models) > 1:
+        words = f"model: this server has several, so name one: {', '.join(models)}."
+        raise Refused("invalid_value", words, param="model")
+    return next(iter(models)) if name is None else name
+
+
 def find_model(models: Models, name: str | None, prompt_name: str | None = None) -> tuple[ServedModel, str | None]:
     """The model called `name`, and the name of the prompt, in which the model's name may end: 'nano:query'.
 
@@ -187,13 +221,13 @@ def find_model(models: Models, name: str | None, prompt_name: str | None = None)
         return model, prompt_name
     base, _, suffix = name.rpartition(":")
     model = models.get(base)
-    if model is None or suffix not in {"latest", *KINDS, *model.header.prompts}:
+    if model is None or suffix not in {"latest", *WORDS, *model.header.prompts}:
         shown = name if len(name) <= 80 else name[:77] + "..."
         words = f"model {shown!r} not found. Here are: {', '.join(models)}; each may end in ':query' or ':document'."
         raise Refused("model_not_found", words, param="model")
     if suffix == "latest":
         return model, prompt_name
-    if prompt_name not in (None, suffix):
+    if prompt_name is not None and model.prompt(prompt_name) != model.prompt(suffix):
         raise Refused("invalid_value", f"the model's name says {suffix}, the request {prompt_name}.", param="model")
     return model, suffix
 

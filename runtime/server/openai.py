@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from f2gguf.runtime.gguf.describe import StatedDrift, drift_of, is_reference
-from f2gguf.runtime.server.answers import Job, ModelName, Refused, Text, TokenIds, Width, json_response
-from f2gguf.runtime.server.models import Models, find_model
+from f2gguf.runtime.server.answers import (
+    INPUT_TYPE,
+    INPUTS,
+    MODEL,
+    Inputs,
+    Job,
+    ModelName,
+    Refused,
+    Truncate,
+    Width,
+    base64_rows,
+    input_list,
+    json_response,
+    truncates,
+)
+from f2gguf.runtime.server.models import Models, find_model, stated_name
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, StrictBool, StrictStr
+from pydantic import BaseModel, Field, StrictStr
 
 
 class EmbeddingsRequest(BaseModel):
-    """OpenAI's request, and two fields of ours: `input_type` and `truncate`."""
+    """OpenAI's request; and `input_type` and `truncate`, as NVIDIA and Cohere call them."""
 
-    model: ModelName
-    input: Annotated[
-        Text
-        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
-        Field(description="A text, texts, token ids, or lists of token ids; a missing closing token is added to ids."),
-    ]
+    model: ModelName | None = Field(None, description=MODEL)
+    input: Inputs = Field(description=INPUTS)
     dimensions: Width | None = Field(None, description="One of the model's trained widths.")
     encoding_format: Literal["float", "base64"] | None = "float"
     user: StrictStr | None = Field(None, description="Ignored.")
-    input_type: StrictStr | None = Field(
-        None, description="'query', 'document' (default) or another of the model's prompts, put before every text."
+    input_type: StrictStr | None = Field(None, description=INPUT_TYPE)
+    truncate: Truncate | None = Field(
+        None,
+        description="Whether texts that are too long are cut (true, or 'END') or refused (false, or 'NONE') "
+        "[default: as the server was started; without --truncate they are refused]. 'START' is refused.",
     )
-    truncate: StrictBool = Field(False, description="Cut texts that are too long, instead of refusing them.")
 
 
 class Embedding(BaseModel):
@@ -93,7 +102,8 @@ def error_body(refused: Refused) -> tuple[int, dict[str, Any]]:
     kind = "rate_limit_error" if refused.status == 429 else "invalid_request_error"
     if refused.status >= 500:
         kind = "server_error"
-    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
+    param = "input_type" if refused.param == "prompt_name" else refused.param
+    error = {"message": refused.message, "type": kind, "param": param, "code": refused.code}
     return refused.status, {"error": error}
 
 
@@ -103,17 +113,16 @@ def router(models: Models) -> APIRouter:
     @routes.post("/embeddings", response_model=EmbeddingsResponse)
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
-        model, prompt_name = find_model(models, body.model, body.input_type)
-        is_single = isinstance(body.input, str) or isinstance(body.input[0], int)  # one text, or the ids of one
-        inputs: Any = [body.input] if is_single else body.input
-        job = Job(inputs, prompt_name, body.dimensions, truncate=body.truncate)
+        name = stated_name(models, body.model)
+        model, prompt_name = find_model(models, name, body.input_type)
+        job = Job(input_list(body.input), prompt_name, body.dimensions, truncate=truncates(body.truncate))
         answer = await model.embed(job, request.state.facts)
         rows: Any = answer.rows
         if body.encoding_format == "base64":
-            rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+            rows = base64_rows(rows)
         data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
         usage = {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens}
-        fields = {"object": "list", "data": data, "model": body.model, "usage": usage, "truncated": answer.truncated}
+        fields = {"object": "list", "data": data, "model": name, "usage": usage, "truncated": answer.truncated}
         return json_response(fields, headers=answer.headers)
 
     @routes.get("/models", response_model=ModelsResponse)

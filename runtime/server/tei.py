@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.gguf.header import KEY_VERSION
-from f2gguf.runtime.server.answers import Job, ModelName, Refused, Text, TokenIds, Width, json_response
+from f2gguf.runtime.server.answers import (
+    INPUTS,
+    Inputs,
+    Job,
+    ModelName,
+    Refused,
+    Text,
+    Width,
+    input_list,
+    json_response,
+)
 from f2gguf.runtime.server.models import Models, ServedModel, find_model
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -25,7 +35,11 @@ _ERROR_TYPES = {
     "shutting_down": "Unhealthy",
 }
 PROMPT_NAME = Field(None, description="'query', 'document' (default) or another of the model's prompts.")
-TRUNCATE = Field(False, description="Cut texts that are too long; X-Embedding-Truncated says which. Else 413.")
+TRUNCATE = Field(
+    None,
+    description="Cut texts that are too long; X-Embedding-Truncated says which. Where false, they get a 413 [default: "
+    "as `auto_truncate` of /info says].",
+)
 
 
 class Options(BaseModel):
@@ -34,11 +48,21 @@ class Options(BaseModel):
     model: ModelName | None = None
     prompt_name: StrictStr | None = PROMPT_NAME
     truncate: StrictBool | None = TRUNCATE
-    truncation_direction: Literal["Right", "right"] | None = "Right"
+    truncation_direction: Literal["Left", "left", "Right", "right"] | None = Field(
+        default="Right", description="Which end is cut. 'Left' is refused where texts may be cut."
+    )
+
+    def truncates(self, default: bool) -> bool:
+        """Whether to cut texts. Raises `Refused` for cutting their beginning."""
+        truncate = default if self.truncate is None else self.truncate
+        if truncate and self.truncation_direction in ("Left", "left"):
+            words = "truncation_direction: this server cuts only the end of texts: send Right."
+            raise Refused("invalid_value", words, param="truncation_direction")
+        return truncate
 
 
 class TEIEmbedRequest(Options):
-    inputs: Text | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
+    inputs: Inputs = Field(description=INPUTS)
     normalize: StrictBool | None = Field(None, description="Vectors of length 1 [default: as the model's file says].")
     dimensions: Width | None = Field(None, description="One of the trained widths.")
 
@@ -77,6 +101,7 @@ class Info(BaseModel):
     """Of one model, by TEI's names, and what ours add: `dimensions`, `prompts`, `fingerprint`."""
 
     model_id: str
+    served_model_name: str
     model_sha: str = Field(description="SHA-256 of the file.")
     model_dtype: str
     model_type: dict[str, dict[str, str]]
@@ -107,8 +132,8 @@ def router(models: Models) -> APIRouter:
     async def embed(body: TEIEmbedRequest, request: Request) -> Response:
         """Vectors of texts, (n_texts, n_dims). Headers: X-Embedding-Fingerprint, X-Embedding-Truncated."""
         model, prompt_name = find_model(models, body.model, body.prompt_name)
-        inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        job = Job(inputs, prompt_name, body.dimensions, body.normalize, bool(body.truncate))
+        truncate = body.truncates(model.limits.truncate)
+        job = Job(input_list(body.inputs), prompt_name, body.dimensions, body.normalize, truncate)
         answer = await model.embed(job, request.state.facts)
         return json_response(answer.rows, headers=answer.headers)
 
@@ -118,7 +143,8 @@ def router(models: Models) -> APIRouter:
         options = body.parameters or Options()
         model, prompt_name = find_model(models, options.model, options.prompt_name)
         texts = [body.inputs.source_sentence, *body.inputs.sentences]
-        answer = await model.embed(Job(texts, prompt_name, truncate=bool(options.truncate)), request.state.facts)
+        job = Job(texts, prompt_name, truncate=options.truncates(model.limits.truncate))
+        answer = await model.embed(job, request.state.facts)
         cosines = Embedder.similarity(answer.rows[0], answer.rows[1:])[0]
         return json_response(cosines, headers=answer.headers)
 
@@ -153,6 +179,7 @@ def _info(model: ServedModel) -> dict[str, Any]:
     header, limits = model.header, model.limits
     return {
         "model_id": model.name,
+        "served_model_name": model.name,
         "model_sha": model.sha256,
         "model_dtype": header.file_type,
         "model_type": {"embedding": {"pooling": model.embedder.pooling}},
@@ -160,7 +187,7 @@ def _info(model: ServedModel) -> dict[str, Any]:
         "max_input_length": model.embedder.max_seq_length,
         "max_batch_tokens": limits.step_tokens,
         "max_client_batch_size": limits.max_texts,
-        "auto_truncate": False,
+        "auto_truncate": limits.truncate,
         "tokenization_workers": 1,
         "version": str(header.values.get(KEY_VERSION, "")),
         "dimensions": list(header.dims),
