@@ -34,6 +34,7 @@ KEY_MAX_DRIFT = "f2gguf.drift.bound"
 KEY_HOLDS = "f2gguf.drift.holds"
 KEY_N_TEXTS = "f2gguf.drift.n_texts"
 
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # sentence-transformers' names for it, the first goes first
 POOLING_TYPES = {1: "mean", 2: "cls", 3: "last"}
 POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
 
@@ -108,7 +109,8 @@ class Header:
     @property
     def document_prompt(self) -> str:
         """The prompt of a text that nobody calls a query: the documents' own, else the default one."""
-        return self.prompts.get("document", self.prompts.get(self.default_prompt or "", ""))
+        names = [name for name in (*DOCUMENT_PROMPTS, self.default_prompt) if name in self.prompts]
+        return self.prompts[names[0]] if names else ""
 
     @property
     def dims(self) -> tuple[int, ...]:

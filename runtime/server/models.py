@@ -135,9 +135,13 @@ class ServedModel:
         return await asyncio.to_thread(self._tokenize, inputs, prompt, truncate)
 
     def prompt(self, name: str | None) -> str:
-        """The text of a prompt by its name, or by a client's word for its kind; None means that of documents."""
+        """The text of a prompt by its name, or by a client's word for its kind.
+
+        None means that of documents, or else the model's default one.
+        """
+        if name is None:
+            return self.header.document_prompt
         prompts = self.header.prompts
-        name = "document" if name is None else name
         if name in prompts:
             return prompts[name]
         if name not in WORDS:
