@@ -271,6 +271,32 @@ except F2ggufError as error:
     assert process.stdout.startswith("org/tiny:Q8_0: no such file. "), process.stderr
 
 
+def test_a_pickled_embedder_has_the_same_commit_elsewhere(
+    hub: Hub, home: Path, release: Release, tmp_path: Path
+) -> None:
+    """The repository moves on between two workers: their vectors must still compare."""
+    dump = """
+import pickle, sys
+from f2gguf.runtime import Embedder
+with Embedder("org/tiny:Q8_0") as model, open(sys.argv[1], "wb") as file:
+    pickle.dump(model, file)
+"""
+    load = """
+import pickle, sys
+with pickle.load(open(sys.argv[1], "rb")) as model:
+    print(model.header.path.name, model.header.path.parent.name, model.encode("a text").shape)
+"""
+    first = hub.repos[REPO].head.sha
+    assert run_python(dump, tmp_path / "model.pickle", hub=hub, home=home).returncode == 0
+    hub.repos[REPO].commit({"tiny-Q8_0.gguf": release.file("Q4_0").read_bytes(), "SHA256SUMS": None})
+    n_requests = len(hub.requests)
+    here = run_python(load, tmp_path / "model.pickle", hub=hub, home=home)
+    assert here.stdout == f"tiny-Q8_0.gguf {first} (32,)\n", here.stderr
+    assert len(hub.requests) == n_requests, "the cache of this machine has the file"
+    there = run_python(load, tmp_path / "model.pickle", hub=hub, home=tmp_path / "another")
+    assert there.stdout == here.stdout, there.stderr
+
+
 def test_path_that_exists_is_no_reference(command: Run, hub: Hub, tmp_path: Path, release: Release) -> None:
     (tmp_path / "org").mkdir()
     shutil.copy(release.file("Q4_K_M"), tmp_path / REPO)
