@@ -358,6 +358,8 @@ def test_other_ways_to_truncate_are_refused(served: Served, path: str, word: str
     answer = httpx.post(served.url + path, json={**TRUNCATING[path], "truncate": word})
     assert answer.status_code == 400
     assert reason in answer.text
+    no_word = httpx.post(served.url + path, json={**TRUNCATING[path], "truncate": 1})
+    assert (no_word.status_code, "truncate: Input should be a valid boolean" in no_word.text) == (400, True)
 
 
 def fingerprint(served: Served, **body: Any) -> tuple[str, ...]:

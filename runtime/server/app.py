@@ -53,7 +53,7 @@ _ABSENT = {
         "the models are those that `f2gguf serve -m MODEL` was started with",
     ),
 }
-_BRANCHES = ("str", "int", "float")  # pydantic's names for branches of a union that look like names of fields
+_BRANCHES = ("str", "int", "float", "bool")  # pydantic's names for branches of a union that look like names of fields
 # A policy for browsers: the page's own script and style run, nothing else does, and nothing is sent elsewhere.
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; connect-src 'self'; "
