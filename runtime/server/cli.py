@@ -95,7 +95,9 @@ def serve(
             f"--host {host}: other machines could use this server. Pass --api-keys-file or --api-key-env, or "
             "--allow-open to let everybody in."
         )
-    missing = [name for name in ("fastapi", "httptools", "uvicorn", "prometheus_client", "orjson") if find_spec(name) is None]
+    missing = [
+        name for name in ("fastapi", "httptools", "uvicorn", "prometheus_client", "orjson") if find_spec(name) is None
+    ]
     if missing:
         raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
     from f2gguf.runtime.server import app as server
