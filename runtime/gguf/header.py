@@ -34,7 +34,7 @@ KEY_MAX_DRIFT = "f2gguf.drift.bound"
 KEY_HOLDS = "f2gguf.drift.holds"
 KEY_N_TEXTS = "f2gguf.drift.n_texts"
 
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # sentence-transformers' names for it, the first goes first
+DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")  # names for it, the best first
 POOLING_TYPES = {1: "mean", 2: "cls", 3: "last"}
 POOLING_IDS = {name: number for number, name in POOLING_TYPES.items()}
 

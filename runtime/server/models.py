@@ -14,6 +14,7 @@ from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import TextError, UnknownDims
 from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
+from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.encoder import Input, Tokens
 from f2gguf.runtime.llama.engine import unusable
@@ -23,7 +24,7 @@ from f2gguf.runtime.server.metrics import Metrics
 
 # What checkpoints call the prompts of the two kinds of texts, the usual name first. Every model knows both kinds; where
 # it has no such prompt, texts stay as they are.
-KINDS = {"query": ("query", "search_query"), "document": ("document", "passage", "corpus", "search_document")}
+KINDS = {"query": ("query", "search_query"), "document": DOCUMENT_PROMPTS}
 # What clients call the kinds: NVIDIA says passage, Cohere search_query, search_document, classification and clustering
 WORDS = {word: kind for kind, words in KINDS.items() for word in words}
 WORDS |= {"classification": "document", "clustering": "document"}
