@@ -73,15 +73,6 @@ def load_model(folder: Path, **changes: Any) -> Any:
     return AutoModel.from_pretrained(folder, config=config, **options).eval()
 
 
-def tokenizer_ids(folder: Path, samples: Sequence[str], *, max_tokens: int) -> list[Ids]:
-    """Token ids by transformers' tokenizer, which it builds from all of a checkpoint's tokenizer files."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoded = (tokenizer(sample, truncation=True, max_length=max_tokens)["input_ids"] for sample in samples)
-    return [np.array(ids, dtype=np.int32) for ids in encoded]
-
-
 def streamed_vectors(
     folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
 ) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import MINILM, NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
 from conftest import Run, facts_of
 from f2gguf.evals.texts import HOSTILE, load_texts
-from f2gguf.quantize.checkpoint.vocabulary import load_tokenizer
+from f2gguf.quantize.checkpoint.tokenizer_files import build_tokenizer
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
 from f2gguf.quantize.convert.write import bf16_to_f16, convert
 from f2gguf.quantize.source.facts import Facts
@@ -175,7 +175,7 @@ def test_lock_may_force_a_closing_token_that_the_checkpoint_leaves_out(tiny: Pat
     facts = facts_of(tiny, eos_token="<|im_end|>")
     convert(facts, tmp_path / "x.gguf")
     read_back(tmp_path / "x.gguf", facts, load_texts())
-    assert load_tokenizer(facts.checkpoint).encode("a").ids[-1] != 16383
+    assert build_tokenizer(facts.checkpoint).encode("a").ids[-1] != 16383
     assert checkpoint_ids(facts, ["a"])[0][-1] == 16383
 
 

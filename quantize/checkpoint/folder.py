@@ -33,7 +33,8 @@ from f2gguf.runtime.files import sha256_file
 
 # The files beside the weights that decide a vector, by their folder
 _OF_TRANSFORMER = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", INDEX),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", INDEX),
     *TRANSFORMER_FILES,
 )
 # The files of a repository that a conversion reads: never code, never pickle

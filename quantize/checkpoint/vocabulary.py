@@ -1,14 +1,17 @@
-"""A checkpoint's tokenizer.json as the vocabulary of a GGUF header."""
+"""A checkpoint's tokenizer as the vocabulary of a GGUF header."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
+from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, build_tokenizer
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
+from f2gguf.runtime.llama.carried import carried_json, gguf_text
 
 # The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern
 PRE_TOKENIZERS = {
@@ -20,8 +23,8 @@ PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "qwen35",
 }
+NO_EOS = ""  # stated in the place of a closing token: texts have none
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
-_WORD_START = "\u2581"  # llama.cpp writes "##ing" as "ing" and "play" as "▁play"
 
 
 @dataclass(frozen=True)
@@ -37,77 +40,59 @@ class Family:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the header states of the tokenizer: llama.cpp's own keys, and those that f2gguf adds."""
+    """What the header states of the tokenizer: llama.cpp's own keys, and the one that f2gguf adds."""
 
     family: Family
     tokens: list[str]
     token_types: list[int]
     special_ids: dict[str, int]  # 'eos' -> id, ...
-    normalizer: str | None  # JSON
-    special_tokens: list[str]
-    eos_token: str  # the token that closes every text
-    is_eos_forced: bool  # models.lock states the token, as the checkpoint's own post-processor adds none
+    tokenizer: str  # what llama.cpp's keys do not hold of it: runtime/llama/carried.py
+    eos_token: str  # the token that closes every text; NO_EOS for none
+    is_eos_forced: bool  # lock or user state the token, as the checkpoint's own tokenizer adds none
 
 
 def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> Vocabulary:
-    """Read tokenizer.json. `eos_token` is the one that models.lock states, for a checkpoint that adds none.
+    """Read the tokenizer. Lock or user state `eos_token` for a checkpoint that adds none; NO_EOS leaves it at that.
 
-    Raises `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow, `BrokenCheckpoint` for a damaged one,
-    `Disagreement` if models.lock and the checkpoint end texts with different tokens.
+    Raises the errors of `build_tokenizer`; `UnsupportedCheckpoint` for a tokenizer that llama.cpp cannot follow,
+    `BrokenCheckpoint` for a damaged one, `Disagreement` where the checkpoint ends texts with another token than stated.
     """
     path = checkpoint.tokenizer_path
-    spec = read_json(path)
-    load_tokenizer(checkpoint)  # the library that defines the format checks its shape: from here on it can be relied on
+    tokenizer = build_tokenizer(checkpoint)
+    spec = json.loads(tokenizer.to_str())
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
         known = "byte-level BPE and WordPiece"
         raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
-    opening, closing = _template(spec)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    opening, closing = _template(spec, checkpoint, ids)
     stated = closing[-1] if closing else None
-    if stated and eos_token and stated != eos_token:
+    if stated and eos_token is not None and stated != eos_token:
+        theirs = f"end with {eos_token}" if eos_token else "have no closing token"
         raise Disagreement(
-            f"models.lock says that texts end with {eos_token}, but {path} ends them with {stated}. "
-            "Correct the lock, or fetch the revision that it means."
+            f"models.lock or --eos-token says that texts {theirs}, but {path} ends them with {stated}. "
+            "The checkpoint decides: correct what is stated, or fetch the revision that it means."
         )
-    eos_token = stated or eos_token
+    eos_token = eos_token if stated is None else stated
     if eos_token is None:
-        raise BrokenCheckpoint(f"{path}: does not say which token ends a text. State it in models.lock as `eos_token`.")
+        raise BrokenCheckpoint(
+            f"{path}: does not say which token ends a text. State it with --eos-token TOKEN (or none), or as "
+            "`eos_token` in models.lock."
+        )
     tokens, token_types = _tokens(checkpoint, spec)
-    ids = {text: i for i, text in enumerate(tokens)}
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
-    if kind == "WordPiece":
-        tokens = [_with_word_start(text, of) for text, of in zip(tokens, token_types, strict=True)]
-    first: dict[str, int] = {}
-    for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
-        if first.setdefault(text, i) != i or "\0" in text:
-            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
     return Vocabulary(
         family,
         tokens,
         token_types,
         special_ids={role: ids[text] for role, text in family.special.items()},
-        normalizer=json.dumps(spec["normalizer"]) if spec.get("normalizer") else None,
-        special_tokens=[added["content"] for added in spec.get("added_tokens", []) if not added.get("normalized")],
+        tokenizer=carried_json(tokenizer),
         eos_token=eos_token,
-        is_eos_forced=stated is None,
+        is_eos_forced=stated is None and eos_token != NO_EOS,
     )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer (a `tokenizers.Tokenizer`), without truncation or padding."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
-    except Exception as error:  # the library raises bare Exceptions for whatever it cannot parse
-        path = checkpoint.tokenizer_path
-        raise BrokenCheckpoint(f"{path}: is no working tokenizer: {error}. Fetch it again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
@@ -117,14 +102,19 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
-    pad = read_json(checkpoint.folder / "tokenizer_config.json", optional=True).get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]]
+    if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
+        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
+    named = {
+        "eos": eos_token or _named_token(checkpoint, "eos_token"),
+        "padding": _named_token(checkpoint, "pad_token"),
+    }
     return Family(
         model="gpt2",
         pre=_pre_tokenizer(spec, checkpoint),
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
-        special={"eos": eos_token, **({"padding": str(pad)} if pad else {})},
-        flags={"add_bos_token": False, "add_eos_token": True},
+        merges=[" ".join(merge) for merge in merges],
+        special={role: token for role, token in named.items() if token},
+        flags={"add_bos_token": False, "add_eos_token": eos_token != NO_EOS},
     )
 
 
@@ -134,22 +124,26 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
     expected = {
         "normalizer": (normalizer.get("type"), "BertNormalizer"),
         "pre_tokenizer": ((spec.get("pre_tokenizer") or {}).get("type"), "BertPreTokenizer"),
-        "continuing_subword_prefix": (model.get("continuing_subword_prefix", "##"), "##"),
-        "max_input_chars_per_word": (model.get("max_input_chars_per_word", 100), 100),
-        "unk_token": (model.get("unk_token", "[UNK]"), "[UNK]"),
+        "continuing_subword_prefix": (model["continuing_subword_prefix"], "##"),
     }
     for key, (value, supported) in expected.items():
         if value != supported:
             raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; WordPiece is supported with {supported!r}.")
-    if len(opening) != 1:
+    if len(opening) != 1 or eos_token == NO_EOS:
         raise UnsupportedCheckpoint(f"{path}: WordPiece is supported with one token before and one after a text.")
+    if model["unk_token"] not in model["vocab"]:
+        raise BrokenCheckpoint(
+            f"{path}: its vocabulary lacks the unknown token {model['unk_token']}. Fetch the model again."
+        )
+    pad = _named_token(checkpoint, "pad_token") or "[PAD]"
+    named = {"bos": opening[0], "eos": eos_token, "seperator": eos_token, "unknown": model["unk_token"]}
+    known = {*model["vocab"], *(token["content"] for token in spec["added_tokens"])}
     strip_accents = normalizer.get("strip_accents")
     return Family(
         model="bert",
         pre="default",
         merges=[],
-        # llama.cpp's key is spelt "seperator"
-        special={"bos": opening[0], "eos": eos_token, "seperator": eos_token, "unknown": "[UNK]", "padding": "[PAD]"},
+        special={**named, **({"padding": pad} if pad in known else {})},  # llama.cpp's key is spelt "seperator"
         flags={
             "add_bos_token": True,
             "add_eos_token": True,
@@ -163,57 +157,97 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
 _FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
 
 
-def _with_word_start(token: str, kind: int) -> str:
-    if kind == _CONTROL:
-        return token
-    return token[2:] if token.startswith("##") else _WORD_START + token
+def _named_token(checkpoint: Checkpoint, key: str) -> str | None:
+    """The token that tokenizer_config.json calls `key`."""
+    token = read_json(checkpoint.folder / CONFIG, optional=True).get(key)
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Texts and types of ids 0 to vocab_size - 1. An id that the tokenizer does not use becomes '[PAD<id>]', unused."""
-    path, n_vocab, added_tokens = (
-        checkpoint.tokenizer_path,
-        checkpoint.count("vocab_size"),
-        spec.get("added_tokens", []),
-    )
-    tokens, types = [f"[PAD{i}]" for i in range(n_vocab)], [_UNUSED] * n_vocab
-    ids = [*spec["model"]["vocab"].values(), *(added["id"] for added in added_tokens)]
+    path, n_vocab, kind = checkpoint.tokenizer_path, checkpoint.count("vocab_size"), spec["model"]["type"]
+    vocab, added_tokens = spec["model"]["vocab"], spec["added_tokens"]
+    ids = [*vocab.values(), *(added["id"] for added in added_tokens)]
     if not 0 <= min(ids, default=0) <= max(ids, default=0) < n_vocab:
-        raise BrokenCheckpoint(f"{path}: has token ids past config.json's vocab_size {n_vocab}.")
-    for text, i in spec["model"]["vocab"].items():
-        tokens[i], types[i] = text, _NORMAL
+        raise BrokenCheckpoint(
+            f"{path}: has token ids past config.json's vocab_size {n_vocab}. Were tokens added, and the embeddings not "
+            "resized (model.resize_token_embeddings)?"
+        )
+    tokens, types = [f"[PAD{i}]" for i in range(n_vocab)], [_UNUSED] * n_vocab
+    added_ids = {added["id"] for added in added_tokens}
+    for text, i in vocab.items():
+        if i not in added_ids:
+            tokens[i], types[i] = gguf_text(text, kind), _NORMAL
+    first = {text: i for i, text in reversed([*enumerate(tokens)])}
     for added in added_tokens:
-        text = added["content"]
-        if added.get("lstrip") or added.get("rstrip"):
-            raise UnsupportedCheckpoint(f"{path}: the token {text} takes blanks along, which llama.cpp does not.")
+        text, i = added["content"], added["id"]
+        if text in first or "\0" in text:  # 'er' besides WordPiece's '##er': llama.cpp takes no text twice, and no NUL
+            text = f"[ADDED{i}]"
         is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        tokens[added["id"]], types[added["id"]] = text, _CONTROL if is_control else _USER_DEFINED
+        tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
+    first = {}
+    for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
+        if first.setdefault(text, i) != i or "\0" in text:
+            raise BrokenCheckpoint(f"{path}: token {i} ({text!r}) occurs twice, or holds NUL. Fetch the model again.")
     return tokens, types
 
 
-def _template(spec: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The special tokens that the post-processor puts before and after a single text."""
-    post = spec.get("post_processor") or {}
+def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int]) -> tuple[list[str], list[str]]:
+    """The special tokens that the post-processor puts before and after a single text, at most one behind."""
+    post, path = spec.get("post_processor") or {}, checkpoint.tokenizer_path
     processors = post["processors"] if post.get("type") == "Sequence" else [post]
-    for processor in processors:
-        if processor.get("type") == "TemplateProcessing":
-            pieces = processor["single"]
-            at = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
-            names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else "" for piece in pieces]
-            return names[:at], names[at + 1 :]
-        if processor.get("type") == "BertProcessing":
-            return [processor["cls"][0]], [processor["sep"][0]]
-    return [], []
+    steps = [step for step in processors if step.get("type") not in (None, "ByteLevel")]  # which changes offsets alone
+    if len(steps) > 1 or (
+        steps and steps[0]["type"] not in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+    ):
+        kinds = ", ".join(step["type"] for step in steps)
+        raise UnsupportedCheckpoint(f"{path}: the post-processor {kinds} is not supported; one TemplateProcessing is.")
+    if not steps:
+        return [], []
+    opening, closing = _around(steps[0], checkpoint)
+    if len(closing) > 1:
+        raise UnsupportedCheckpoint(
+            f"{path}: its post-processor puts {len(closing)} tokens behind a text; one is supported."
+        )
+    for text, i in [*opening, *closing]:
+        if ids.get(text) != i:
+            stated = f"its post-processor gives {text} the id {i}"
+            raise BrokenCheckpoint(f"{path}: {stated}, its vocabulary {ids.get(text)}. Fetch the model again.")
+    return [text for text, _ in opening], [text for text, _ in closing]
+
+
+def _around(step: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Tokens and ids that a post-processor puts before and after a single text."""
+    if step["type"] != "TemplateProcessing":
+        return [tuple(step["cls"])], [tuple(step["sep"])]
+    pieces, special = step["single"], step["special_tokens"]
+    if any(content["type_id"] for piece in pieces for content in piece.values()):
+        path = checkpoint.tokenizer_path
+        raise UnsupportedCheckpoint(f"{path}: its post-processor gives a single text token types other than 0.")
+    names = ["" if "Sequence" in piece else piece["SpecialToken"]["id"] for piece in pieces]
+    tokens = [[*zip(special[name]["tokens"], special[name]["ids"], strict=True)] if name else [] for name in names]
+    at = names.index("") if "" in names else len(names)
+    return [*chain(*tokens[:at])], [*chain(*tokens[at:])]
 
 
 def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
+    """llama.cpp's name for the split. That of transformers' classes is the one of `build_tokenizer`."""
     pre = spec.get("pre_tokenizer") or {}
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+    if steps[-1].get("add_prefix_space"):
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.tokenizer_path}: add_prefix_space is set, which is not supported for BPE."
+        )
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
-    if pattern not in PRE_TOKENIZERS or steps[0].get("behavior") != "Isolated" or steps[1].get("use_regex", True):
+    if (
+        pattern not in PRE_TOKENIZERS
+        or steps[0].get("behavior") != "Isolated"
+        or steps[0].get("invert")
+        or steps[1].get("use_regex", True)
+    ):
         split = f"its split {pattern or kinds!r}"
         raise UnsupportedCheckpoint(f"{checkpoint.tokenizer_path}: llama.cpp has no pre-tokenizer for {split}.")
     return PRE_TOKENIZERS[pattern]

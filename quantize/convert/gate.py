@@ -1,16 +1,15 @@
-"""Gate 1: a converted file's token ids and vectors against the checkpoint's own, and why they differ if they do."""
+"""Gate 1: a converted file's vectors against the checkpoint's own, and why they differ if they do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from f2gguf.evals.conversion import ConversionCheck, check_conversion
 from f2gguf.evals.diagnosis import likely_cause
-from f2gguf.evals.full_precision import TRANSFORMERS, require_transformers, tokenizer_ids
+from f2gguf.evals.full_precision import TRANSFORMERS, require_transformers
 from f2gguf.evals.neighbours import Vectors
-from f2gguf.evals.texts import EvalText, embed_texts, prompted
+from f2gguf.evals.texts import EvalText, embed_texts
 from f2gguf.quantize.convert.readback import reference_ids
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
@@ -33,7 +32,7 @@ def pass_gate_1(facts: Facts, path: Path, vectors: Vectors, texts: Sequence[Eval
             folder=facts.checkpoint.folder,
             checkpoint_sha256=facts.checkpoint.sha256,
             n_parameters=facts.checkpoint.n_parameters,
-            token_ids=lambda: _same_ids(facts, path, texts),
+            token_ids=lambda: reference_ids(facts, texts),
             pooling=facts.pooling,
             on_progress=advance,
         )
@@ -57,22 +56,6 @@ def pass_sampled_gate_1(facts: Facts, path: Path, texts: Sequence[EvalText]) -> 
     with Embedder(path) as model:
         vectors = embed_texts(model, sampled)
     pass_gate_1(facts, path, vectors, sampled)
-
-
-def _same_ids(facts: Facts, path: Path, texts: Sequence[EvalText]) -> list[np.ndarray[tuple[int], np.dtype[np.int32]]]:
-    """The token ids that the file was read back with, which must be those of transformers' tokenizer."""
-    ours = reference_ids(facts, texts)
-    n_forced = int(facts.vocabulary.is_eos_forced)
-    samples = [prompted(text, dict(facts.prompts)) for text in texts]
-    theirs = tokenizer_ids(facts.checkpoint.folder, samples, max_tokens=facts.max_tokens - n_forced)
-    for text, left, right in zip(texts, ours, theirs, strict=True):
-        if not np.array_equal(left[: len(left) - n_forced], right):
-            raise ConversionMismatch(
-                f"{_name(path)}: token ids differ from those of transformers' tokenizer on {text.id}: "
-                f"{left[:8].tolist()} and {right[:8].tolist()} at the beginning. It was not kept. Likely cause: "
-                f"{facts.checkpoint.folder} states its tokenizer in files that contradict each other."
-            )
-    return ours
 
 
 def _name(path: Path) -> str:

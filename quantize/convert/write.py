@@ -212,10 +212,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
         writer.add_key_value(keys.KEY_PROMPT + name, text, GGUFValueType.STRING)  # add_string leaves out empty ones
     if facts.default_prompt:
         writer.add_string(keys.KEY_DEFAULT_PROMPT, facts.default_prompt)
-    if vocabulary.normalizer:
-        writer.add_string(keys.KEY_NORMALIZER, vocabulary.normalizer)
-    if vocabulary.special_tokens:
-        writer.add_array(keys.KEY_SPECIAL_TOKENS, vocabulary.special_tokens)
+    writer.add_string(keys.KEY_TOKENIZER, vocabulary.tokenizer)
     add_golden(writer, facts)
     _add_vocabulary(writer, facts)
 

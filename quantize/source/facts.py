@@ -10,7 +10,7 @@ from typing import Any
 from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint, read_settings
 from f2gguf.quantize.checkpoint.modules import PROMPTS_FILE
-from f2gguf.quantize.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from f2gguf.quantize.checkpoint.vocabulary import NO_EOS, Vocabulary, read_vocabulary
 from f2gguf.quantize.checkpoint.weights import StoredTensor
 from f2gguf.quantize.source.fetch import fetch, find_model
 from f2gguf.quantize.source.lock import Entry, read_lock
@@ -91,13 +91,19 @@ def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING) -> Facts
         architecture=architecture,
         shape=architecture.facts(checkpoint),
         tensors=match_tensors(checkpoint, architecture),
-        vocabulary=read_vocabulary(checkpoint, eos_token=stated.eos_token or entry.eos_token),
+        vocabulary=read_vocabulary(checkpoint, eos_token=_eos_token(entry, stated)),
         pooling=_pooling(entry, checkpoint, stated.pooling),
         prompts=_prompts(entry, checkpoint),
         default_prompt=checkpoint.prompts.default,
         max_tokens=min(int(limit) for limit in limits if limit),
         dims=_dims(entry, checkpoint),
     )
+
+
+def _eos_token(entry: Entry, stated: Stated) -> str | None:
+    if stated.eos_token is None:
+        return entry.eos_token
+    return NO_EOS if stated.eos_token.lower() == "none" else stated.eos_token
 
 
 def _pooling(entry: Entry, checkpoint: Checkpoint, pooling: str | None) -> str:

@@ -101,7 +101,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("longest input", f"{header.max_tokens:,} tokens (positions: {header.n_ctx_train:,})"),
         ("closing token", "added to every text" if closes else "none stated"),
         ("tokenizer", f"{values.get('tokenizer.ggml.model')}, {values.get('tokenizer.ggml.pre')}"),
-        ("normaliser", header.normalizer or "none"),
+        ("split by", "the checkpoint's own tokenizer" if header.tokenizer else "llama.cpp"),
     ]
     facts += [(f"prompt {name}", repr(text)) for name, text in header.prompts.items()]
     facts += [("default prompt", header.default_prompt)] if header.default_prompt else []

@@ -22,8 +22,7 @@ KEY_DEFAULT_PROMPT = "f2gguf.default_prompt"  # name of the prompt that goes bef
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
 KEY_MAX_TOKENS = "f2gguf.max_tokens"
 KEY_NORMALIZE = "f2gguf.normalize"
-KEY_NORMALIZER = "f2gguf.tokenizer.normalizer"  # the checkpoint's own, as in its tokenizer.json
-KEY_SPECIAL_TOKENS = "f2gguf.tokenizer.special_tokens"  # texts that the tokenizer never splits nor normalises
+KEY_TOKENIZER = "f2gguf.tokenizer"  # the checkpoint's own but for tokens and merges, as JSON: see llama/carried.py
 KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
 KEY_REVISION = "f2gguf.source.revision"
 KEY_VARIANT = "f2gguf.variant"
@@ -85,12 +84,9 @@ class Header:
         return bool(self.values.get(KEY_NORMALIZE, True))
 
     @property
-    def normalizer(self) -> str | None:
-        return self.values.get(KEY_NORMALIZER)
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return tuple(self.values.get(KEY_SPECIAL_TOKENS, ()))
+    def tokenizer(self) -> str | None:
+        """What the file carries of the checkpoint's own tokenizer; None for files that f2gguf did not make."""
+        return self.values.get(KEY_TOKENIZER)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -127,6 +123,13 @@ class Header:
             return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
         except ValueError:
             return f"file type {number}"
+
+    def strings(self, key: str) -> list[str]:
+        """An array of strings, which `values` may only count. Raises `NotGGUF` for a file without one."""
+        if key not in self.offsets:
+            raise NotGGUF(f"{self.path}: its header has no {key}; the file is damaged. Download or make it again.")
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return Reader(self.path, data, len(data)).strings(self.offsets[key])
 
     def require_pooling(self, pooling: str | None = None) -> str:
         """The pooling to use: `pooling` where the caller states it, else the header's.
@@ -210,10 +213,19 @@ def _require_sane(path: Path, values: dict[str, Any]) -> None:
         raise NotGGUF(f"{path}: {flaw}; the file is damaged. Download or make it again.")
 
 
-def _has_type(normalizer: str) -> bool:
+def _is_tokenizer(carried: str) -> bool:
+    """Whether a value has the shape that llama/carried.py writes."""
     try:
-        return isinstance(json.loads(normalizer)["type"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        spec = json.loads(carried)
+        flag, added = spec["split_special_tokens"], [(token["id"], token["content"]) for token in spec["added_tokens"]]
+        return (
+            {"normalizer", "pre_tokenizer"} <= spec.keys()
+            and isinstance(spec["model"]["type"], str)
+            and isinstance(flag, bool)
+            and all(type(first) is type(last) is int and 0 <= first <= last for first, last in spec["ids"])
+            and all(type(i) is int and i >= 0 and isinstance(content, str) for i, content in added)
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -239,8 +251,7 @@ _CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     KEY_DEFAULT_PROMPT: _TEXT,
     KEY_MAX_TOKENS: (int, lambda value: _is_count(value) and value > 1),
     KEY_MATRYOSHKA_DIMS: (tuple, lambda value: all(map(_is_count, value))),
-    KEY_NORMALIZER: (str, _has_type),
-    KEY_SPECIAL_TOKENS: _TEXTS,
+    KEY_TOKENIZER: (str, _is_tokenizer),
     KEY_MEAN_DRIFT: _DRIFT,
     KEY_UPPER_DRIFT: _DRIFT,
     KEY_MAX_DRIFT: _DRIFT,

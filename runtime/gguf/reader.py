@@ -118,6 +118,19 @@ class Reader:
             return struct.unpack_from(f"<{length}{_SCALARS[kind]}", self.data, start) if is_read else LongArray(length)
         return tuple(self._string() for _ in range(length)) if is_read else self._skip_strings(length)
 
+    def strings(self, at: int) -> list[str]:
+        """The array of strings whose value begins at byte `at` of the file, as `read` found it."""
+        kind, n = struct.unpack_from("<IQ", self.data, at)
+        if kind != _STRING:
+            raise NotGGUF(f"{self.path}: its header has no array of texts at byte {at}; the file is damaged.")
+        length_at, data, texts = struct.Struct("<Q").unpack_from, self.data, []
+        at += 12
+        for _ in range(n):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            texts.append(data[start:at].decode("utf-8", errors="replace"))
+        return texts
+
     def _skip_strings(self, n: int) -> LongArray:
         """Walk past `n` strings without reading them: a vocabulary and its merges have 300,000."""
         length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.engine import Engine, Rows
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
-from f2gguf.runtime.llama.tokenizer import Tokenizer
+from f2gguf.runtime.llama.tokenizer import Tokenizer, own_tokenizer
 from numpy.typing import NDArray
 
 Input = str | Sequence[int]  # a text, or the ids of its tokens
@@ -52,8 +53,12 @@ class Encoder:
     def __init__(self, header: Header, settings: ComputeSettings, *, watch: Watch | None = None) -> None:
         self.header = header
         self.settings = settings
-        self.engine = Engine(header, settings, watch=watch)
-        self._tokenizer = Tokenizer(self.engine.model, header)
+        with ThreadPoolExecutor(1, thread_name_prefix="f2gguf tokenizer") as pool:
+            own = pool.submit(
+                own_tokenizer, header
+            )  # while llama.cpp loads the file: both take a second for 150,000 tokens
+            self.engine = Engine(header, settings, watch=watch)
+            self._tokenizer = Tokenizer(self.engine.model, own.result())
         self._kept_prompts: dict[str, Ids] = {}
 
     def tokenize(

@@ -13,9 +13,11 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.llama.library import captured_errors, log_to, require_device
+from f2gguf.runtime.llama.pretokenizers import recursive, with_room
 from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
 
+_MAX_TEXT_BYTES = (1 << 31) - 64  # it counts them in 32 bits
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
 
 
@@ -49,6 +51,9 @@ class Model:
             raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
         self.path = path
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
+        self._require_special_tokens()
+        self._require_bytes()
+        self._recursive = recursive(self._stated("tokenizer.ggml.model"), self._stated("tokenizer.ggml.pre"))
         offloaded = _OFFLOADED.search("".join(lines))
         self.offloaded = offloaded[0] if offloaded else ""  # "offloaded 29/29 layers to GPU"
         self._free = free_with(self, llama_cpp.llama_model_free, self.pointer)
@@ -62,15 +67,26 @@ class Model:
         return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Token ids of `text` with the special tokens that the header asks for, (n_tokens,) int32."""
+        """Token ids of `text` with the special tokens that the header asks for, (n_tokens,) int32.
+
+        Raises `TextError` for a text on which llama.cpp would end the process.
+        """
         data = text.encode("utf-8")
-        n_max = len(data) + 8  # a token has at least one byte, and a handful of special tokens come on top
-        ids = np.empty(n_max, dtype=np.int32)
-        pointer = ids.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), pointer, n_max, True, True)
-        if n < 0:
-            raise TextError(f"a text of {len(data):,} bytes gave more than {n_max:,} tokens")
-        return ids[:n].copy()
+        if len(data) > _MAX_TEXT_BYTES:
+            raise TextError(f"it has {len(data):,} bytes, and llama.cpp takes at most {_MAX_TEXT_BYTES:,}.")
+        if self._recursive is None:
+            return self._split(data)
+        return with_room(text, self._recursive, lambda: self._split(data))
+
+    def _split(self, data: bytes) -> NDArray[np.int32]:
+        n_max = len(data) + 8  # mostly a token has at least one byte, and a handful of special tokens come on top
+        while True:
+            ids = np.empty(n_max, dtype=np.int32)
+            pointer = ids.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+            n = llama_cpp.llama_tokenize(self.vocab, data, len(data), pointer, n_max, True, True)
+            if n >= 0:
+                return ids[:n].copy()
+            n_max = -n  # a normaliser may write one character as many
 
     def token_texts(self) -> list[str]:
         """The vocabulary as the header spells it, by id."""
@@ -92,6 +108,32 @@ class Model:
         """Whether the tokenizer puts a special token (EOS or [SEP]) after every text."""
         is_wordpiece = llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
         return bool(is_wordpiece or llama_cpp.llama_vocab_get_add_eos(self.vocab))
+
+    def _require_special_tokens(self) -> None:
+        """Refuse a header that asks for a token around every text, and does not say which: llama.cpp would abort."""
+        vocab, is_wordpiece = self.vocab, llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
+        asked = {
+            "bos": (is_wordpiece or llama_cpp.llama_vocab_get_add_bos(vocab), llama_cpp.llama_vocab_bos(vocab)),
+            "eos": (llama_cpp.llama_vocab_get_add_eos(vocab) and not is_wordpiece, llama_cpp.llama_vocab_eos(vocab)),
+            "seperator": (is_wordpiece, llama_cpp.llama_vocab_sep(vocab)),
+        }
+        if lacking := [name for name, (is_asked, token) in asked.items() if is_asked and token < 0]:
+            key = f"tokenizer.ggml.{lacking[0]}_token_id"
+            raise GGUFError(f"{self.path}: its texts need the token {key}, which the header lacks. Make it again.")
+
+    def _require_bytes(self) -> None:
+        """Refuse a SentencePiece vocabulary without a token for each byte: llama.cpp aborts at what it cannot spell."""
+        if llama_cpp.llama_vocab_type(self.vocab) != llama_cpp.LLAMA_VOCAB_TYPE_SPM:
+            return
+        texts = set(self.token_texts())
+        if lacking := [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and chr(byte) not in texts]:
+            raise GGUFError(f"{self.path}: its vocabulary has no token for the byte {lacking[0]}. Make it again.")
+
+    def _stated(self, key: str) -> str:
+        """A text of the header, cut to 63 bytes; empty where it has none."""
+        buffer = ctypes.create_string_buffer(64)
+        llama_cpp.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", errors="replace")
 
     def close(self) -> None:
         self._free()
