@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.source.fetch import fetch
 from f2gguf.quantize.source.lock import read_lock
 from safetensors.numpy import load_file, save_file
@@ -33,6 +36,22 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_tiny_bert(folder: Path) -> Path:
+    """A BERT checkpoint of 1M random float32 weights with all-MiniLM-L6-v2's tokenizer and modules."""
+    shutil.copytree(MINILM, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(folder / "config.json", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    return fill(folder)
+
+
+def fill(folder: Path, *, seed: int = 0) -> Path:
+    """Write random weights of the shapes that config.json implies."""
+    config = json.loads((folder / "config.json").read_text())
+    checkpoint = Checkpoint(folder, folder, config, {}, Modules(), Prompts(), None)
+    targets = ARCHITECTURES[config["model_type"]].targets(checkpoint)
+    save_tensors(folder, _random({name: shape for name, (_, shape) in targets.items()}, seed))
+    return folder
+
+
 def tiny_tensors(seed: int = 0, *, head_dim: int = 8) -> dict[str, np.ndarray]:
     shapes = {"embed_tokens.weight": (16384, 32), "norm.weight": (32,)}
     for i in range(2):
@@ -53,33 +72,6 @@ def tiny_tensors(seed: int = 0, *, head_dim: int = 8) -> dict[str, np.ndarray]:
             }.items()
         }
     return _random(shapes, seed)
-
-
-def write_tiny_bert(folder: Path, *, seed: int = 0) -> Path:
-    """A BERT checkpoint of 1M random float32 weights with all-MiniLM-L6-v2's tokenizer and modules."""
-    shutil.copytree(MINILM, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    edit_json(folder / "config.json", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    shapes = {
-        "embeddings.word_embeddings.weight": (30522, 32),
-        "embeddings.position_embeddings.weight": (512, 32),
-        "embeddings.token_type_embeddings.weight": (2, 32),
-        **_with_bias("embeddings.LayerNorm", 32),
-    }
-    for i in range(2):
-        layer = f"encoder.layer.{i}."
-        for name in ("query", "key", "value"):
-            shapes |= _with_bias(f"{layer}attention.self.{name}", 32, 32)
-        shapes |= _with_bias(f"{layer}attention.output.dense", 32, 32)
-        shapes |= _with_bias(f"{layer}attention.output.LayerNorm", 32)
-        shapes |= _with_bias(f"{layer}intermediate.dense", 64, 32)
-        shapes |= _with_bias(f"{layer}output.dense", 32, 64)
-        shapes |= _with_bias(f"{layer}output.LayerNorm", 32)
-    save_tensors(folder, _random(shapes, seed))
-    return folder
-
-
-def _with_bias(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:

@@ -67,6 +67,7 @@ def shard_index_misplaces(folder: Path) -> None:
 
 
 def other_split_pattern(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\s+"
     (folder / "tokenizer.json").write_text(json.dumps(spec))
@@ -176,9 +177,17 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
         "tokenizer.json: is no working tokenizer",
     ),
     "tokenizer of another kind": (
-        edit("tokenizer.json", model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+        lambda f: (
+            edit_json(f / "tokenizer.json", model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+            edit_json(f / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+        ),
         UnsupportedCheckpoint,
         "the tokenizer 'Unigram' is not supported",
+    ),
+    "tokenizer.json of another class": (
+        edit("tokenizer.json", model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}),
+        Disagreement,
+        r"the tokenizer_class is 'Qwen2TokenizerFast', which takes BPE, but .*tokenizer.json holds",
     ),
     "unknown split pattern": (other_split_pattern, UnsupportedCheckpoint, r"no pre-tokenizer for its split '\\\\w\+"),
     "token ids past the vocabulary": (
@@ -211,22 +220,21 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
         UnsupportedCheckpoint,
         "do_lower_case is True",
     ),
-    "two ids for one token": (
-        lambda f: edit_tokens(f, {"id": 16380, "content": "!", "special": False}),
+    "closing token under two ids": (
+        lambda f: edit_tokens(f, {"id": 16380, "content": "<mask>", "special": True}),
         BrokenCheckpoint,
-        r"token 16380 \('!'\) occurs twice",
-    ),
-    "token that takes blanks along": (
-        lambda f: edit_tokens(f, {"id": 16380, "content": "<mask>", "special": True, "lstrip": True}),
-        UnsupportedCheckpoint,
-        "takes blanks along",
+        r"its post-processor gives <\|im_end\|> the id 16383, its vocabulary 16384",
     ),
     "tensor twice": (
         lambda f: edit_tensors(f, model__norm__weight=np.ones(32, dtype=np.float32)),
         BrokenCheckpoint,
         "a tensor twice",
     ),
-    "nothing closes a text": (edit("tokenizer.json", post_processor=None), BrokenCheckpoint, "which token ends a text"),
+    "nothing closes a text": (
+        edit("tokenizer.json", post_processor=None),
+        BrokenCheckpoint,
+        r"which token ends a text. State it with --eos-token TOKEN \(or none\)",
+    ),
 }
 
 
@@ -258,7 +266,10 @@ def test_error_of_our_own_code_is_not_called_damage(
     ("stated", "message"),
     [
         ({"pooling": "mean"}, r"models.lock says mean pooling for tiny, but .*modules.json leads to last"),
-        ({"eos_token": "<|endoftext|>"}, r"models.lock says that texts end with <\|endoftext\|>, but .*tokenizer.json"),
+        (
+            {"eos_token": "<|endoftext|>"},
+            r"models.lock or --eos-token says that texts end with <\|endoftext\|>, but .*tokenizer.json",
+        ),
         (
             {"prompts": {"query": "query: "}},
             r"models.lock gives tiny the query prompt 'query: ', but .*config_sentence",

@@ -121,7 +121,7 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     if kind.model and model.setdefault("type", kind.model) != kind.model:
         raise Disagreement(
             f"{where}: the tokenizer_class is {stated!r}, which takes {kind.model}, but "
-            f"{checkpoint.tokenizer_path} holds {model['type']!r}. Correct tokenizer_class: "
+            f"{checkpoint.tokenizer_path} holds {model['type']!r}. Correct it: "
             "PreTrainedTokenizerFast takes tokenizer.json as it is."
         )
     return kind
@@ -207,10 +207,8 @@ def _add_tokens(tokenizer: Any, listed: list[Any], kind: _Class, settings: Setti
     others = [key for key in settings if key.endswith("_token") and key not in _NAMED]
     others.sort(key=lambda key: isinstance(settings[key], str))  # strings come last
     named = [settings[key] for key in (*_NAMED, *others) if settings.get(key) is not None]
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {
-        _text(token) for token in listed
-    }
-    names = {_text(token) for token in named}
+    in_file = tokenizer.get_added_tokens_decoder().values()
+    known, names = {token.content for token in (*in_file, *listed)}, {_text(token) for token in named}
     added = list(listed)
     for token in (*named, *settings["extra_special_tokens"]):
         if _text(token) not in known:
