@@ -14,7 +14,9 @@ import pytest
 from checkpoints import MINILM, NANO, edit_json, fill, write_tiny_bert
 from conftest import facts_of
 from f2gguf.evals.texts import load_texts
-from f2gguf.quantize.checkpoint.folder import Checkpoint, read_json
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.json_files import read_json
+from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.checkpoint.tokenizer_files import build_tokenizer
 from f2gguf.quantize.checkpoint.vocabulary import NO_EOS
 from f2gguf.quantize.convert.readback import read_back
@@ -152,7 +154,7 @@ def files_of(source: Path, folder: Path) -> Path:
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:
-    return Checkpoint(folder, read_json(folder / "config.json"), {}, None, True, {}, None)
+    return Checkpoint(folder, folder, read_json(folder / "config.json"), {}, Modules(), Prompts(), None)
 
 
 def parts_of(tokenizer: Any) -> dict[str, Any]:
