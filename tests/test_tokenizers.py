@@ -451,6 +451,7 @@ thread.join()
     [
         ({"tokenizer.ggml.model": "t5"}, "its texts need the token tokenizer.ggml.bos_token_id"),
         ({"tokenizer.ggml.model": "llama"}, "its vocabulary has no token for the byte 0"),
+        ({"tokenizer.ggml.pre": "whitespace"}, "needs the tokenizer model 'whitespace'"),
     ],
 )
 def test_file_on_which_every_text_would_abort_is_refused(

@@ -51,12 +51,14 @@ class Model:
             raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
         self.path = path
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
-        self._require_special_tokens()
-        self._require_bytes()
-        self._recursive = recursive(self._stated("tokenizer.ggml.model"), self._stated("tokenizer.ggml.pre"))
         offloaded = _OFFLOADED.search("".join(lines))
         self.offloaded = offloaded[0] if offloaded else ""  # "offloaded 29/29 layers to GPU"
         self._free = free_with(self, llama_cpp.llama_model_free, self.pointer)
+        kind, pre = self._stated("tokenizer.ggml.model"), self._stated("tokenizer.ggml.pre")
+        if flaw := self._special_flaw() or self._byte_flaw() or _split_flaw(kind, pre):
+            self.close()
+            raise GGUFError(f"{path}: {flaw}: llama.cpp would end the process. Download or make it again.")
+        self._recursive = recursive(kind, pre)
 
     @property
     def n_embd(self) -> int:
@@ -109,25 +111,24 @@ class Model:
         is_wordpiece = llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
         return bool(is_wordpiece or llama_cpp.llama_vocab_get_add_eos(self.vocab))
 
-    def _require_special_tokens(self) -> None:
-        """Refuse a header that asks for a token around every text, and does not say which: llama.cpp would abort."""
+    def _special_flaw(self) -> str | None:
+        """What is wrong with a header that asks for a token around every text, and does not say which."""
         vocab, is_wordpiece = self.vocab, llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
         asked = {
             "bos": (is_wordpiece or llama_cpp.llama_vocab_get_add_bos(vocab), llama_cpp.llama_vocab_bos(vocab)),
             "eos": (llama_cpp.llama_vocab_get_add_eos(vocab) and not is_wordpiece, llama_cpp.llama_vocab_eos(vocab)),
             "seperator": (is_wordpiece, llama_cpp.llama_vocab_sep(vocab)),
         }
-        if lacking := [name for name, (is_asked, token) in asked.items() if is_asked and token < 0]:
-            key = f"tokenizer.ggml.{lacking[0]}_token_id"
-            raise GGUFError(f"{self.path}: its texts need the token {key}, which the header lacks. Make it again.")
+        lacking = [name for name, (is_asked, token) in asked.items() if is_asked and token < 0]
+        return f"its texts need the token tokenizer.ggml.{lacking[0]}_token_id, which it lacks" if lacking else None
 
-    def _require_bytes(self) -> None:
-        """Refuse a SentencePiece vocabulary without a token for each byte: llama.cpp aborts at what it cannot spell."""
+    def _byte_flaw(self) -> str | None:
+        """What is wrong with a SentencePiece vocabulary that cannot spell every byte."""
         if llama_cpp.llama_vocab_type(self.vocab) != llama_cpp.LLAMA_VOCAB_TYPE_SPM:
-            return
+            return None
         texts = set(self.token_texts())
-        if lacking := [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and chr(byte) not in texts]:
-            raise GGUFError(f"{self.path}: its vocabulary has no token for the byte {lacking[0]}. Make it again.")
+        lacking = [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and chr(byte) not in texts]
+        return f"its vocabulary has no token for the byte {lacking[0]}" if lacking else None
 
     def _stated(self, key: str) -> str:
         """A text of the header, cut to 63 bytes; empty where it has none."""
@@ -143,6 +144,11 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _split_flaw(kind: str, pre: str) -> str | None:
+    is_odd = (kind, pre) == ("gpt2", "whitespace")
+    return "its pre-tokenizer 'whitespace' needs the tokenizer model 'whitespace'" if is_odd else None
 
 
 def _kv_overrides(values: Mapping[str, bool]) -> Any:
