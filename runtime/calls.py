@@ -79,10 +79,14 @@ def progress_bar(n_texts: int, on_progress: Callable[[int], None] | None) -> Ite
         yield advance
 
 
-def as_tensors(vectors: Vectors, *, one: bool) -> Any:
-    """A torch tensor (n_texts, n_dims), or with `one=False` a list of tensors (n_dims,). Raises `ExtraMissing`."""
+def require_torch() -> None:
+    """Raise `ExtraMissing` unless there is torch."""
     if not find_spec("torch"):
-        raise ExtraMissing("torch is not installed, which has tensors. Run: pip install torch")
+        raise ExtraMissing("torch is not installed, and only torch has tensors. Run: pip install torch")
+
+
+def as_tensors(vectors: Vectors, *, one: bool) -> Any:
+    """A torch tensor (n_texts, n_dims), or with `one=False` a list of tensors (n_dims,)."""
     import torch
 
     tensor = torch.from_numpy(vectors)

@@ -196,7 +196,7 @@ class Embedder:
         `inputs` (`sentences` before sentence-transformers 6) is a string, or strings in a list, tuple, generator, numpy
         array or column of a table.
 
-        `prompt_name`, `prompt`: as in `embed`. `encode` puts none before the texts unless asked to.
+        `prompt_name`, `prompt`: as in `embed`. Without them, the texts get the prompt of `default_prompt_name`, if any.
         `batch_size`: has no effect, because batches are packed by their tokens.
         `show_progress_bar`: True draws a bar on stderr. None and False draw none.
         `precision`: float32 or float16.
@@ -204,7 +204,7 @@ class Embedder:
         `device`: may name the device that is in use. Another one is an error.
         `normalize_embeddings`: True gives vectors of length 1. False gives what the model's own modules give, which is
         of length 1 as well for most models. (`embed(..., normalize=False)` gives the length before that.)
-        `truncate_dim`: the number of leading dimensions to keep.
+        `truncate_dim`: the number of leading dimensions to keep. They get the length 1 where the whole vectors have it.
         `output_value`, `pool`, `chunk_size`: only the defaults, since there are no vectors of tokens, and no pools.
         `on_progress`: a function that receives the number of texts that a batch finished.
 
@@ -213,6 +213,9 @@ class Embedder:
         """
         calls.require_call(batch_size=batch_size, output_value=output_value, pool=pool, chunk_size=chunk_size)
         calls.require_device(device, self.device)
+        has_tensors = convert_to_tensor or not convert_to_numpy
+        if has_tensors:
+            calls.require_torch()
         inputs = sentences if inputs is None else inputs
         texts = texts_of(inputs)
         with contextlib.ExitStack() as stack:
@@ -227,7 +230,7 @@ class Embedder:
                 precision=precision or "float32",
                 on_progress=on_progress,
             ).vectors
-        if convert_to_tensor or not convert_to_numpy:
+        if has_tensors:
             vectors = calls.as_tensors(vectors, one=convert_to_tensor)
         return vectors[0] if isinstance(inputs, str) else vectors
 
