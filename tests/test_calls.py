@@ -54,6 +54,7 @@ def tensor(rows: np.ndarray) -> Any:
     return torch.from_numpy(rows)
 
 
+@pytest.mark.slow
 def test_encode_takes_the_same_arguments_in_the_same_order_with_the_same_defaults(theirs: Any) -> None:
     def arguments(encode: Callable[..., Any]) -> list[tuple[str, Any]]:
         parameters = inspect.signature(encode).parameters.values()
@@ -78,6 +79,7 @@ def test_encode_takes_the_same_arguments_in_the_same_order_with_the_same_default
         {"prompt_name": "query", "precision": "float32", "pool": None, "chunk_size": None},
     ],
 )
+@pytest.mark.slow
 def test_results_have_the_types_shapes_and_values_of_sentence_transformers(
     nano: Embedder, theirs: Any, method: str, options: dict[str, Any]
 ) -> None:
@@ -129,12 +131,14 @@ def test_what_an_embedder_cannot_do_is_said(
             encode(TEXTS, **options)
 
 
+@pytest.mark.slow
 def test_the_device_in_use_may_be_named(nano: Embedder, theirs: Any) -> None:
     assert nano.device == theirs.device.type == "cpu"
     for device in (None, "cpu", "auto", "cpu:0", theirs.device):
         assert nano.encode("a", device=device).shape == (256,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_normalize", [True, False])
 def test_false_leaves_the_length_to_the_models_modules(tmp_path: Path, has_normalize: bool) -> None:
     """Libraries pass normalize_embeddings=False, which is the default; a Normalize module normalises all the same."""
@@ -253,6 +257,7 @@ def test_tensors_without_torch_name_the_package(nano: Embedder, monkeypatch: pyt
         nano.encode("a", convert_to_tensor=True)
 
 
+@pytest.mark.slow
 def test_longest_input_can_be_set(nano_f16: Path, theirs: Any) -> None:
     with Embedder(nano_f16) as model:
         assert model.max_seq_length == model.get_max_seq_length() == theirs.max_seq_length == 2048
@@ -274,6 +279,7 @@ def test_widths_are_told_by_both_names(nano_f16: Path) -> None:
         assert model.get_embedding_dimension() == model.encode("a").shape[0] == 256
 
 
+@pytest.mark.slow
 def test_functions_of_sentence_transformers_take_it(minilm: Embedder) -> None:
     from sentence_transformers import util
 
@@ -309,6 +315,7 @@ ONE[2] = 0
         lambda: (tensor(ONE).requires_grad_(), TWO),
     ],
 )
+@pytest.mark.slow
 def test_similarities_are_those_of_sentence_transformers(nano: Embedder, theirs: Any, pair: Any) -> None:
     left, right = pair()
     assert nano.similarity_fn_name == theirs.similarity_fn_name == "cosine"

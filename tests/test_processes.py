@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -154,6 +155,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_a_pool_of_processes_computes_with_it(path: Path, tmp_path: Path, method: str) -> None:
     """A pool pickles what it sends, so that even a forked worker opens the file again."""
@@ -177,6 +179,12 @@ def test_a_pickle_holds_the_path_and_the_options(path: Path, tmp_path: Path, mon
         assert again.encoder.settings.n_threads == 1
         assert again.encoder.settings.deterministic
         np.testing.assert_array_equal(again.encode("word " * 8, prompt_name="other"), expected)
+
+
+def test_a_pickle_leaves_no_option_out(model: Embedder) -> None:
+    """An option that was forgotten would change vectors in the other process."""
+    options = {*inspect.signature(Embedder.__init__).parameters} - {"self"}
+    assert set(model.__getstate__()["opening"]) == options
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
@@ -267,6 +275,7 @@ def test_without_a_home_nothing_is_remembered(path: Path, monkeypatch: pytest.Mo
         (["quantize", "variant", "{path}", "Q8_0", "--stock", "-o", "{out}"], "under 2%"),
     ],
 )
+@pytest.mark.slow
 def test_commands_work_for_a_user_whom_the_system_does_not_know(
     run: Run, path: Path, tmp_path: Path, command: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,7 @@ def test_ids_of_vectors_that_are_overwritten_go_with_them(run: Run, nano_f16: Pa
     assert not (tmp_path / "x.ids.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_every_command_reads_the_same_files(run: Run, nano_f16: Path, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"_id": "a", "title": "Cats", "text": "purr"}\n{"_id": "b", "text": null}\n')
     for command in (
