@@ -190,7 +190,6 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
         "takes BPE, but .*'WordPiece'",
     ),
     "code of its own": (settings(auto_map={"AutoTokenizer": ["a.B", None]}), UnsupportedCheckpoint, "auto_map names"),
-    "cut at the left": (settings(truncation_side="left"), UnsupportedCheckpoint, "truncation_side is 'left'"),
     "case that is no flag": (settings(do_lower_case="no"), BrokenCheckpoint, "do_lower_case is 'no', which is neither"),
     "a token that is none": (settings(eos_token=5), BrokenCheckpoint, "5 is no token that transformers reads"),
     "a token that nothing marks": (
@@ -209,16 +208,6 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
         "lacks the unknown token <\\?>",
     ),
     "tokens without weights": (add(token("kubernetes")), BrokenCheckpoint, "Were tokens added, and the embeddings not"),
-    "tokenizer arguments": (
-        sentence_bert(tokenizer_args={"do_lower_case": False}),
-        UnsupportedCheckpoint,
-        "tokenizer_args is {'do_lower_case': False}",
-    ),
-    "a chat template": (
-        sentence_bert(modality_config={"text": {}, "message": {}}),
-        UnsupportedCheckpoint,
-        "the chat template would stand around every text",
-    ),
     "dropout": (
         lambda folder: (
             settings(tokenizer_class="PreTrainedTokenizerFast")(folder),
