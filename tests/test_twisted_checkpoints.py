@@ -116,6 +116,7 @@ def mixed_types(folder: Path) -> None:
     save_tensors(folder, tensors | half)
 
 
+PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
 POOLING = "1_Pooling/config.json"
 ONE_WORD = {"pooling_mode_lasttoken": ..., "pooling_mode_mean_tokens": ...}
 SETTINGS = "sentence_bert_config.json"
@@ -294,7 +295,7 @@ REFUSED: dict[str, tuple[Twist, str]] = {
     ),
     "one limit for queries": (edit(SETTINGS, query_length=16), "sentence_bert_config.json: query_length is 16"),
     "texts as messages": (
-        edit(SETTINGS, modality_config={"message": {"method": "forward", "method_output_name": "logits"}}),
+        edit(SETTINGS, modality_config={"text": PLAIN, "message": {**PLAIN, "format": "flat"}}),
         "modality_config is",
     ),
     "a configuration elsewhere": (

@@ -202,8 +202,9 @@ def _transformer_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _has_plain_texts(modalities: Any) -> bool:
+    """Whether texts go to the model as they are; where there are messages, a chat template stands around every text."""
     (plain,) = _PLAIN["modality_config"]
-    return isinstance(modalities, dict) and modalities.get("text") == plain["text"]
+    return isinstance(modalities, dict) and modalities.get("text") == plain["text"] and "message" not in modalities
 
 
 def _arguments(stated: Mapping[str, Any], name: str) -> dict[str, Any]:
