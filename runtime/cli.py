@@ -27,6 +27,9 @@ THREADS = click.option(
     "--threads", "n_threads", type=click.IntRange(1), help="Number of threads [default: one for each physical core]."
 )
 POOLING = click.option("--pooling", help="Pooling of a file whose header does not state it: last, mean or cls.")
+ADD_EOS = click.option(
+    "--add-eos", is_flag=True, help="Close every text, where the header of somebody else's file does not say so."
+)
 MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut texts to this many tokens [default: the model's limit].")
 INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv or .parquet file"
 DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
@@ -58,6 +61,7 @@ def f2gguf() -> None:
 @click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
 @MAX_TOKENS
 @POOLING
+@ADD_EOS
 @click.option(
     "--deterministic", is_flag=True, help="Give a text the same bytes whatever else is in the batch (slower)."
 )
@@ -125,6 +129,7 @@ def embed(
 @DIMS
 @MAX_TOKENS
 @POOLING
+@ADD_EOS
 @DEVICE
 @GPU_LAYERS
 @THREADS
@@ -214,18 +219,75 @@ def list_(folders: tuple[Path, ...], as_json: bool) -> None:
 
 @f2gguf.command()
 @FILE
+@click.option("--check", is_flag=True, help="Say what is missing or suspicious, and what mends it.")
+@POOLING
+@ADD_EOS
 @JSON
-def inspect(model: str, as_json: bool) -> None:
-    """Print the header of a .gguf file: what it is, how it was made, how far it drifts."""
+def inspect(model: str, check: bool, pooling: str | None, add_eos: bool, as_json: bool) -> None:
+    """Print the header of a .gguf file: what it is, how it was made, how far it drifts.
+
+    --check looks for what makes the vectors of other people's files wrong: errors (the file cannot be used), warnings
+    (its vectors may be wrong) and notes. The exit code is 1 if anything is worse than a note. --pooling and --add-eos
+    are taken as if the header stated them.
+    """
     from f2gguf.runtime.gguf.describe import as_dict, describe
+    from f2gguf.runtime.gguf.doctor import examine, is_sound
     from f2gguf.runtime.hub.models import open_header
 
     header = open_header(model)
+    header = header.closing() if add_eos else header
+    if check:
+        found = examine(header, pooling)
+        outcome = {"path": str(header.path), "holds": is_sound(found), "findings": [one.as_dict() for one in found]}
+        lines = [f"{one.severity:<7}  {one.check}: {one}" for one in found] or [
+            f"{header.path}: nothing is missing or suspicious"
+        ]
+        click.echo(json.dumps(outcome, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+        click.get_current_context().exit(0 if is_sound(found) else 1)
     click.echo(json.dumps(as_dict(header), indent=2, ensure_ascii=False) if as_json else describe(header))
+
+
+@f2gguf.command("repair-header")
+@click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .gguf file to write.")
+@click.option("--pooling", help="How a text's vector is made: last, mean or cls.")
+@click.option("--add-eos/--no-add-eos", default=None, help="Whether every text is closed with the EOS token.")
+@click.option("--add-bos/--no-add-bos", default=None, help="Whether every text is opened with the BOS token.")
+@click.option("--eos-token", metavar="TOKEN", help="The EOS token, as the vocabulary spells it.")
+@click.option("--causal/--no-causal", default=None, help="Whether tokens see only those before them.")
+@click.option("--pre", metavar="NAME", help="Pre-tokenizer of llama.cpp, such as qwen2.")
+@click.option("--lowercase/--no-lowercase", default=None, help="Whether WordPiece lower-cases texts.")
+@click.option("--prompt", "prompts", metavar="NAME=TEXT", multiple=True, help="A prompt and its name; repeatable.")
+@click.option("--max-tokens", type=int, help="Longest input in tokens, special tokens included.")
+@click.option("--dims", metavar="N,N", help="Widths that the model was trained for (Matryoshka).")
+@click.option("--normalize/--no-normalize", default=None, help="Whether vectors have the length 1.")
+@FORCE
+def repair_header_(
+    source: Path, output: Path, force: bool, prompts: tuple[str, ...], dims: str | None, **stated: Any
+) -> None:
+    """Write a copy of FILE with a mended header; its tensors stay as they are, byte for byte.
+
+    For files that somebody else made, of which `f2gguf inspect FILE --check` says what is missing. The copy states what
+    was changed. Where other vectors come of it, golden vectors and measured drift are left out.
+    """
+    from f2gguf.runtime.mend import Changes, parse_dims, parse_prompts, repair_header
+
+    changes = Changes(prompts=parse_prompts(prompts), dims=parse_dims(dims), **stated)
+    with progress(f"copy {source.name}", source.stat().st_size if source.is_file() else 1) as advance:
+        mended = repair_header(source, output, changes, force=force, on_progress=advance)
+    for line in mended.changes:
+        say(line)
+    if mended.dropped:
+        say(f"left out, because it was measured with other vectors: {', '.join(mended.dropped)}")
+    for finding in mended.findings:
+        if finding.severity != "note":
+            say(f"{finding.severity}: {finding}")
+    click.echo(str(mended.path))
 
 
 @f2gguf.command()
 @FILE
+@ADD_EOS
 @DEVICE
 @GPU_LAYERS
 @THREADS

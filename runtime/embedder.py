@@ -14,9 +14,19 @@ import numpy as np
 from f2gguf.runtime import calls
 from f2gguf.runtime import similarity as cosines
 from f2gguf.runtime.calls import Texts, Vectors, texts_of
-from f2gguf.runtime.errors import Closed, F2ggufError, NoVector, TextError, TruncationWarning, UnknownName, WrongUsage
+from f2gguf.runtime.errors import (
+    Closed,
+    F2ggufError,
+    FileWarning,
+    NoVector,
+    TextError,
+    TruncationWarning,
+    UnknownName,
+    WrongUsage,
+)
+from f2gguf.runtime.gguf.doctor import warnings_of
 from f2gguf.runtime.gguf.golden import golden_of
-from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.gguf.header import KEY_ADD_EOS, Header
 from f2gguf.runtime.hub.models import name_elsewhere, open_header
 from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
@@ -66,11 +76,12 @@ class Embedder:
     >>> documents = model.encode_document(["tar is an archiving program"])
     >>> model.similarity(queries, documents)                              # (1, 1)
 
-    The file's header states everything that the Embedder must know. Where a file from elsewhere does not, `pooling`
-    and `max_tokens` do. `n_threads` is the number of physical cores by default, and `n_gpu_layers` is all layers (-1).
-    With `deterministic` every text is a batch of its own, so that a quantised file gives a text the same bytes whatever
-    else is embedded. With `selftest` the file's golden texts are embedded first, and must give what its maker measured.
-    `watch` receives tensors of llama.cpp's graph.
+    The file's header states everything that the Embedder must know. Where a file from elsewhere does not, `pooling`,
+    `max_tokens` and `add_eos` (a closing token behind every text) do. What may be wrong with such a file is warned of
+    (`FileWarning`, and `file_warnings`). `n_threads` is the number of physical cores by default, and `n_gpu_layers` is
+    all layers (-1). With `deterministic` every text is a batch of its own, so that a quantised file gives a text the
+    same bytes whatever else is embedded. With `selftest` the file's golden texts are embedded first, and must give what
+    its maker measured. `watch` receives tensors of llama.cpp's graph.
 
     Many threads may share one Embedder. A copy, and what another process gets by pickle, opens the file again, with the
     same options. A fork of a process that has used an Embedder cannot use it: `Forked`.
@@ -91,15 +102,19 @@ class Embedder:
         n_threads: int | None = None,
         pooling: str | None = None,
         max_tokens: int | None = None,
+        add_eos: bool = False,
         truncate_dim: int | None = None,
         deterministic: bool = False,
         selftest: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        self.header: Header = open_header(path)
+        header = open_header(path)
+        self.adds_eos = add_eos and not header.values.get(KEY_ADD_EOS)  # which the file itself does not ask for
+        self.header: Header = header.closing() if self.adds_eos else header
         self.prompts = self.header.prompts
         self.default_prompt_name = self.header.default_prompt  # of the prompt for `encode` without one
         self.pooling = self.header.require_pooling(pooling)
+        self.file_warnings = warnings_of(self.header, self.pooling)
         self.header.require_width(truncate_dim)
         self.truncate_dim = truncate_dim
         self.max_seq_length = max_tokens
@@ -109,10 +124,13 @@ class Embedder:
             "n_gpu_layers": n_gpu_layers,
             "n_threads": n_threads,
             "pooling": pooling,
+            "add_eos": add_eos,
             "deterministic": deterministic,
             "selftest": selftest,
             "watch": watch,
         }
+        for line in self.file_warnings:
+            warnings.warn(line, FileWarning, stacklevel=2)
         settings = ComputeSettings(
             device, n_gpu_layers, n_threads or default_threads(), self.pooling, self.max_seq_length, deterministic
         )

@@ -142,5 +142,12 @@ class ConfigKeyWarning(UserWarning):
     """A checkpoint's config.json has keys that f2gguf does not know; their names do not touch the arithmetic."""
 
 
+class FileWarning(UserWarning):
+    """A file lacks or contradicts something, so that its vectors may be wrong; names the flag or command that mends it.
+
+    `f2gguf inspect FILE --check` says all that there is to say.
+    """
+
+
 class TruncationWarning(UserWarning):
     """Texts were cut to the model's maximum length; the EOS stayed last."""

@@ -21,6 +21,7 @@ import forking
 import pytest
 from checkpoints import MINILM, NANO, write_tiny
 from endpoint import Api, serving
+from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.source.facts import NOTHING, Facts, Stated, read_facts
 from f2gguf.quantize.source.lock import Entry, read_lock
@@ -152,6 +153,15 @@ def nano_f16(nano_facts: Facts, made: Path) -> Path:
 def minilm_f16(minilm_facts: Facts, made: Path) -> Path:
     path = made / "minilm-F16.gguf"
     convert(minilm_facts, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def own(made: Path) -> Path:
+    """A tiny model's F16 file with golden vectors, as f2gguf makes it."""
+    path = made / "own-tiny.gguf"
+    convert(facts_of(write_tiny(made / "own-tiny")), path)
+    stamp_golden(path)
     return path
 
 

@@ -13,7 +13,7 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import HOSTILE, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import PoolingMissing, TextError, TruncationWarning, UnknownDims, UnknownName
+from f2gguf.runtime.errors import FileWarning, PoolingMissing, TextError, TruncationWarning, UnknownDims, UnknownName
 from f2gguf.runtime.gguf.header import read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -160,7 +160,7 @@ def test_file_without_pooling_needs_the_callers_word(tiny: Path, tmp_path: Path)
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(PoolingMissing, match="pass --pooling last"):
         Embedder(tmp_path / "x.gguf")
-    with Embedder(tmp_path / "x.gguf", pooling="last") as model:
+    with pytest.warns(FileWarning), Embedder(tmp_path / "x.gguf", pooling="last") as model:
         assert model.encode("a").shape == (32,)
 
 

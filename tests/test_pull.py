@@ -13,7 +13,7 @@ from conftest import Release
 from f2gguf.quantize.cli import f2gguf
 from f2gguf.runtime.errors import NotGGUF
 from f2gguf.runtime.hub.listing import Listing, RemoteFile
-from f2gguf.runtime.hub.models import HubFile, matching, open_header, parse_model, variant_of
+from f2gguf.runtime.hub.models import HubFile, is_model_file, is_part, matching, open_header, parse_model, variant_of
 from hub import ALWAYS, Fault, Hub, flip_bit, only_error, run_command, run_python, serving
 
 Run = Callable[..., CompletedProcess[str]]
@@ -136,6 +136,69 @@ def test_names_that_end_alike_must_be_told_apart(command: Run, hub: Hub, release
     assert path.parts[-2:] == ("b", "b-Q8_0.gguf")
     assert [one["model"] for one in json.loads(command("list", "--json").stdout)] == ["org/two:b/b-Q8_0.gguf"]
     assert command("inspect", "org/two:b/b-Q8_0.gguf").returncode == 0
+
+
+COMPANIONS = ["mmproj-x-Q8_0.gguf", "x-mmproj-Q8_0.gguf", "imatrix.gguf", "x-imatrix.gguf", "x.imatrix-Q8_0.gguf"]
+COMPANIONS += ["lora-Q8_0.gguf", "x-lora.gguf", "mtp-x-Q8_0.gguf", "sub/draft-x-Q8_0.gguf", "ggml-vocab-x.gguf"]
+
+
+def test_what_lies_beside_a_model_makes_no_variant_ambiguous(command: Run, hub: Hub, release: Release) -> None:
+    content = release.file("Q8_0").read_bytes()
+    hub.add("org/vision", {"x-Q8_0.gguf": content, **dict.fromkeys(COMPANIONS, b"GGUF of no model")})
+    for model in ("org/vision:Q8_0", "org/vision"):
+        assert pulled(command("pull", model)).name == "x-Q8_0.gguf"
+    line = only_error(command("pull", "org/vision:F16"), exit_code=2)
+    assert line.endswith("Known: Q8_0.")
+    assert "imatrix.gguf: GGUF version " in only_error(command("inspect", "org/vision:imatrix.gguf"))
+    assert [one["model"] for one in json.loads(command("list", "--json").stdout)] == ["org/vision:Q8_0"]
+
+
+@pytest.mark.parametrize("name", ["mmbert-Q8_0.gguf", "vocabulary-Q8_0.gguf", "drafts/x.gguf", "x-00001-of-00001.gguf"])
+def test_names_that_only_sound_like_companions_or_parts_are_models(name: str) -> None:
+    assert is_model_file(name)
+    assert not is_part(name)
+
+
+def test_file_that_is_split_into_one_part_is_whole(command: Run, hub: Hub, release: Release) -> None:
+    hub.add("org/one", {"x-Q8_0-00001-of-00001.gguf": release.file("Q8_0").read_bytes()})
+    assert command("embed", "-m", "org/one:Q8_0", TEXT).returncode == 0
+    assert [one["model"] for one in json.loads(command("list", "--json").stdout)] == ["org/one:Q8_0"]
+
+
+DOWNLOAD = "from huggingface_hub import hf_hub_download; print(hf_hub_download('org/tiny', 'tiny-Q8_0.gguf'))"
+
+
+def test_cache_that_another_tool_filled_is_used_where_the_hub_cannot_be_reached(
+    command: Run, hub: Hub, home: Path
+) -> None:
+    path = Path(run_python(DOWNLOAD, hub=hub, home=home).stdout.strip())
+    hub.stop()
+    commit = path.parent.name
+    for model in (f"{REPO}:Q8_0", REPO, f"{REPO}:Q8_0@{commit}", f"{REPO}:tiny-Q8_0.gguf"):
+        process = command("embed", "-m", model, TEXT, is_offline=True)
+        assert (process.returncode, process.stderr) == (0, "")
+    assert pulled(command("pull", f"{REPO}:Q8_0")) == path, "where there is no network, and nobody said so"
+    line = only_error(command("inspect", f"{REPO}:Q4_0", is_offline=True))
+    assert line.endswith(f"The Hub's cache here holds of {REPO}@{commit[:12]}: tiny-Q8_0.gguf.")
+    assert "the Hub cannot be reached" in only_error(command("inspect", f"{REPO}:Q8_0@v2", is_offline=True))
+
+
+def test_cache_that_another_tool_filled_is_verified(command: Run, hub: Hub, home: Path) -> None:
+    path = Path(run_python(DOWNLOAD, hub=hub, home=home).stdout.strip())
+    path.resolve().write_bytes(flip_bit(path.read_bytes()))
+    hub.stop()
+    assert "the Hub cannot be reached" in only_error(command("inspect", f"{REPO}:Q8_0", is_offline=True))
+
+
+def test_cache_that_another_tool_filled_since_is_used_after_an_older_answer_of_the_hub(
+    command: Run, hub: Hub, home: Path, release: Release
+) -> None:
+    command("pull", f"{REPO}:F16")
+    hub.repos[REPO].commit({"tiny-Q8_0.gguf": release.file("Q4_K_M").read_bytes(), "SHA256SUMS": None})
+    path = Path(run_python(DOWNLOAD, hub=hub, home=home).stdout.strip())
+    hub.stop()
+    assert "Q4_K_M" in command("inspect", f"{REPO}:Q8_0", is_offline=True).stdout
+    assert path.exists()
 
 
 @pytest.mark.parametrize("model", ["dist/tiny-Q8_0.gguf", "tiny", "./tiny", "a/b/c", f"{REPO}:", "https://host/x"])
@@ -433,5 +496,5 @@ def test_list_of_nothing_says_where_models_come_from(command: Run) -> None:
 
 
 def test_commands_are_listed_in_the_order_of_work() -> None:
-    names = ["embed", "search", "pull", "list", "inspect", "selftest", "bench", "serve", "quantize"]
+    names = ["embed", "search", "pull", "list", "inspect", "repair-header", "selftest", "bench", "serve", "quantize"]
     assert list(f2gguf.commands) == names

@@ -6,7 +6,6 @@ are those of texts that faulty files, tokenizers and devices get wrong.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,18 +15,11 @@ from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf import golden
 from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.entries import Value, packed, seal
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.encoder import add_prompt
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUFWriter
 
-Value = bool | int | float | str
-# Python type -> type and layout of a header value
-VALUE_TYPES: dict[type, tuple[GGUFValueType, str]] = {
-    bool: (GGUFValueType.BOOL, "<?"),
-    int: (GGUFValueType.UINT32, "<I"),
-    float: (GGUFValueType.FLOAT32, "<f"),
-    str: (GGUFValueType.STRING, ""),
-}
 UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
 VERDICT = {keys.KEY_MEAN_DRIFT: 0.0, keys.KEY_UPPER_DRIFT: 0.0, keys.KEY_HOLDS: False}  # until it is measured
 # (name of the prompt, text). Texts without a prompt show which has changed, a prompt or the tokenizer. The last three
@@ -55,7 +47,10 @@ PROBES = (
 
 
 def fill_in(path: Path, values: Mapping[str, Value | Sequence[float]]) -> None:
-    """Overwrite header values. A string must keep its number of bytes, an array of floats its number of values."""
+    """Overwrite header values, and seal the header again.
+
+    A string must keep its number of bytes, an array of floats its number of values.
+    """
     header = read_header(path)
     with path.open("rb+") as file:
         for key, value in values.items():
@@ -65,16 +60,7 @@ def fill_in(path: Path, values: Mapping[str, Value | Sequence[float]]) -> None:
                 raise ValueError(f"{key}: a new value of {len(data):,} bytes does not fit its place in the header")
             file.seek(header.offsets[key])
             file.write(data)
-
-
-def packed(value: Value | Sequence[float]) -> bytes:
-    """A header value as GGUF stores it. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-    if isinstance(value, str):
-        data = value.encode()
-        return struct.pack("<Q", len(data)) + data
-    if isinstance(value, Sequence):
-        return struct.pack(f"<IQ{len(value)}f", GGUFValueType.FLOAT32, len(value), *value)
-    return struct.pack(VALUE_TYPES[type(value)][1], value)
+    seal(path)
 
 
 def add_golden(writer: GGUFWriter, facts: Facts) -> None:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from f2gguf.quantize.checkpoint.weights import StoredTensor
-from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, VALUE_TYPES, add_golden, fill_in
+from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, add_golden, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.entries import UNSEALED, VALUE_TYPES
 from f2gguf.runtime.llama.threads import default_threads
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
@@ -199,12 +200,13 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
             writer.add_base_model_version(0, entry.revision)
             writer.add_string(keys.KEY_REVISION, entry.revision)
     for key, value in facts.shape.items():
-        writer.add_key_value(f"{architecture}.{key}", value, VALUE_TYPES[type(value)][0])
+        writer.add_key_value(f"{architecture}.{key}", value, GGUFValueType(VALUE_TYPES[type(value)][0]))
     writer.add_uint32(f"{architecture}.pooling_type", keys.POOLING_IDS[facts.pooling])
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     writer.add_string(keys.KEY_VERSION, version("f2gguf"))
     writer.add_string(keys.KEY_SOURCE_SHA256, UNKNOWN_SHA256)
+    writer.add_string(keys.KEY_SEAL, UNSEALED)
     writer.add_uint32(keys.KEY_MAX_TOKENS, facts.max_tokens)
     writer.add_bool(keys.KEY_NORMALIZE, facts.checkpoint.modules.is_normalized)
     writer.add_array(keys.KEY_MATRYOSHKA_DIMS, list(facts.dims))

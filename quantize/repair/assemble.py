@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from f2gguf.quantize.convert.reserved import VALUE_TYPES, Value, packed
 from f2gguf.quantize.convert.write import map_ahead
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, dequantized, quantize_rows, row_slices, size_as
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.files import require_free_space
+from f2gguf.runtime.gguf.entries import Value, entries, entry, packed, seal
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.gguf.reader import TensorInfo
 from f2gguf.runtime.llama.threads import default_threads
@@ -79,6 +79,7 @@ def assemble(
                 raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
             file.write(bytes(-file.tell() % _ALIGNMENT))
             on_progress(1)
+    seal(target)
 
 
 def _quantized(
@@ -96,24 +97,13 @@ def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
 
 def _head(source: Header, plan: Sequence[tuple[TensorInfo, str]], added: Mapping[str, Value]) -> bytes:
     """Everything before the tensors. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-    entries = _entries(source)
-    for key, value in added.items():
-        entries[key] = packed(key) + struct.pack("<I", VALUE_TYPES[type(value)][0]) + packed(value)
+    kept = {key: data for key, data in entries(source).items() if key != "general.alignment"}
+    kept |= {key: entry(key, value) for key, value in added.items()}
     infos, offset = [], 0
     for info, kind in plan:
         n_dims = len(info.shape)
         placed = struct.pack(f"<I{n_dims}QIQ", n_dims, *info.shape[::-1], GGMLQuantizationType[kind].value, offset)
         infos.append(packed(info.name) + placed)
         offset += -(-size_as(info, kind) // _ALIGNMENT) * _ALIGNMENT
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(entries)) + b"".join([*entries.values(), *infos])
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(kept)) + b"".join([*kept.values(), *infos])
     return head + bytes(-len(head) % _ALIGNMENT)
-
-
-def _entries(source: Header) -> dict[str, bytes]:
-    """Key -> the bytes of the key and its value in the source, which are copied without being parsed."""
-    begins = {key: at - 4 - len(key.encode()) - 8 for key, at in source.offsets.items()}
-    ends = [*list(begins.values())[1:], source.values_end]
-    with source.path.open("rb") as file:
-        data = file.read(source.values_end)
-    pairs = zip(begins.items(), ends, strict=True)
-    return {key: data[begin:end] for (key, begin), end in pairs if key != "general.alignment"}

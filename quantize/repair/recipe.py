@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from f2gguf.quantize.convert.reserved import Value
 from f2gguf.quantize.repair.assemble import Imatrix, assemble
 from f2gguf.quantize.repair.plan import VARIANTS, TypePlan, plan_variant, require_variant
 from f2gguf.quantize.repair.rescale import Exponents, places, scaled_imatrix, scales
@@ -17,6 +16,7 @@ from f2gguf.quantize.repair.tensors import OnProgress, Weights
 from f2gguf.runtime.errors import WrongRecipe, parsing
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.entries import Value
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import ggml_build
 

@@ -105,6 +105,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
     ]
     facts += [(f"prompt {name}", repr(text)) for name, text in header.prompts.items()]
     facts += [("default prompt", header.default_prompt)] if header.default_prompt else []
+    facts += [("mended", line) for line in values.get(keys.KEY_MENDED, ())]
     facts.append(("made by", f"f2gguf {values[keys.KEY_VERSION]}" if keys.KEY_VERSION in values else "not f2gguf"))
     return facts
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ KEY_UPPER_DRIFT = "f2gguf.drift.upper"
 KEY_MAX_DRIFT = "f2gguf.drift.bound"
 KEY_HOLDS = "f2gguf.drift.holds"
 KEY_N_TEXTS = "f2gguf.drift.n_texts"
+KEY_SEAL = "f2gguf.header_sha256"  # of the header itself: runtime/gguf/entries.py
+KEY_MENDED = "f2gguf.mended"  # what `f2gguf repair-header` changed, a sentence each
+KEY_LOWERCASE = "tokenizer.ggml.normalizer.lowercase"
+KEY_ADD_BOS = "tokenizer.ggml.add_bos_token"
+KEY_ADD_EOS = "tokenizer.ggml.add_eos_token"
+
+PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # in llama-gguf-split's names of files
+
+# Architectures whose tokens see both ways whatever the header says: llama.cpp keeps no memory for them, as
+# `llama_model::create_memory` in src/llama-model.cpp says
+ENCODERS: tuple[str, ...] = ("bert", "nomic-bert", "nomic-bert-moe", "modern-bert", "neo-bert", "jina-bert-v2")
+ENCODERS += ("jina-bert-v3", "eurobert", "gemma-embedding")
 
 DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")  # names for it, the best first
 POOLING_TYPES = {1: "mean", 2: "cls", 3: "last"}
@@ -47,6 +60,7 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     offsets: dict[str, int] = field(repr=False)  # key -> where its value's bytes stand in the file
     values_end: int = 0  # where the last value ends
+    end: int = 0  # where the last tensor's entry ends
 
     @property
     def architecture(self) -> str:
@@ -141,7 +155,8 @@ class Header:
         if pooling is None:
             raise PoolingMissing(
                 f"{self.path}: the header has no pooling type, so it is no embedding model, or was converted without "
-                "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls)."
+                "one. Convert it again with `quantize convert`, or pass --pooling last (or mean, or cls). "
+                "`f2gguf repair-header` writes it into a copy."
             )
         if pooling not in POOLING_IDS:
             raise UnknownName("pooling", pooling, POOLING_IDS)
@@ -164,17 +179,48 @@ class Header:
 
     def takes_last_tokens(self, pooling: str | None) -> bool:
         """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""
-        return pooling == "last" and bool(self._of_architecture("attention.causal", True))
+        return pooling == "last" and self.is_causal
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.architecture not in ENCODERS and bool(self._of_architecture("attention.causal", True))
+
+    def closing(self) -> Header:
+        """The same header, as if it asked for a closing token behind every text."""
+        return replace(self, values={**self.values, KEY_ADD_EOS: True})
 
     def _require_model(self) -> None:
+        self._require_whole()
         kind = self.values.get("general.type", "model")
-        if kind != "model" or not self.tensors or not self.n_embd or not self.n_ctx_train:
+        lengths = {"embedding_length": self.n_embd, "context_length": self.n_ctx_train}
+        lacking = [f"{self.architecture}.{key}" for key, length in lengths.items() if not length]
+        if kind == "model" and self.tensors and self.architecture and len(lacking) == 1:
+            raise NotAnEmbeddingModel(f"{self.path}: its header lacks {lacking[0]}. Download or make it again.")
+        if kind != "model" or not self.tensors or lacking:
             raise NotAnEmbeddingModel(
                 f"{self.path}: holds no model (general.type is {kind!r}, {len(self.tensors)} tensors, architecture "
                 f"{self.architecture!r} of width {self.n_embd}). Pass the .gguf of an embedding model."
             )
         if self._of_architecture("pooling_type", None) == 4:
             raise NotAnEmbeddingModel(f"{self.path}: is a reranker, which gives scores and no vectors.")
+        if (width := self._of_architecture("embedding_length_out", self.n_embd)) != self.n_embd:
+            raise NotAnEmbeddingModel(
+                f"{self.path}: gives vectors of another width ({width}) than the model has ({self.n_embd}), which this "
+                "f2gguf does not read; update it."
+            )
+
+    def _require_whole(self) -> None:
+        """Refuse a part of a split model: the parts that it leaves out would not count in its fingerprint."""
+        n_parts, part = self.values.get("split.count", 1), self.values.get("split.no", 0)
+        if n_parts in (0, 1):
+            return
+        is_named = PART.search(self.path.name) is not None
+        first = PART.sub(f"-00001-of-{n_parts:05d}", self.path.name) if is_named or not part else "FIRST-PART"
+        raise NotAnEmbeddingModel(
+            f"{self.path}: is part {part + 1} of {n_parts} of a split model, which f2gguf does not read. Join the "
+            f"parts: `llama-gguf-split --merge {first} NEW.gguf`."
+        )
 
     def _of_architecture(self, key: str, default: Any) -> Any:
         return self.values.get(f"{self.architecture}.{key}", default)
@@ -255,4 +301,7 @@ _CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     KEY_MEAN_DRIFT: _DRIFT,
     KEY_UPPER_DRIFT: _DRIFT,
     KEY_MAX_DRIFT: _DRIFT,
+    KEY_MENDED: _TEXTS,
+    "split.count": (int, lambda value: 0 <= value < 1 << 16),
+    "split.no": (int, lambda value: 0 <= value < 1 << 16),
 }

@@ -18,7 +18,10 @@ Values = dict[str, Any]
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONG_ARRAY = 1024  # longer arrays (the vocabulary) are counted, not read
+_LONGEST_ARRAY = 1 << 22  # of those that are read whatever their length: golden vectors of 5,120 dimensions have 81,920
+_MAX_DIMS = 4  # of a tensor, as in ggml
 _MAGIC = b"GGUF"
+_DAMAGED = "; the file is damaged. Download or make it again."
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Reader:
 
     def read(
         self, require_sane: Callable[[Values], None]
-    ) -> tuple[Values, tuple[TensorInfo, ...], dict[str, int], int]:
-        """The values, checked by `require_sane`; the tensors; where each value begins in the file and the last ends."""
+    ) -> tuple[Values, tuple[TensorInfo, ...], dict[str, int], int, int]:
+        """The values, checked by `require_sane`; the tensors; where each value begins in the file, the last value ends,
+        and the last tensor's entry ends.
+        """
         if self.data[:4] != _MAGIC:
             raise NotGGUF(
                 f"{self.path}: is not a GGUF file (it begins with {bytes(self.data[:4])!r}, not b'GGUF'). "
@@ -57,12 +62,15 @@ class Reader:
         self.at = 4
         version = self._scalar(4)
         if version not in (2, 3):
-            raise NotGGUF(f"{self.path}: GGUF version {version} is not supported (2 and 3 are).")
+            known = "is not supported (2 and 3 are). Download or make it again, or update f2gguf"
+            raise NotGGUF(f"{self.path}: GGUF version {version} {known}.")
         n_tensors, n_values = self._scalar(10), self._scalar(10)
         values: Values = {}
         offsets: dict[str, int] = {}
         for _ in range(n_values):
             key = self._string()
+            if not key or key in values:  # llama.cpp refuses it too
+                raise NotGGUF(f"{self.path}: its header has the key {key!r:.60}{' twice' if key else ''}{_DAMAGED}")
             kind = self._scalar(4)
             offsets[key] = self.at
             values[key] = self._value(kind, whole=key.startswith("f2gguf."))
@@ -73,7 +81,7 @@ class Reader:
         data_begin = -(-self.at // alignment) * alignment
         tensors = tuple(replace(tensor, begin=data_begin + tensor.begin) for tensor in placed)
         self._require_complete(tensors)
-        return values, tensors, offsets, values_end
+        return values, tensors, offsets, values_end, self.at
 
     def _require_complete(self, tensors: tuple[TensorInfo, ...]) -> None:
         for tensor in tensors:
@@ -106,15 +114,17 @@ class Reader:
             return self._string()
         if kind == _ARRAY:
             return self._array(whole=whole)
-        raise NotGGUF(f"{self.path}: the header has a value of unknown type {kind}; the file is damaged.")
+        raise NotGGUF(f"{self.path}: its header has a value of unknown type {kind}{_DAMAGED}")
 
     def _array(self, *, whole: bool) -> Any:
         kind, length = self._scalar(4), self._scalar(10)
         if kind != _STRING and kind not in _SCALARS:
-            raise NotGGUF(f"{self.path}: the header has an array of unknown type {kind}; the file is damaged.")
+            raise NotGGUF(f"{self.path}: its header has an array of unknown type {kind}{_DAMAGED}")
+        start = self._take(length * struct.calcsize("<" + _SCALARS[kind])) if kind in _SCALARS else self.at
+        if whole and length > _LONGEST_ARRAY:
+            raise NotGGUF(f"{self.path}: its header has an array of {length:,} values{_DAMAGED}")
         is_read = length <= _LONG_ARRAY or whole
         if kind in _SCALARS:
-            start = self._take(length * struct.calcsize("<" + _SCALARS[kind]))
             return struct.unpack_from(f"<{length}{_SCALARS[kind]}", self.data, start) if is_read else LongArray(length)
         return tuple(self._string() for _ in range(length)) if is_read else self._skip_strings(length)
 
@@ -148,7 +158,9 @@ class Reader:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self._string()
-        shape = tuple(self._scalar(10) for _ in range(self._scalar(4)))[::-1]
+        if (n_dims := self._scalar(4)) > _MAX_DIMS:
+            raise NotGGUF(f"{self.path}: {name!r:.60} has {n_dims:,} dimensions{_DAMAGED}")
+        shape = tuple(self._scalar(10) for _ in range(n_dims))[::-1]
         number, offset = self._scalar(4), self._scalar(10)
         try:
             kind = GGMLQuantizationType(number)

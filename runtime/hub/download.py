@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import HashMismatch
 from f2gguf.runtime.files import open_locked, require_free_space
 from f2gguf.runtime.hub.client import receive
-from f2gguf.runtime.hub.listing import Listing, hub_errors
+from f2gguf.runtime.hub.listing import COMMIT, Listing, RemoteFile, hub_errors
 
 _N_AT_ONCE = 4  # downloads
 
@@ -25,6 +26,32 @@ def cached_folder(listing: Listing, names: Iterable[str]) -> Path | None:
     None where one is missing; one that differs is removed.
     """
     return None if _missing(listing, names) else _snapshot(listing)
+
+
+def files_of_others(repo: str, revision: str = "main") -> Listing | None:
+    """What another tool (`hf download`, llama.cpp, transformers) left of `revision` in the Hub's cache, if anything.
+
+    The name of a blob is the hash of its content, so that `cached_folder` can verify it. A file that is no link to a
+    blob is left out.
+    """
+    refs, snapshots = (_repo_folder(repo) / name for name in ("refs", "snapshots"))
+    try:
+        commit = revision if COMMIT.fullmatch(revision) else (refs / revision).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    found = (snapshots / commit).rglob("*") if COMMIT.fullmatch(commit) else ()
+    blobs = {path.relative_to(snapshots / commit).as_posix(): _blob(path) for path in found if path.is_symlink()}
+    files = {name: blob for name, blob in blobs.items() if blob}
+    return Listing(repo, commit, files) if files else None
+
+
+def _blob(link: Path) -> RemoteFile | None:
+    """The size and hash of the blob that a link of the cache names; None where that is no blob."""
+    path = link.resolve()
+    if not path.is_file() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", path.name):
+        return None
+    size_bytes, is_sha256 = path.stat().st_size, len(path.name) == 64
+    return RemoteFile(size_bytes, sha256=path.name) if is_sha256 else RemoteFile(size_bytes, blob_id=path.name)
 
 
 def download(listing: Listing, names: Iterable[str]) -> Path:
@@ -62,7 +89,9 @@ def _remove(path: Path) -> None:
 def _download_all(listing: Listing, names: list[str]) -> None:
     size_bytes = sum(listing.files[name].size_bytes for name in names)
     here = sum(part.stat().st_size for name in names if (part := _part(listing, name)).exists())
-    require_free_space(_repo_folder(listing), size_bytes - here, f"downloading {listing.repo}", choose_with="HF_HOME")
+    require_free_space(
+        _repo_folder(listing.repo), size_bytes - here, f"downloading {listing.repo}", choose_with="HF_HOME"
+    )
     with progress(f"download {listing.repo}", size_bytes) as advance:
         bar = _bar_class(advance)
         pool = ThreadPoolExecutor(_N_AT_ONCE)
@@ -121,17 +150,17 @@ def _resume(listing: Listing, name: str, bar: type) -> None:
 
 def _part(listing: Listing, name: str) -> Path:
     """Where the first part of an unfinished LFS file is, beside the cache's other blobs."""
-    return _repo_folder(listing) / "blobs" / f"{listing.files[name].sha256}.f2gguf.incomplete"
+    return _repo_folder(listing.repo) / "blobs" / f"{listing.files[name].sha256}.f2gguf.incomplete"
 
 
 def _snapshot(listing: Listing) -> Path:
-    return _repo_folder(listing) / "snapshots" / listing.commit
+    return _repo_folder(listing.repo) / "snapshots" / listing.commit
 
 
-def _repo_folder(listing: Listing) -> Path:
+def _repo_folder(repo: str) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{listing.repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _bar_class(advance: Callable[[int], None]) -> type:

@@ -12,15 +12,22 @@ from typing import Any
 
 from f2gguf.runtime import errors
 from f2gguf.runtime.files import sha256_file
-from f2gguf.runtime.gguf.header import Header, read_header
-from f2gguf.runtime.hub.download import cached_folder, download
+from f2gguf.runtime.gguf.header import PART, Header, read_header
+from f2gguf.runtime.hub.download import cached_folder, download, files_of_others
 from f2gguf.runtime.hub.listing import REPO, Listing, list_files, recorded_files
 
 USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first of them that holds its bound is recommended
 # In a repository without drift.json, precision goes before size: plain 4-bit files drifted by up to 0.3
 _UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 _HUB_FILE = re.compile(rf"(?P<repo>{REPO.pattern})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)  # llama-gguf-split's names
+_WHOLE = re.compile(r"-00001-of-00001(?=\.gguf$)", re.IGNORECASE)  # so llama-gguf-split names what is not split
+# What lies beside models and is none, as llama.cpp's tools and their users name it: vision and audio projectors,
+# importance matrices, adapters, bare vocabularies, and models that only guess ahead for another
+_COMPANION = re.compile(
+    r"(?:^|[-._/])(?:mmproj|imatrix)(?=[-._])|(?:^|/)(?:lora|adapter|ggml-vocab|draft|mtp|eagle3)[-._]"
+    r"|[-._](?:lora|adapter|vocab|draft|mtp|eagle3)\.gguf$",
+    re.IGNORECASE,
+)
 _VARIANT = re.compile(r"(?:^|[-./])((?:I?Q|TQ)\d\w*|BF16|F16|F32)\.gguf$", re.IGNORECASE)
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)\n?")  # a line of sha256sum
 
@@ -80,8 +87,14 @@ def name_elsewhere(model: str | Path, path: Path) -> str:
 
 
 def find_file(file: HubFile) -> tuple[Listing, str]:
-    """The repository as the Hub has it now, or had it when it was last in reach, and the name of the file."""
-    listing = list_files(file.repo, file.revision)
+    """The repository as the Hub has it now, or had it when it was last in reach, and the name of the file.
+
+    A Hub that cannot be reached, and was never asked, is stood in for by what another tool left in its cache.
+    """
+    try:
+        listing = list_files(file.repo, file.revision)
+    except errors.HubUnreachable as error:
+        return _of_others(file, error)
     return listing, _choose(listing, file.variant)
 
 
@@ -113,23 +126,25 @@ def matching(listing: Listing, variant: str | None) -> list[str]:
     names = [name for name in listing.files if is_model_file(name)]
     if variant is None:
         return _recommended(listing, names)
+    if variant in listing.files and variant.lower().endswith(".gguf"):
+        return [variant]
     ends = tuple(f"{sign}{variant}.gguf".lower() for sign in "-./")
-    return [name for name in names if name == variant or f"/{_PART.sub('', name)}".lower().endswith(ends)]
+    return [name for name in names if f"/{PART.sub('', name)}".lower().endswith(ends)]
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a .gguf file may hold a model, by its name."""
-    return name.lower().endswith(".gguf") and not name.lower().endswith(".imatrix.gguf")
+    """Whether a .gguf file may hold a model, by its name. Its header, which may say otherwise, has the last word."""
+    return name.lower().endswith(".gguf") and not _COMPANION.search(name)
 
 
 def is_part(name: str) -> bool:
     """Whether a model was split over several files, and this is one of them."""
-    return bool(_PART.search(name))
+    return bool(PART.search(name)) and not _WHOLE.search(name)
 
 
 def variant_of(name: str) -> str | None:
     """'x/nano-q8_0.gguf' -> 'Q8_0'; None where the name ends in no type of llama.cpp."""
-    match = _VARIANT.search(_PART.sub("", name))
+    match = _VARIANT.search(PART.sub("", name))
     return match[1].upper() if match else None
 
 
@@ -143,7 +158,22 @@ def _locate(file: HubFile) -> Path:
         names = matching(known, file.variant)
         if len(names) == 1 and (folder := cached_folder(known, names)):
             return folder / names[0]
-    return fetch_file(*find_file(file))
+    found = find_file(file)
+    try:
+        return fetch_file(*found)
+    except errors.HubUnreachable as error:
+        return fetch_file(*_of_others(file, error))
+
+
+def _of_others(file: HubFile, error: errors.HubUnreachable) -> tuple[Listing, str]:
+    """The file among those that another tool downloaded; `error` where it is not there, with those that are."""
+    listing = files_of_others(file.repo, file.revision)
+    if listing is None:
+        raise error
+    if not matching(listing, file.variant):
+        there = ", ".join(name for name in listing.files if is_model_file(name)) or "no .gguf file"
+        raise errors.HubUnreachable(f"{error} The Hub's cache here holds of {listing}: {there}.") from error
+    return listing, _choose(listing, file.variant)
 
 
 def _choose(listing: Listing, variant: str | None) -> str:

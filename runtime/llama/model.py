@@ -12,8 +12,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
+from f2gguf.runtime.gguf.pretokenizers import recursive
 from f2gguf.runtime.llama.library import captured_errors, log_to, require_device
-from f2gguf.runtime.llama.pretokenizers import recursive, with_room
+from f2gguf.runtime.llama.stack import with_room
 from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
 

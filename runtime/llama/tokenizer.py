@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
-from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.gguf.header import KEY_ADD_EOS, Header
 from f2gguf.runtime.llama.carried import carried_tokenizer, encode
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids
 
-_KEY_ADD_EOS = "tokenizer.ggml.add_eos_token"
 _KEY_OF_OLD_FILES = "f2gguf.tokenizer.normalizer"
 
 
@@ -89,7 +88,7 @@ def open_tokenizer(header: Header) -> Iterator[Tokenizer]:
 
 def load_overrides(header: Header) -> dict[str, bool]:
     """Header values to replace while loading: the closing token, which a header may ask for where its file does not."""
-    return {_KEY_ADD_EOS: True} if header.values.get(_KEY_ADD_EOS) else {}
+    return {KEY_ADD_EOS: True} if header.values.get(KEY_ADD_EOS) else {}
 
 
 def own_tokenizer(header: Header) -> Any:

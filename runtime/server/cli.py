@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from f2gguf.runtime.cli import DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_model
+from f2gguf.runtime.cli import ADD_EOS, DEVICE, GPU_LAYERS, MAX_TOKENS, POOLING, THREADS, require_model
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ExtraMissing, WrongUsage
 
@@ -68,6 +68,7 @@ def _limit(flag: str, name: str, default: int | float, words: str) -> Callable[[
 @_limit("--drain-timeout", "drain_timeout_s", 60.0, "Seconds to finish accepted requests after SIGTERM.")
 @MAX_TOKENS
 @POOLING
+@ADD_EOS
 @DEVICE
 @GPU_LAYERS
 @THREADS

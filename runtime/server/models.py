@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.embedder import Embedder
-from f2gguf.runtime.errors import TextError, UnknownDims
+from f2gguf.runtime.errors import FileWarning, TextError, UnknownDims
 from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
@@ -31,6 +33,7 @@ WORDS |= {"classification": "document", "clustering": "document"}
 _SEND_TEXTS = (
     "Send texts. LangChain sends tiktoken's ids by default: pass check_embedding_ctx_length=False to OpenAIEmbeddings."
 )
+log = logging.getLogger("f2gguf.serve")
 _INLINE_CHARS = 1000  # tokenising fewer takes less time than handing them to a thread
 
 
@@ -69,7 +72,9 @@ class ServedModel:
     def __post_init__(self, all_metrics: Metrics, compute: Compute | None) -> None:
         self.encoder = self.embedder.encoder
         self.header = self.embedder.header
-        self.sha256 = sha256_file(self.header.path)  # at the start: a large file takes a while
+        path = self.header.path
+        self.warnings = [line.replace(str(path), path.name) for line in self.embedder.file_warnings]
+        self.sha256 = sha256_file(path)  # at the start: a large file takes a while
         self.metrics = all_metrics.of(self.name)
         self.batcher = Batcher(
             compute or self.encoder.compute,
@@ -81,10 +86,12 @@ class ServedModel:
     def fingerprint(self, prompt: str | None = None, dimensions: int | None = None) -> str:
         """'SPACE' or 'SPACE.PROMPT', 16 and 8 hexadecimal digits.
 
-        Vectors compare where SPACE is equal: file, pooling and width. PROMPT tells queries from documents.
+        Vectors compare where SPACE is equal: file, pooling, width, and a closing token that the file does not ask for.
+        PROMPT tells queries from documents.
         """
         width = dimensions or self.header.n_embd
-        space = sha256_text(f"{self.sha256} {self.embedder.pooling} {width}")[:16]
+        closed = " add_eos" * self.embedder.adds_eos
+        space = sha256_text(f"{self.sha256} {self.embedder.pooling} {width}{closed}")[:16]
         return space if prompt is None else f"{space}.{sha256_text(prompt)[:8]}"
 
     @property
@@ -203,7 +210,11 @@ def open_model(
     """
     header = open_header(model)
     tested = selftest or has_golden(header)
-    embedder = Embedder(header.path, selftest=tested, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FileWarning)  # they go to the log
+        embedder = Embedder(header.path, selftest=tested, **options)
+    for line in embedder.file_warnings:
+        log.warning("%s", line)
     return ServedModel(name, embedder, limits, metrics, selftest="passed" if tested else "file has no golden vectors")
 
 

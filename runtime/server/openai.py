@@ -79,6 +79,9 @@ class Model(BaseModel):
     max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
     device: str
     selftest: str = Field(description="'passed', or why it was not run.")
+    warnings: list[str] = Field(
+        description="What may make the vectors of somebody else's file wrong, and what mends it."
+    )
 
 
 class ModelsResponse(BaseModel):
@@ -156,4 +159,5 @@ def _model(name: str, models: Models) -> dict[str, Any]:
         "max_tokens": model.embedder.max_seq_length,
         "device": model.embedder.description,
         "selftest": model.selftest,
+        "warnings": model.warnings,
     }

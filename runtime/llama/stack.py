@@ -1,4 +1,4 @@
-"""Which pre-tokenizers of llama.cpp recurse, and room on the stack for those.
+"""Room on the stack for the pre-tokenizers of llama.cpp that recurse (runtime/gguf/pretokenizers.py).
 
 llama.cpp has code of its own for some split patterns and leaves the others to std::regex, which in libstdc++ calls
 itself for every character of a match: 270 to 400 bytes of stack a character (GCC 12, x86-64, 30,000 equal
@@ -15,22 +15,9 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from f2gguf.runtime.errors import TextError
-from f2gguf.runtime.gguf.header import Header
 
 Result = TypeVar("Result")
 
-# tokenizer.ggml.pre of the byte-pair encodings that do not recurse: every pattern of theirs has its own code in
-# unicode_regex_split_custom, or matches one character. Source: llama.cpp of 2026-10-01 (llama-cpp-python 0.3.36),
-# src/unicode.cpp and llm_tokenizer_bpe in src/llama-vocab.cpp. Any other name, and none, counts as recursive.
-_FLAT = (
-    "a.x-4.0 chatglm-bpe codeshell command-r dbrx deepseek-r1-qwen exaone exaone4 f2llmv2 falcon-h1 falcon3 "
-    "gemma4 gigachat glm4 glm5 gpt-2 granite-docling granite-embed-multi-311m grok-2 hunyuan jais jina-de jina-es "
-    "jina-v1-en jina-v2-code jina-v2-de jina-v2-es jina-v5-nano kimi-k2 kormo laguna lfm2 llama-bpe llama-v3 "
-    "llama3 megrez mellum mellum2 midm-2.0 minerva-7b modern-bert mpt olmo phi-2 pixtral qwen2 qwen35 refact "
-    "roberta-bpe sarvam-moe smaug-bpe smollm solar-open stablelm2 starcoder trillion"
-)
-FLAT = frozenset(_FLAT.split())
-_MODELS = ("gpt2", "hybriddna", "whitespace", "gemma4")  # tokenizer.ggml.model of those that split by patterns
 _ACROSS_BLANKS = ("exaone-moe",)  # its pattern matches words and the blanks between them at once
 # What no pattern of the others matches across: a blank, then neither a blank nor the slash of "[\r\n/]*"
 _BREAK = re.compile(r"(?<=[ \t\n\v\f\r])(?=[^\s/])")
@@ -40,17 +27,6 @@ _BYTES_A_CHARACTER = 1024  # 400 were measured
 _LONGEST_RUN = 1 << 18  # characters: 256 MiB of stack, of which the system gives out what is used
 _FITS = 200  # characters that any thread has room for; those of musl have 128 KiB
 _size_is_set = threading.Lock()
-
-
-def recursive_pre_tokenizer(header: Header) -> str | None:
-    """The name of a file's pre-tokenizer ('default' for none) if it recurses, so that very long words are refused."""
-    values = header.values
-    return recursive(str(values.get("tokenizer.ggml.model", "")), str(values.get("tokenizer.ggml.pre", "")))
-
-
-def recursive(model: str, pre: str) -> str | None:
-    """`recursive_pre_tokenizer` of the header values tokenizer.ggml.model and tokenizer.ggml.pre."""
-    return (pre or "default") if model in _MODELS and pre not in FLAT else None
 
 
 def with_room(text: str, pre: str, split: Callable[[], Result]) -> Result:
