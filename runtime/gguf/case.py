@@ -20,18 +20,8 @@ _DEFAULTS: dict[str, tuple[bool, bool, dict[str, int]]] = {
     "gpt2": (False, False, {"bos": 11, "eos": 11}),
     "t5": (False, True, {"eos": 1, "unknown": 2}),
 }
-_PRE_WITH_BOS: tuple[str, ...] = (
-    "llama3",
-    "llama-v3",
-    "llama-bpe",
-    "falcon3",
-    "falcon-h1",
-    "pixtral",
-    "midm-2.0",
-    "lfm2",
-    "tekken",
-)
-_PRE_WITH_BOS += ("jina-v5-nano", "chameleon")
+_PRE_WITH_BOS: tuple[str, ...] = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0")
+_PRE_WITH_BOS += ("lfm2", "tekken", "jina-v5-nano", "chameleon")
 
 
 @dataclass(frozen=True)

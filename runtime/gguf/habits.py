@@ -35,7 +35,8 @@ _PROMPTED = ("qwen2", "qwen3", "llama", "mistral3", "gemma3")
 _PROMPTED_NAMES = re.compile(r"\be5\b|arctic[\W_]*embed|mxbai[\W_]*embed|nomic|gemma|instruct|\bbge\b", re.IGNORECASE)
 _WITH_DENSE = re.compile(r"labse|distiluse|stella[\W_]*en|sentence[\W_]*t5|gtr[\W_]*t5", re.IGNORECASE)
 # Architecture -> the pre-tokenizers that its models have
-_PRE = {"qwen2": ("qwen2", "f2llmv2"), "qwen3": ("qwen2", "f2llmv2"), "modern-bert": ("modern-bert",)}
+_QWEN = ("qwen2", "f2llmv2", "deepseek-r1-qwen", "kormo")
+_PRE = {"qwen2": _QWEN, "qwen3": _QWEN, "modern-bert": ("modern-bert",)}
 _PRE_DIALECTS = {"modern-bert": ("granite",)}
 _N_CAPITALS = 100  # in tokens; the uncased vocabulary of BERT has none, the cased one 11,000
 
