@@ -138,7 +138,7 @@ def _properties(report: Report) -> list[list[str]]:
         ["Dimensions", ", ".join(map(str, source.dims))],
         ["Pooling", source.pooling],
         ["Longest input", f"{source.max_tokens:,} tokens"],
-        ["Closing token", source.eos_token],
+        ["Closing token", source.eos_token or "none"],
         ["Licence", source.license or "see the base model"],
     ]
 
