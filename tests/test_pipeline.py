@@ -24,7 +24,8 @@ from f2gguf.quantize.report.report import read_report
 from f2gguf.quantize.report.tables import drift_rows
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import UnknownName
-from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.gguf.entries import is_sealed
+from f2gguf.runtime.gguf.header import KEY_SEAL, read_header
 from huggingface_hub import ModelCard
 
 FILES = {"F16", "Q8_0", "Q4_K_M", "Q4_0"}
@@ -253,8 +254,10 @@ def test_stamp_moves_no_other_byte(nano_release: Release, tmp_path: Path) -> Non
     path.write_bytes(before)
     fill_in(path, {"f2gguf.drift.mean": 0.5})
     after = path.read_bytes()
-    changed = [i for i in range(len(before)) if before[i] != after[i]]
+    seal = read_header(path).offsets[KEY_SEAL]
+    changed = [i for i in range(len(before)) if before[i] != after[i] and not seal <= i < seal + 72]
     assert read_header(path).values["f2gguf.drift.mean"] == 0.5
+    assert is_sealed(read_header(path))
     assert 0 < len(changed) <= 4
     with pytest.raises(ValueError, match="does not fit"):
         fill_in(path, {"f2gguf.variant": "Q4_K_M"})

@@ -15,6 +15,7 @@ from conftest import facts_of
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize import job as job_module
 from f2gguf.quantize import pipeline
+from f2gguf.quantize.convert import gate
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.pipeline import make_release
 from f2gguf.quantize.repair import search
@@ -52,7 +53,7 @@ class Runs:
         monkeypatch.setattr(pipeline, "load_texts", lambda: TEXTS)
         monkeypatch.setattr(picture, "find_spec", lambda _name: None)  # drawing would take most of the time
         self._spy(monkeypatch, pipeline, "convert", lambda *_: CONVERT)
-        self._spy(monkeypatch, pipeline, "check_conversion", lambda *_: GATE_1)
+        self._spy(monkeypatch, gate, "check_conversion", lambda *_: GATE_1)
         for module in (pipeline, search):
             self._spy(
                 monkeypatch, module, "make_measured", lambda _weights, _path, recipe, *_: f"make {recipe.variant}"

@@ -331,9 +331,8 @@ def test_tokenizer_that_does_not_hold_together_is_named(nano_f16: Path, tmp_path
     fill_in(path, {KEY_TOKENIZER: carried.replace('"NFC"', '"XYZ"')})
     with pytest.raises(GGUFError, match=r"damaged\.gguf: its tokenizer does not work: "):
         ids_of(path, "a")
-    fill_in(path, {KEY_TOKENIZER: carried.replace('"ids"', '"idz"')})
     with pytest.raises(NotGGUF, match=r"its header has f2gguf\.tokenizer = "):
-        read_header(path)
+        fill_in(path, {KEY_TOKENIZER: carried.replace('"ids"', '"idz"')})
 
 
 def test_file_of_an_earlier_f2gguf_is_refused(nano_f16: Path, tmp_path: Path) -> None:
@@ -397,6 +396,7 @@ def test_long_run_does_not_end_the_process(code: str, gpt_4o: Path) -> None:
     assert (process.returncode, process.stdout, process.stderr) == (0, "alive\n", "")
 
 
+@pytest.mark.filterwarnings("ignore::f2gguf.runtime.errors.FileWarning")
 def test_run_that_no_stack_holds_is_an_error(gpt_4o: Path) -> None:
     with Embedder(gpt_4o) as model, pytest.raises(TextError, match="300,000 of its characters have no blank"):
         model.encode("x" * 300_000)
