@@ -152,6 +152,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("qwen", {"tokenizer__ggml__merges": ...}, "error", "vocabulary", "merges is missing"),
     ("qwen", {"tokenizer__ggml__merges": ["t h", "t h"]}, "warning", "vocabulary", "'t h' is there twice"),
     ("qwen", {"tokenizer__ggml__token_type": [1] * 259}, "error", "vocabulary", "259 values for 260 tokens"),
+    ("qwen", {"tokenizer__ggml__token_type": ...}, "warning", "vocabulary", "token_type is missing"),
     ("qwen", {"tokenizer__ggml__token_type": [3] * 260}, "warning", "vocabulary", "is called a special token"),
     ("qwen", {"tensors": {"token_embd.weight": np.zeros((262, 32), dtype=np.float16)}}, "error", "vocabulary",
      "262 rows"),

@@ -50,7 +50,7 @@ _CLOSING += ("<|end|>", "<end_of_turn>", "[EOS]", "<turn|>", "<\uff5cend\u2581of
 _SPELLED = {"bos": _OPENING, "eos": _CLOSING, "seperator": _CLOSING, "unknown": ("[UNK]", "<unk>")}
 _DOES = dict.fromkeys(("eos", "seperator"), "texts close with") | {"bos": "texts open with"}
 _DOES |= {"unknown": "what has no token becomes"}
-_EPSILONS = [float(np.float32(10.0**-n)) for n in range(5, 16)]
+_EPSILONS = [float(np.float32(10.0**-n)) for n in range(5, 13)]
 # Of rotary embeddings: nomic, most models, jina-v3, ModernBERT, EuroBERT, Llama, Qwen, jina-v5
 _BASES = [1e3, 1e4, 2e4, 8e4, 1e5, 1.5e5, 1.6e5, 2.5e5, 5e5, 1e6, 3.5e6, 5e6, 1e7]
 _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")  # types of tensors
@@ -105,6 +105,8 @@ def vocabulary(case: Case) -> Iterator[Finding]:
         yield _warning("vocabulary", f"{shown(damaged)} is no UTF-8", "the header is damaged", AGAIN)
     if found.types is not None:
         yield from _types(case)
+    elif case.tokenizer in ("gpt2", "bert", "llama", "t5"):
+        yield _warning("vocabulary", f"{KEY_TYPES} is missing", "special tokens in texts are then split", AGAIN)
     yield from (_merges(case) if case.tokenizer in ("gpt2", "gemma4") else ())
     if case.tokenizer == "llama" and not found.ids.keys() >= _SPM_BYTES:
         what = f"{len(_SPM_BYTES - found.ids.keys())} bytes have no token (such as <0x00>)"

@@ -65,9 +65,9 @@ def log_to(sink: Callable[[int, str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def captured_errors() -> Iterator[list[str]]:
-    """Collect what llama.cpp logs as errors while the block runs."""
+    """Collect what llama.cpp logs as errors while the block runs, each as one line."""
     lines: list[str] = []
-    with log_to(lambda level, text: lines.append(text.strip()) if level == ERROR else None):
+    with log_to(lambda level, text: lines.append(" ".join(text.split())) if level == ERROR else None):
         yield lines
 
 

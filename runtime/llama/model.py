@@ -48,8 +48,7 @@ class Model:
         with captured_errors() as errors, log_to(lambda _, text: lines.append(text)):
             self.pointer = interruptible(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
         if not self.pointer:
-            # one line, whatever damaged text it quotes; later ones only say that it failed
-            reason = " ".join(errors[0].split()) if errors else "no reason given"
+            reason = errors[0] if errors else "no reason given"  # later lines only say that it failed
             raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}. Download or make it again.")
         self.path = path
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
