@@ -54,7 +54,7 @@ def read_back(path: Path, facts: Facts, texts: Sequence[EvalText]) -> list[str]:
         )
     if (theirs := _transformers_tokenizer(facts)) is not None:
         closing = _forced_closing(facts)
-        ids = [np.array(theirs(sample)["input_ids"] + closing, dtype=np.int32) for sample in samples]
+        ids = [np.array(theirs(sample, verbose=False)["input_ids"] + closing, dtype=np.int32) for sample in samples]
         _require_equal(name, "transformers' AutoTokenizer", samples, ids, expected)
     with Model(path, vocab_only=True) as stock:
         pairs = zip(samples, expected, strict=True)
