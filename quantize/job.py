@@ -38,6 +38,7 @@ class Job:
     max_size: int | None = None  # bytes of each variant
     calibration: Path | None = None  # texts of the user's own
     imatrix: Path | None = None  # an importance matrix of the user's own
+    compensate: bool = True  # choose codes that make good each other's errors
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ def variant_inputs(job: Job, report: Report) -> VariantInputs:
         return VariantInputs(f16, job.max_drift, job.max_size, stock=True)
     texts = load_calibration(job.calibration, job.facts.entry.languages)
     imatrix = sha256_file(job.imatrix) if job.imatrix else None
-    return VariantInputs(f16, job.max_drift, job.max_size, False, texts_sha256(texts), imatrix)
+    return VariantInputs(f16, job.max_drift, job.max_size, False, texts_sha256(texts), imatrix, job.compensate)
 
 
 def keep_current(job: Job, report: Report, names: Sequence[str], inputs: VariantInputs) -> Report:

@@ -23,7 +23,7 @@ from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
 from f2gguf.quantize.release.write import copy_legal_files, write_release
-from f2gguf.quantize.repair.plan import VARIANTS, plan_variant, require_variant
+from f2gguf.quantize.repair.plan import DEFAULT_VARIANTS, plan_variant, require_variant
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.quantize.repair.search import Evaluation, Made, make_measured, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
@@ -47,7 +47,7 @@ def quantize_model(
     model: str | Path,
     *,
     out: str | Path = "dist",
-    variants: str | Sequence[str] = tuple(VARIANTS),
+    variants: str | Sequence[str] = DEFAULT_VARIANTS,
     max_drift: float = MAX_DRIFT,
     max_size: int | None = None,
     stock: bool = False,
@@ -60,6 +60,7 @@ def quantize_model(
     device: str = "auto",
     lock: str | Path | None = None,
     force: bool = False,
+    compensate: bool = True,
 ) -> Report:
     """Fetch, convert, quantise and measure `model`, write its release to `out`/NAME, and give the report of it.
 
@@ -71,7 +72,7 @@ def quantize_model(
     names = [require_variant(name.strip()) for name in (variants.split(",") if isinstance(variants, str) else variants)]
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
     facts = open_facts(str(model), stated=Stated(pooling, eos_token, tuple(allowed_keys), name), lock=lock)
-    job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix)
+    job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix, compensate)
     return make_release(job, names)
 
 
@@ -167,7 +168,7 @@ def _make_variant(
     with writing(target) as part:
         made = None
         if study is None or name not in report.stock:
-            made = Made(stock, make_measured(weights, part, stock, {}, evaluation=evaluation))
+            made = Made(stock, make_measured(weights, part, stock, {}, {}, evaluation=evaluation))
             report = _saved(job, replace(report, stock={**report.stock, name: measured(part, made)}))
         if study:
             made = make_within_bound(study, name, part, evaluation=evaluation, max_size=job.max_size, there=made)
@@ -188,6 +189,7 @@ def _study(job: Job) -> Study:
         calibration=job.calibration,
         own_imatrix=job.imatrix,
         device=job.device,
+        compensate=job.compensate,
     )
 
 

@@ -35,6 +35,7 @@ def quantize() -> None:
 @shared.STOCK
 @shared.CALIBRATION
 @shared.IMATRIX
+@shared.COMPENSATE
 @shared.checkpoint_options
 @shared.DEVICE
 @shared.LOCK

@@ -46,6 +46,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @shared.STOCK
 @shared.CALIBRATION
 @shared.IMATRIX
+@shared.COMPENSATE
 @shared.DEVICE
 @shared.JSON
 def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
@@ -54,7 +55,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     from f2gguf.quantize.repair.tensors import Weights
     from f2gguf.runtime.files import require_absent, writing
 
-    shared.refuse_together(options, "recipe", "stock", "max_size", "calibration")
+    shared.refuse_together(options, "recipe", "stock", "max_size")
     shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
@@ -199,24 +200,30 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
         calibration=options["calibration"],
         own_imatrix=options["imatrix"],
         device=options["device"],
+        compensate=options["compensate"],
     )
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
     return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
 
 
-def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, _work: Path, **options: Any) -> Any:
+def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work: Path, **options: Any) -> Any:
     """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
     from f2gguf.quantize.repair.imatrix import read_imatrix
     from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
     from f2gguf.quantize.repair.search import make_measured
+    from f2gguf.quantize.repair.study import compensated
 
-    recipe, imatrix = Recipe(variant), {}
+    recipe = Recipe(variant)
+    imatrix: Any = {}
+    ready: Any = {}
     if options["recipe"]:
         recipe = read_recipe(options["recipe"])
         require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])
         imatrix = read_imatrix(options["imatrix"], weights) if recipe.imatrix_sha256 else {}
+        if recipe.compensated:
+            ready = compensated(weights, recipe, imatrix, options["calibration"], work, options["recipe"])
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
-    return make_measured(weights, path, recipe, imatrix, evaluation=evaluation)
+    return make_measured(weights, path, recipe, imatrix, ready, evaluation=evaluation)
 
 
 def _evaluation(source: Path, max_drift: float, device: str) -> Any:

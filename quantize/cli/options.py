@@ -46,6 +46,12 @@ MAX_DRIFT = click.option(
 MAX_SIZE = click.option(
     "--max-size", callback=_require_size, help="Make the file that drifts least within this size: 350MB, 1.2GB."
 )
+COMPENSATE = click.option(
+    "--compensate/--no-compensate",
+    default=True,
+    show_default=True,
+    help="Choose codes that make good each other's errors: a third of the drift, for minutes of work.",
+)
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 Imatrix = Mapping[str, Rows]  # tensor -> weight of the error in each column, (n_cols,)
+Ready = Mapping[str, NDArray[np.uint8]]  # tensor -> its bytes, (n_rows, n_bytes), where they are chosen already
 
 # Types whose quantiser weighs columns. Q8_0 and F16 round each value by itself.
-WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 _N_COMPARED = 32  # rows with which the effect of an importance matrix is checked
 _ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 20  # a task of one thread
@@ -54,13 +55,14 @@ def assemble(
     header: Mapping[str, Value],
     imatrix: Imatrix | None = None,
     scales: Mapping[str, Scale] | None = None,
+    ready: Ready | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> None:
     """Write the tensors of `weights` in `types`, and its header with `header` values added or replaced, to `target`.
 
-    Quantised tensors are those that llama_model_quantize makes of the same numbers, bit for bit. `on_progress` is
-    called for each tensor. Raises `OutputError` if the disk is too small, `QuantizationFailed` if values do not fit a
-    type or an importance matrix changes nothing.
+    Tensors that are not `ready` are those that llama_model_quantize makes of the same numbers, bit for bit.
+    `on_progress` is called for each tensor. Raises `OutputError` if the disk is too small, `QuantizationFailed` if
+    values do not fit a type or an importance matrix changes nothing.
     """
     plan = [(info, types[info.name]) for info in weights.header.tensors]
     head = _head(weights.header, plan, header)
@@ -68,18 +70,36 @@ def assemble(
     with ThreadPoolExecutor(default_threads()) as pool, target.open("wb") as file:
         file.write(head)
         for info, kind in plan:
-            scale, columns = (scales or {}).get(info.name, Scale()), (imatrix or {}).get(info.name)
-            quantized = functools.partial(_quantized, weights, info, kind, scale, columns)
-            try:
-                if columns is not None and kind in WEIGHED:
-                    _require_effect(scale.apply(weights.rows(info.name, slice(_N_COMPARED))), kind, columns)
-                for data in map_ahead(pool, quantized, row_slices(info, _CHUNK_ELEMENTS)):
-                    file.write(data.data)
-            except QuantizationFailed as error:
-                raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
+            for data in _tensor(weights, info, kind, scales or {}, imatrix or {}, ready or {}, pool):
+                file.write(data.data)
             file.write(bytes(-file.tell() % _ALIGNMENT))
             on_progress(1)
     seal(target)
+
+
+def _tensor(
+    weights: Weights,
+    info: TensorInfo,
+    kind: str,
+    scales: Mapping[str, Scale],
+    imatrix: Imatrix,
+    ready: Ready,
+    pool: ThreadPoolExecutor,
+) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of one tensor, some rows at a time."""
+    if info.name in ready:
+        if ready[info.name].nbytes != size_as(info, kind):
+            raise QuantizationFailed(f"{weights.header.path}: {info.name}: its codes are not of the type {kind}.")
+        yield np.ascontiguousarray(ready[info.name])
+        return
+    scale, columns = scales.get(info.name, Scale()), imatrix.get(info.name)
+    try:
+        if columns is not None and kind in WEIGHED:
+            _require_effect(scale.apply(weights.rows(info.name, slice(_N_COMPARED))), kind, columns)
+        quantized = functools.partial(_quantized, weights, info, kind, scale, columns)
+        yield from map_ahead(pool, quantized, row_slices(info, _CHUNK_ELEMENTS))
+    except QuantizationFailed as error:
+        raise QuantizationFailed(f"{weights.header.path}: {info.name}: {error}") from error
 
 
 def _quantized(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from f2gguf.evals.texts import KINDS, EvalText, claimed_texts, load_texts
 from f2gguf.runtime.errors import WrongUsage
+from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.tables.texts import read_texts
 
 PATH = Path(__file__).with_name("calibration.jsonl")
@@ -15,6 +17,10 @@ PATH = Path(__file__).with_name("calibration.jsonl")
 MIN_TEXTS = 64
 MAX_TOKENS = 64  # of a text: later tokens excite no other channels, and would take most of the time
 PASSAGE_CHARS = 40  # characters in a row that two texts must not share
+HELD_OUT = 5  # every fifth text judges what the others have chosen
+_MEAN_TOKENS = 45  # of a shipped text that is cut to MAX_TOKENS
+_PRODUCTS = 8e12  # weights times tokens: some minutes on two cores
+_ROWS_A_COLUMN = 2  # least tokens for each column of the widest matrix
 
 
 def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
@@ -30,6 +36,24 @@ def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalT
     if path:
         _refuse_overlap(path, texts)
     return texts
+
+
+def sampled(texts: Sequence[EvalText], header: Header) -> tuple[EvalText, ...]:
+    """Evenly spread texts, so many that a model of this size runs through them in minutes."""
+    matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
+    n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
+    n_tokens = max(_PRODUCTS / max(n_weights, 1), _ROWS_A_COLUMN * widest)
+    return tuple(texts[:: math.ceil(len(texts) / max(MIN_TEXTS, n_tokens / _MEAN_TOKENS))])
+
+
+def fitting(texts: Sequence[EvalText]) -> list[EvalText]:
+    """The texts that scales and codes are chosen with."""
+    return [text for i, text in enumerate(texts) if i % HELD_OUT]
+
+
+def judging(texts: Sequence[EvalText]) -> list[EvalText]:
+    """The other texts, which candidates are measured on."""
+    return list(texts[::HELD_OUT])
 
 
 def _passages(text: str) -> set[str]:

@@ -18,7 +18,10 @@ from f2gguf.runtime.llama import llama_cpp
 from f2gguf.runtime.llama.worker import interruptible
 
 # name of a variant -> llama.cpp's file type
-VARIANTS = {name: int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")) for name in ("Q8_0", "Q4_K_M", "Q4_0")}
+VARIANTS = {
+    name: int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")) for name in ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_NL")
+}
+DEFAULT_VARIANTS = ("Q8_0", "Q4_K_M", "Q4_0")
 # llama.cpp logs one such line a tensor: name, type, and the new type unless it stays the same
 _TENSOR_LINE = re.compile(r"\[[\s\d/]+\] (\S+) +- \[[\d, ]+\], type = +(\w+), size = +(?:.*-> +[\d.]+ MiB \((\w+)\))?")
 _FALLBACK = re.compile(r"warning: (\S+) +- ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\)")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from f2gguf.quantize.repair.assemble import Imatrix, assemble
+import numpy as np
+from f2gguf.quantize.repair.assemble import Imatrix, Ready, assemble
 from f2gguf.quantize.repair.plan import VARIANTS, TypePlan, plan_variant, require_variant
 from f2gguf.quantize.repair.rescale import Exponents, places, scaled_imatrix, scales
 from f2gguf.quantize.repair.tensors import OnProgress, Weights
@@ -19,6 +21,7 @@ from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.entries import Value
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import ggml_build
+from f2gguf.runtime.llama.threads import default_threads
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class Recipe:
     imatrix_sha256: str = ""  # of the importance matrix; empty if none is used
     calibration_sha256: str = ""  # of the texts that the recipe was chosen with
     n_calibration_texts: int = 0
+    compensated: str = ""  # what chose codes that make good each other's errors: library, threads; empty if none are
     versions: Mapping[str, str] = field(default_factory=lambda: made_with())
 
     @property
     def kind(self) -> str:
-        """The strongest means that the recipe uses: 'stock', 'imatrix', 'rescaled' or 'promoted'."""
-        uses = {"promoted": self.types, "rescaled": self.exponents, "imatrix": self.imatrix_sha256, "stock": True}
-        return next(name for name, used in uses.items() if used)
+        """What the recipe uses: 'stock', 'imatrix', or what it adds to both, such as 'compensated, promoted'."""
+        uses = {"compensated": self.compensated, "rescaled": self.exponents, "promoted": self.types}
+        return ", ".join(name for name, used in uses.items() if used) or ("imatrix" if self.imatrix_sha256 else "stock")
 
     def all_types(self, plan: TypePlan) -> dict[str, str]:
         """The type of every tensor."""
@@ -51,6 +55,8 @@ class Recipe:
         lines += [f"{n} {name}: {old} to {new}" for (name, old, new), n in sorted(changes.items())]
         if self.imatrix_sha256:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
+        if self.compensated:
+            lines.append(f"codes that make good each other's errors, by {self.compensated}")
         scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
         return lines + [
             f"channels of {n} {place} scaled by activation^{a:g} / weight^{w:g}"
@@ -65,6 +71,13 @@ class Recipe:
 def made_with() -> dict[str, str]:
     """The versions that the bytes of a file depend on."""
     return {"f2gguf": version("f2gguf"), "llama-cpp-python": version("llama-cpp-python"), "ggml": ggml_build()}
+
+
+def arithmetic() -> str:
+    """What codes that are chosen with feedback depend on beside the inputs: one rounding more or less moves some."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    library = f"{blas['name']} {blas['version']}".strip()
+    return f"numpy {np.__version__}, {library}, {default_threads()} threads, {platform.machine()}"
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -107,10 +120,14 @@ def make(
     imatrix: Imatrix,
     *,
     types: Mapping[str, str] | None = None,
+    ready: Ready | None = None,
     header: Mapping[str, Value] | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> None:
-    """Write the file of `recipe` to `path`, with `header` values added. `types` replace those of the recipe."""
+    """Write the file of `recipe` to `path`, with `header` values added. `types` replace those of the recipe.
+
+    `ready` are the tensors that `Compensation` made, where the recipe is compensated.
+    """
     types = types or recipe.all_types(plan_variant(weights.header.path, recipe.variant))
     factors = scales(weights, imatrix, recipe.exponents)
     imatrix = scaled_imatrix(imatrix, factors) if recipe.imatrix_sha256 else {}
@@ -121,9 +138,9 @@ def make(
         keys.KEY_RECIPE: recipe.to_header(),
         **(header or {}),
     }
-    assemble(weights, path, types, header=stated, imatrix=imatrix, scales=factors, on_progress=on_progress)
+    assemble(weights, path, types, header=stated, imatrix=imatrix, scales=factors, ready=ready, on_progress=on_progress)
 
 
 def kind_of(name: str) -> str:
-    """'blk.3.ffn_down.weight' -> 'ffn_down'."""
-    return name.removesuffix(".weight").split(".")[-1]
+    """'blk.3.ffn_down.weight' and 'blk.3.ffn_down.bias' -> 'ffn_down'."""
+    return name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]

@@ -16,9 +16,9 @@ from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, embed_texts
 from f2gguf.quantize.convert.reserved import VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
-from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix
+from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix, Ready
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
-from f2gguf.quantize.repair.recipe import Recipe, kind_of, make
+from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
 from f2gguf.quantize.repair.study import Candidate, Study
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
@@ -32,7 +32,6 @@ MAX_VERDICTS = 3
 WORTH = 0.95  # scales are used if they leave less than this part of the drift
 CLOSE = 0.85  # of the allowed drift: closer is not worth another try, as few bytes are left to save
 MAX_PROMOTIONS = 6
-N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,9 @@ def make_within_bound(
     for _ in range(MAX_VERDICTS):
         recipe = search.within_size(max_size, allowed) if max_size else search.under(allowed)
         if there is None or there.recipe != recipe:
-            there = Made(recipe, make_measured(study.weights, path, recipe, study.imatrix, evaluation=evaluation))
+            ready = study.ready(recipe)
+            verdict = make_measured(study.weights, path, recipe, study.imatrix, ready, evaluation=evaluation)
+            there = Made(recipe, verdict)
         if there.verdict.holds or max_size:
             break
         highest, bound = there.verdict.highest, evaluation.max_drift
@@ -81,12 +82,14 @@ def make_within_bound(
     return there
 
 
-def make_measured(weights: Weights, path: Path, recipe: Recipe, imatrix: Imatrix, *, evaluation: Evaluation) -> Verdict:
+def make_measured(
+    weights: Weights, path: Path, recipe: Recipe, imatrix: Imatrix, ready: Ready, *, evaluation: Evaluation
+) -> Verdict:
     """Make the file of `recipe` at `path`, measure it, and fill the verdict into its header."""
     texts, max_drift = evaluation.texts, float(evaluation.max_drift)
     header = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
     with progress(f"quantise {recipe.variant}", len(weights.infos)) as advance:
-        make(weights, path, recipe, imatrix, header=header, on_progress=advance)
+        make(weights, path, recipe, imatrix, ready=ready, header=header, on_progress=advance)
     with Embedder(path, device=evaluation.device) as model:
         with progress(f"measure {recipe.variant}", len(texts)) as advance:
             vectors = embed_texts(model, texts, advance)
@@ -106,7 +109,7 @@ class Search:
 
     @cached_property
     def start(self) -> Candidate:
-        """With llama.cpp's own types: the importance matrix alone, or with scales if they save enough."""
+        """With llama.cpp's own types: the importance matrix alone, or with scales and codes that save enough."""
         study, stock = self.study, Recipe(self.variant)
         types = study.types(stock)
         plain = study.recipe(self.variant) if set(WEIGHED) & set(types.values()) else stock
@@ -114,7 +117,14 @@ class Search:
             exponents = rescale.search(study.weights, study.activations, study.imatrix, types, advance)
         best = self._measured(plain)
         scaled = self._measured(replace(study.recipe(self.variant), exponents=exponents)) if exponents else best
-        return scaled if scaled.mean < WORTH * best.mean else best
+        best = scaled if scaled.mean < WORTH * best.mean else best
+        if not study.compensates(best.recipe):
+            return best
+        compensated = self._measured(replace(best.recipe, compensated=arithmetic()))
+        if compensated.mean < best.mean:
+            return compensated
+        say(f"  {self.variant}: codes that make good each other's errors save nothing here, and are not used")
+        return best
 
     @cached_property
     def choices(self) -> Choices:
@@ -126,6 +136,8 @@ class Search:
         scales = rescale.scales(study.weights, study.imatrix, recipe.exponents)
         with progress("errors of every type", len(possible)) as advance:
             errors = promote.errors(study.weights, study.activations, study.imatrix, scales, possible, advance)
+            if recipe.compensated:
+                errors |= study.compensation(recipe).errors(possible, advance)
         kinds = {kind: noise(self._alone(kind)) for kind in sorted(set(map(kind_of, possible)))}
         return promote.choices(study.weights, errors, types, kinds)
 
@@ -170,10 +182,7 @@ class Search:
 
     def _alone(self, kind: str) -> float:
         """The mean drift if only tensors of one kind are quantised."""
-        recipe, infos = self.start.recipe, self.study.weights.infos
-        types = self.study.types(recipe)
-        only = {name: types[name] if kind_of(name) == kind else info.type for name, info in infos.items()}
-        return self.study.measure(recipe, only, f"{kind} alone", n_texts=N_PROBE_TEXTS).mean
+        return self.study.measure(self.start.recipe, f"{kind} alone", only=kind).mean
 
     def _promoted(self, chosen: Mapping[str, Choice]) -> Candidate:
         stock = self.study.types(Recipe(self.variant))
@@ -181,7 +190,7 @@ class Search:
         return self._measured(replace(self.start.recipe, types=types))
 
     def _measured(self, recipe: Recipe) -> Candidate:
-        tried = self.study.measure(recipe, self.study.types(recipe), f"try {self.variant}")
+        tried = self.study.measure(recipe, f"try {self.variant}")
         drifts = f"calibration texts drift {tried.mean:.3%}, at worst {tried.worst:.3%}"
         say(f"  {self.variant}, {recipe.kind}: {format_size(self._size(tried))}; {drifts}")
         return tried

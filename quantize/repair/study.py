@@ -6,27 +6,32 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from f2gguf.evals.drift import drift, highest_mean
-from f2gguf.evals.texts import EvalText, embed_texts, texts_sha256
-from f2gguf.quantize.repair.assemble import Imatrix
-from f2gguf.quantize.repair.calibration import MAX_TOKENS, load_calibration
+from f2gguf.evals.texts import EvalText, embed_texts, prompted, texts_sha256
+from f2gguf.quantize.repair.assemble import Imatrix, Ready
+from f2gguf.quantize.repair.calibration import HELD_OUT, MAX_TOKENS, fitting, judging, load_calibration, sampled
+from f2gguf.quantize.repair.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
+from f2gguf.quantize.repair.layers import has_layers
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
-from f2gguf.quantize.repair.recipe import Recipe, make
+from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
+from f2gguf.quantize.repair.rescale import scaled_imatrix, scales
 from f2gguf.quantize.repair.tensors import Rows, Weights, size_as
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import TruncationWarning
+from f2gguf.runtime.errors import TruncationWarning, WrongRecipe
 from f2gguf.runtime.files import sha256_file, write_text, writing
+
+N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe, and the drift of its file on the calibration texts."""
+    """A recipe, and the drift of its file on the calibration texts that judge."""
 
     recipe: Recipe
     mean: float
@@ -41,10 +46,11 @@ class Study:
     imatrix: Imatrix
     imatrix_sha256: str
     activations: Activations
-    texts: Sequence[EvalText]
-    reference: Rows  # the 16-bit file's vectors of `texts`, (n_texts, n_embd)
+    texts: Sequence[EvalText]  # all of the calibration
+    reference: Rows  # the 16-bit file's vectors of the texts that judge, (n_judging, n_embd)
     work: Path  # folder of candidates and of results
     device: str
+    compensate: bool  # choose codes that make good each other's errors
     _plans: dict[str, TypePlan] = field(default_factory=dict)
 
     def types(self, recipe: Recipe) -> dict[str, str]:
@@ -61,32 +67,101 @@ class Study:
         """The recipe of llama.cpp's own types with the importance matrix."""
         return Recipe(variant, {}, {}, self.imatrix_sha256, texts_sha256(self.texts), len(self.texts))
 
-    def measure(self, recipe: Recipe, types: Mapping[str, str], label: str, *, n_texts: int | None = None) -> Candidate:
-        """The drift of the file of `recipe` with `types` instead of its own, on all texts or `n_texts` of them.
+    def compensates(self, recipe: Recipe) -> bool:
+        """Whether a layer of `recipe` has a type whose codes can make good each other's errors."""
+        kinds = {kind for name, kind in self.types(recipe).items() if name.startswith("blk.")}
+        return self.compensate and has_layers(self.weights.header) and bool(kinds & set(COMPENSATED))
 
-        Results are saved and used again, by later runs too.
+    def compensation(self, recipe: Recipe) -> Compensation:
+        """What makes the codes of `recipe`."""
+        return _compensation(self.weights, self.texts, recipe, self.imatrix)
+
+    def ready(self, recipe: Recipe) -> Ready:
+        """The tensors that a compensated `recipe` does not leave to ggml; they are kept until the study ends."""
+        if not recipe.compensated:
+            return {}
+        return _run(self.compensation(recipe), recipe, self.types(recipe), self.work / f"codes-{self._key(recipe)}")
+
+    def measure(self, recipe: Recipe, label: str, *, only: str | None = None) -> Candidate:
+        """The drift of the file of `recipe` on the texts that judge.
+
+        With `only`, nothing but tensors of that kind is quantised, and some of the texts do. Results are saved and used
+        again, by later runs too.
         """
-        hashes = [sha256_file(self.weights.header.path), self.imatrix_sha256, texts_sha256(self.texts)]
-        inputs = json.dumps([*hashes, recipe.to_header(), sorted(types.items()), n_texts])
-        key = hashlib.sha256(inputs.encode()).hexdigest()
-        path = self.work / "measured.json"
+        key, path = self._key(recipe, only), self.work / "measured.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if key not in known:
-            step = max(1, len(self.texts) // n_texts) if n_texts else 1
-            known[key] = self._measure(recipe, types, slice(None, None, step), label)
+            known[key] = self._measure(recipe, label, only)
             write_text(path, json.dumps(known))
         return Candidate(recipe, *known[key])
 
-    def _measure(self, recipe: Recipe, types: Mapping[str, str], chosen: slice, label: str) -> tuple[float, float]:
-        path, texts = self.work / "candidate.gguf", self.texts[chosen]
+    def _measure(self, recipe: Recipe, label: str, only: str | None) -> tuple[float, float]:
+        own, path, texts, reference = (
+            self.types(recipe),
+            self.work / "candidate.gguf",
+            judging(self.texts),
+            self.reference,
+        )
+        types, ready = own, self.ready(recipe)
+        if only is not None:
+            types = {
+                name: own[name] if kind_of(name) == only else info.type for name, info in self.weights.infos.items()
+            }
+            ready = {name: data for name, data in ready.items() if kind_of(name) == only}
+            chosen = slice(None, None, max(1, len(texts) // N_PROBE_TEXTS))
+            texts, reference = texts[chosen], reference[chosen]
         max_tokens = min(MAX_TOKENS, self.weights.header.max_tokens)
         with progress(label, len(types) + len(texts)) as advance:
-            make(self.weights, path, recipe, self.imatrix, types=types, on_progress=advance)
+            make(self.weights, path, recipe, self.imatrix, types=types, ready=ready, on_progress=advance)
             with Embedder(path, device=self.device, max_tokens=max_tokens) as model, warnings.catch_warnings():
                 warnings.simplefilter("ignore", TruncationWarning)  # texts are cut to save time
-                drifts = drift(embed_texts(model, texts, advance), self.reference[chosen])
+                drifts = drift(embed_texts(model, texts, advance), reference)
         path.unlink()
         return float(drifts.mean()), highest_mean(drifts, texts)
+
+    def _key(self, recipe: Recipe, only: str | None = None) -> str:
+        """A name for what is computed of a recipe."""
+        hashes = [sha256_file(self.weights.header.path), self.imatrix_sha256, texts_sha256(self.texts)]
+        inputs = json.dumps([*hashes, recipe.to_header(), only])
+        return hashlib.sha256(inputs.encode()).hexdigest()
+
+
+def compensated(
+    weights: Weights, recipe: Recipe, imatrix: Imatrix, calibration: Path | None, work: Path, path: Path
+) -> Ready:
+    """The tensors of a compensated `recipe` of the file `path`, made again from the same calibration texts.
+
+    Raises `WrongRecipe` for other texts.
+    """
+    texts = sampled(load_calibration(calibration, weights.header.languages), weights.header)
+    if texts_sha256(texts) != recipe.calibration_sha256:
+        raise WrongRecipe(
+            f"{path}: was made with other calibration texts than {calibration or 'those that f2gguf ships'}: their "
+            f"SHA-256 is {recipe.calibration_sha256} (--calibration)."
+        )
+    if recipe.compensated != (here := arithmetic()):
+        say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
+    types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
+    return _run(_compensation(weights, texts, recipe, imatrix), recipe, types, work / "codes")
+
+
+def _compensation(weights: Weights, texts: Sequence[EvalText], recipe: Recipe, imatrix: Imatrix) -> Compensation:
+    header = weights.header
+    with Embedder(header.path, max_tokens=min(MAX_TOKENS, header.max_tokens)) as model:
+        fit, judge = (
+            model.encoder.tokenize([prompted(text, header.prompts) for text in some]).ids
+            for some in (fitting(texts), judging(texts))
+        )
+    factors = scales(weights, imatrix, recipe.exponents)
+    return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors)
+
+
+def _run(compensation: Compensation, recipe: Recipe, types: dict[str, str], folder: Path) -> Ready:
+    n_matrices = sum(
+        len(info.shape) == 2 for name, info in compensation.weights.infos.items() if name.startswith("blk.")
+    )
+    with progress(f"compensate {recipe.variant}", n_matrices) as advance:
+        return compensation.run(types, folder, advance)
 
 
 def study_source(
@@ -97,13 +172,14 @@ def study_source(
     calibration: Path | None,
     device: str,
     own_imatrix: Path | None = None,
+    compensate: bool = True,
 ) -> Study:
     """Run the calibration texts through `source`, and write the importance matrix to `imatrix_path`.
 
     `own_imatrix` is a file of the user that is used instead. A run that was stopped goes on from `work`.
     """
     weights = Weights(source)
-    texts = load_calibration(calibration, weights.header.languages)
+    texts = sampled(load_calibration(calibration, weights.header.languages), weights.header)
     if own_imatrix:
         read_imatrix(own_imatrix, weights)  # refuses a wrong file before the work
     work.mkdir(parents=True, exist_ok=True)
@@ -117,4 +193,4 @@ def study_source(
             shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
     imatrix, sha256 = read_imatrix(imatrix_path, weights), sha256_file(imatrix_path)
-    return Study(weights, imatrix, sha256, activations, texts, reference, work, device)
+    return Study(weights, imatrix, sha256, activations, texts, reference[::HELD_OUT], work, device, compensate)

@@ -36,10 +36,16 @@ class Weights:
 
     def rows(self, name: str, chosen: slice = slice(None)) -> Rows:
         """Rows of a matrix, (n_rows, n_cols) float32, or the whole of a vector as one row."""
-        stored = self._stored(name)[chosen]
+        return self._as_float32(name, self._stored(name)[chosen])
+
+    def _as_float32(self, name: str, stored: NDArray[Any]) -> Rows:
         if self.infos[name].type == "BF16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return np.ascontiguousarray(stored, dtype=np.float32)
+
+    def picked(self, name: str, chosen: NDArray[np.integer[Any]]) -> Rows:
+        """The rows `chosen` of a matrix, (n_chosen, n_cols) float32; no other row is read."""
+        return self._as_float32(name, self._stored(name)[chosen])
 
     def sample(self, name: str, n_rows: int) -> Rows:
         """About `n_rows` rows, evenly spread over the matrix."""

@@ -1,0 +1,259 @@
+"""A model is quantised layer by layer, each matrix for the inputs that the layers before it give once quantised.
+
+Two models run side by side over the calibration texts: the exact one, and the one that is being quantised. Where their
+layers differ, a matrix aims half-way at undoing the difference. Aiming all the way fits the calibration texts too well.
+Sources: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from f2gguf.quantize.repair.assemble import Imatrix, Scale
+from f2gguf.quantize.repair.blocks import FORMATS, Codes, Floats, pack, unpack
+from f2gguf.quantize.repair.feedback import Moments, choose_codes, factor
+from f2gguf.quantize.repair.layers import Shape, Texts, first_states, run_layer
+from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, dequantized, quantize_rows
+from f2gguf.runtime.files import writing
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.packing import Ids
+from numpy.typing import NDArray
+
+SHIFT = 0.5  # of the way to the weights that undo the difference
+LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
+N_ROWS = 256  # of a matrix, to price a type
+TOKEN_TABLE = "token_embd.weight"
+# Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
+COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
+
+Products = Callable[[tuple[str, ...], Sequence[Rows]], Sequence[Sequence[Rows]]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A matrix in its type, and its bias where the architecture has one."""
+
+    data: Codes  # (n_rows, n_bytes)
+    bias: Floats | None  # (n_rows,)
+
+
+class Compensation:
+    """The layers of `weights`, with re-scaled channels, over calibration texts.
+
+    `fitting` and `judging` are token ids of texts: the first choose codes. Codes that do worse on the second than
+    ggml's own are not used.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        fitting: Sequence[Ids],
+        judging: Sequence[Ids],
+        imatrix: Imatrix,
+        scales: Mapping[str, Scale],
+    ) -> None:
+        self.weights, self.imatrix, self.scales = weights, imatrix, scales
+        self.texts, self.shape = Texts.of([*fitting, *judging]), Shape(weights.header)
+        judged = np.array(self.texts.order) >= len(fitting)
+        self._judged = np.repeat(judged, self.texts.lengths)
+        self._token_weights = _token_weights(self.texts, weights.header)[~self._judged]
+
+    def run(
+        self, types: Mapping[str, str], folder: Path, on_progress: OnProgress = lambda _: None
+    ) -> dict[str, NDArray[np.uint8]]:
+        """Every matrix of the layers in its type, (n_rows, n_bytes), and every bias that changed, as bytes.
+
+        They are kept in `folder`, and a run that was stopped goes on from there.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        ready: dict[str, NDArray[np.uint8]] = {}
+
+        def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
+            both: tuple[list[Rows], list[Rows]] = ([], [])
+            group = self._group(names[0], inputs[0], inputs[1])
+            for name in names:
+                rows, bias = self._rows(name), self._bias(name)
+                fitted = _load(folder / f"{name}.npz") or self._fitted(name, rows, bias, group, types[name])
+                _save(folder / f"{name}.npz", fitted)
+                ready[name] = fitted.data
+                exact, near = inputs[0] @ rows.T, inputs[1] @ dequantized(fitted.data, types[name]).T
+                if bias is not None and fitted.bias is not None:
+                    ready[_bias_name(name)] = fitted.bias.view(np.uint8)[None]
+                    exact, near = exact + bias, near + fitted.bias
+                both[0].append(exact)
+                both[1].append(near)
+                on_progress(1)
+            return both
+
+        table = {TOKEN_TABLE: types[TOKEN_TABLE]}
+        states = [first_states(self.weights, self.texts, tables) for tables in ({}, table)]
+        for i in range(self.shape.n_layers):
+            states = self._through(i, states, products)
+        return ready
+
+    def errors(
+        self, types: Mapping[str, Sequence[str]], on_progress: OnProgress = lambda _: None
+    ) -> dict[str, dict[str, float]]:
+        """Relative squared error of each matrix's products in each of its `types`, on the texts that judge.
+
+        Some of the rows are tried, with the inputs that the exact model gives.
+        """
+        found: dict[str, dict[str, float]] = {}
+
+        def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> list[list[Rows]]:
+            group, sent = self._group(names[0], inputs[0], inputs[0]), []
+            for name in names:
+                rows, bias = self._rows(name), self._bias(name)
+                some = rows[:: max(1, len(rows) // N_ROWS)]
+                found[name] = {kind: self._error(name, some, group, kind) for kind in types.get(name, ())}
+                sent.append(inputs[0] @ rows.T + (0 if bias is None else bias))
+                on_progress(1)
+            return [sent]
+
+        states = [first_states(self.weights, self.texts, {})]
+        for i in range(self.shape.n_layers):
+            states = self._through(i, states, products)
+        return {name: by_type for name, by_type in found.items() if by_type}
+
+    def _through(self, i: int, states: Sequence[Rows], products: Products) -> list[Rows]:
+        """What leaves layer `i` for each of `states`, with the products that `products` gives."""
+        prefix = f"blk.{i}."
+        vectors = self._vectors(prefix)
+        layers = [run_layer(vectors, entering, self.texts, self.shape) for entering in states]
+        sent: Sequence[Sequence[Rows] | None] = [None] * len(layers)
+        while True:
+            names, inputs = zip(*(layer.send(rows) for layer, rows in zip(layers, sent, strict=True)), strict=True)
+            if not names[0]:
+                return list(inputs)
+            sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
+
+    def _group(self, name: str, exact: Rows, near: Rows) -> _Group:
+        fits, has_bias = ~self._judged, self._bias(name) is not None
+        return _Group(exact[fits], near[fits], exact[self._judged], near[self._judged], self._token_weights, has_bias)
+
+    def _fitted(self, name: str, rows: Rows, bias: Floats | None, group: _Group, kind: str) -> Fitted:
+        plain = quantize_rows(rows, kind, self.imatrix.get(name))
+        if kind not in COMPENSATED or group.moments is None:
+            return Fitted(plain, bias)
+        data = _with_feedback(rows, plain, kind, group)
+        exact = group.judged_exact @ rows.T
+        change = group.bias_change(rows, dequantized(data, kind))
+        errors = [
+            float(np.square(group.judged_near @ dequantized(codes, kind).T + added - exact).mean())
+            for codes, added in ((plain, np.float32(0)), (data, change))
+        ]
+        if not errors[1] < errors[0]:
+            return Fitted(plain, bias)
+        return Fitted(data, None if bias is None else bias + change)
+
+    def _error(self, name: str, rows: Rows, group: _Group, kind: str) -> float:
+        data = quantize_rows(rows, kind, self.imatrix.get(name))
+        if kind in COMPENSATED and group.moments is not None:
+            data = _with_feedback(rows, data, kind, group)
+        values, exact = dequantized(data, kind), group.judged_exact @ rows.T
+        products = as_multiplied(group.judged_near, kind) @ values.T + group.bias_change(rows, values)
+        return float(np.square(products - exact).mean() / np.square(exact).mean())
+
+    def _rows(self, name: str) -> Rows:
+        return self.scales.get(name, Scale()).apply(self.weights.rows(name))
+
+    def _bias(self, name: str) -> Floats | None:
+        name = _bias_name(name)
+        return self._vector(name) if name in self.weights.infos else None
+
+    def _vectors(self, prefix: str) -> dict[str, Floats]:
+        names = [t.name for t in self.weights.header.tensors if t.name.startswith(prefix) and len(t.shape) == 1]
+        return {name.removeprefix(prefix): self._vector(name) for name in names}
+
+    def _vector(self, name: str) -> Floats:
+        values: Floats = self.weights.rows(name)[0]
+        factors = self.scales.get(name, Scale()).rows
+        return values if factors is None else values * factors
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The inputs of products that share them, in the exact model and in the one that is being quantised."""
+
+    exact: Rows  # (n_tokens, n_cols) of the texts that choose
+    near: Rows
+    judged_exact: Rows
+    judged_near: Rows
+    token_weights: Floats  # (n_tokens,), of mean 1
+    has_bias: bool  # which can take up the mean of the error
+
+    @cached_property
+    def _means(self) -> tuple[Floats, Floats]:
+        weights: Floats = self.token_weights / np.float32(len(self.token_weights))
+        exact: Floats = weights @ self.exact
+        near: Floats = weights @ self.near
+        return exact, near
+
+    @cached_property
+    def _centred(self) -> tuple[Rows, Rows]:
+        if not self.has_bias:
+            return self.exact, self.near
+        return self.exact - self._means[0], self.near - self._means[1]
+
+    @cached_property
+    def _weighted(self) -> Rows:
+        """(n_cols, n_tokens)."""
+        return (self._centred[1] * (self.token_weights[:, None] / np.float32(len(self.near)))).T
+
+    @cached_property
+    def moments(self) -> Moments | None:
+        return factor(self._weighted @ self._centred[1])
+
+    @cached_property
+    def shift(self) -> Floats | None:
+        """What `rows @ shift` adds to a matrix, (n_cols, n_cols); None where the two models do not differ."""
+        if self.near is self.exact or np.array_equal(self.near, self.exact):
+            return None
+        assert self.moments is not None
+        exact, near = self._centred
+        return (SHIFT * self.moments.solve(self._weighted @ (exact - near))).T
+
+    def bias_change(self, rows: Rows, values: Rows) -> Floats | np.float32:
+        """What keeps the mean of the products `rows` give when `values` take their place, (n_rows,)."""
+        return self._means[0] @ rows.T - self._means[1] @ values.T if self.has_bias else np.float32(0)
+
+
+def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:
+    """`rows` in ggml's scales of `plain`, with codes chosen for the inputs of `group`."""
+    assert group.moments is not None
+    target = rows if group.shift is None else rows + rows @ group.shift
+    return pack(choose_codes(target, unpack(plain, kind), group.moments))
+
+
+def _token_weights(texts: Texts, header: Header) -> Floats:
+    """How much each token counts, (n_tokens,), 1 on average."""
+    lengths = texts.lengths
+    if header.pooling != "last":
+        return np.ones(int(lengths.sum()), dtype=np.float32)
+    weights = np.repeat((1 - LAST_SHARE) * lengths / np.maximum(lengths - 1, 1), lengths)
+    weights[np.cumsum(lengths) - 1] = LAST_SHARE * lengths
+    return weights.astype(np.float32)
+
+
+def _bias_name(name: str) -> str:
+    return name.removesuffix(".weight") + ".bias"
+
+
+def _save(path: Path, fitted: Fitted) -> None:
+    if path.exists():
+        return
+    arrays: dict[str, Any] = {"data": fitted.data} | ({} if fitted.bias is None else {"bias": fitted.bias})
+    with writing(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _load(path: Path) -> Fitted | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        return Fitted(file["data"], file.get("bias"))

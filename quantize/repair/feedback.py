@@ -1,0 +1,141 @@
+"""Codes that know each other's errors: what rounding one weight loses, the weights that are rounded later make good.
+
+The error of a product X @ W.T is measured by the second moments of its inputs, H = X.T @ X / n. Scales are ggml's own,
+so type, size and layout stay as they are. Matrices are held transposed here, (n_cols, n_rows): a column is contiguous.
+
+Sources: GPTQ, arXiv 2210.17323 (`_with_feedback`); QuantEase, arXiv 2309.01885 (`_polish`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from f2gguf.quantize.repair.blocks import Blocks, Codes, Floats, Format
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+PANEL = 32  # columns between two products that carry errors on
+DAMPING = 0.01  # of each diagonal element, and of their mean
+N_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a product's inputs, damped, and their triangular factor: what feedback needs of the inputs."""
+
+    matrix: Floats  # (n_cols, n_cols)
+    order: NDArray[np.intp]  # columns from the strongest to the weakest
+    upper: Floats  # (n_cols, n_cols), upper triangular in that order; upper.T @ upper is the inverse of the matrix
+
+    def solve(self, right: Floats) -> Floats:
+        """The inverse of the matrix times `right` (n_cols, n)."""
+        result = np.empty_like(right)
+        result[self.order] = self.upper.T @ (self.upper @ right[self.order])
+        return result
+
+
+def factor(matrix: Floats, damping: float = DAMPING) -> Moments | None:
+    """Damp and factorise second moments (n_cols, n_cols); None where they are not finite or give no factor.
+
+    A channel that is never excited gets the mean's share, so that the matrix can be inverted.
+    """
+    diagonal = np.diagonal(matrix)
+    mean = float(diagonal.mean())
+    if not (np.isfinite(mean) and mean > 0):
+        return None
+    matrix = matrix + np.diag((damping * (diagonal + mean)).astype(np.float32))
+    order = np.argsort(-np.diagonal(matrix), kind="stable")
+    backward = order[::-1]
+    lower, info = lapack.spotrf(matrix[np.ix_(backward, backward)], lower=0, clean=1, overwrite_a=1)
+    if info == 0:
+        lower, info = lapack.strtri(lower, lower=0, overwrite_c=1)
+    if info or not np.isfinite(lower).all():
+        return None
+    return Moments(matrix, order, np.ascontiguousarray(lower[::-1, ::-1].T))
+
+
+def choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:
+    """`blocks` with the codes of least error of the product for `weights` (n_rows, n_cols), at the same scales."""
+    grid = _Grid.of(blocks)
+    target = np.ascontiguousarray(weights.T)
+    codes = _with_feedback(target.copy(), grid, moments)
+    codes = _polish(codes, target, grid, moments)
+    return replace(blocks, codes=np.ascontiguousarray(codes.T))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The values that every weight can take: step * level + offset, (n_sub_blocks, n_rows) each."""
+
+    form: Format
+    steps: Floats
+    inverse: Floats  # zero where the step is
+    offsets: Floats | None
+    edges: Floats  # halfway between two levels; empty for levels one apart
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> _Grid:
+        steps, offsets, form = blocks.steps.T, blocks.offsets, blocks.format
+        inverse: Floats = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+        edges = form.levels[:0] if form.is_even else (form.levels[1:] + form.levels[:-1]) / np.float32(2)
+        steps, inverse = (np.ascontiguousarray(part) for part in (steps, inverse))
+        return cls(form, steps, inverse, None if offsets is None else np.ascontiguousarray(offsets.T), edges)
+
+    def nearest(self, column: int, values: Floats) -> tuple[Codes, Floats]:
+        """The codes of `values` (n_rows,) in a column, and what these codes stand for."""
+        i, levels = column // self.form.sub_block, self.form.levels
+        scaled = values if self.offsets is None else values - self.offsets[i]
+        scaled = scaled * self.inverse[i]
+        if self.edges.size:
+            codes = np.searchsorted(self.edges, scaled).astype(np.uint8)
+            rounded = levels[codes]
+        else:
+            rounded = np.clip(np.rint(scaled), levels[0], levels[-1])
+            codes = (rounded - levels[0]).astype(np.uint8)
+        rounded = rounded * self.steps[i]
+        return codes, rounded if self.offsets is None else rounded + self.offsets[i]
+
+    def values(self, codes: Codes) -> Floats:
+        """What codes (n_cols, n_rows) stand for."""
+        width = self.form.sub_block
+        values = self.form.levels[codes] * np.repeat(self.steps, width, axis=0)
+        return values if self.offsets is None else values + np.repeat(self.offsets, width, axis=0)
+
+
+def _with_feedback(weights: Floats, grid: _Grid, moments: Moments) -> Codes:
+    """Round column by column, the strongest first, and carry each error on to the columns that are left."""
+    n_cols, upper, order = len(weights), moments.upper, moments.order
+    left, codes = weights[order], np.empty(weights.shape, dtype=np.uint8)
+    for begin in range(0, n_cols, PANEL):
+        end = min(begin + PANEL, n_cols)
+        errors = np.empty((end - begin, weights.shape[1]), dtype=np.float32)
+        for j in range(begin, end):
+            codes[order[j]], value = grid.nearest(int(order[j]), left[j])
+            error = errors[j - begin] = (left[j] - value) / upper[j, j]
+            left[j + 1 : end] -= upper[j, j + 1 : end, None] * error
+        left[end:] -= upper[begin:end, end:].T @ errors
+    return codes
+
+
+def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments, n_sweeps: int = N_SWEEPS) -> Codes:
+    """Coordinate descent: each code in turn becomes the best one beside all others. The error never grows."""
+    matrix, values = moments.matrix, grid.values(codes)
+    diagonal = np.diagonal(matrix)
+    gradient = matrix @ (values - target)
+    for _ in range(n_sweeps):
+        n_moved = 0
+        for begin in range(0, len(codes), PANEL):
+            end = min(begin + PANEL, len(codes))
+            part, moves = gradient[begin:end].copy(), np.zeros((end - begin, codes.shape[1]), dtype=np.float32)
+            for j in range(begin, end):
+                code, value = grid.nearest(j, values[j] - part[j - begin] / diagonal[j])
+                moved = code != codes[j]
+                move = moves[j - begin] = np.where(moved, value - values[j], 0)
+                codes[j], values[j] = code, values[j] + move
+                part[j - begin + 1 :] += matrix[j, j + 1 : end, None] * move
+                n_moved += int(np.count_nonzero(moved))
+            gradient += matrix[:, begin:end] @ moves
+        if not n_moved:
+            break
+    return codes

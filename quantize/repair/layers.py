@@ -1,0 +1,196 @@
+"""A model's layers as plain arithmetic, so that a layer can be run before the next one is quantised.
+
+A layer is a generator: it yields the inputs of each group of products, and is sent the products. Whoever drives it
+decides with which weights they are computed. numpy or torch does the arithmetic (`xp`), without llama.cpp's rounding of
+inputs. Sources: llama.cpp, src/models/qwen3.cpp and bert.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.packing import Ids
+
+Array = Any  # of numpy or torch
+# Yields names of matrices, without 'blk.N.' and '.weight', and their common inputs (n_tokens, n_cols), and is sent the
+# products; at the end no names and what leaves the layer, (n_tokens, n_embd).
+Layer = Generator[tuple[tuple[str, ...], Array], Any, None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of texts, the shortest first and one after another; attention takes texts of one length at a time."""
+
+    order: tuple[int, ...]  # places of the texts in what was given
+    ids: Ids  # (n_tokens,)
+    groups: tuple[tuple[int, int], ...]  # number of texts, length of each
+
+    @classmethod
+    def of(cls, ids: Sequence[Ids]) -> Texts:
+        lengths = np.array([len(text) for text in ids])
+        order = np.argsort(lengths, kind="stable")
+        different, counts = np.unique(lengths, return_counts=True)
+        groups = tuple(zip(counts.tolist(), different.tolist(), strict=True))
+        return cls(tuple(order.tolist()), np.concatenate([ids[i] for i in order]), groups)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Length of each text, (n_texts,), in this order."""
+        return np.repeat([length for _, length in self.groups], [n for n, _ in self.groups])
+
+    @property
+    def positions(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Position of each token in its text, (n_tokens,)."""
+        return np.concatenate([np.tile(np.arange(length), n) for n, length in self.groups])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the header says of a model's layers."""
+
+    header: Header
+
+    def value(self, key: str, default: Any = None) -> Any:
+        return self.header.values.get(f"{self.header.architecture}.{key}", default)
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.value("block_count"))
+
+    @property
+    def n_head(self) -> int:
+        return int(self.value("attention.head_count"))
+
+    @property
+    def n_head_kv(self) -> int:
+        return int(self.value("attention.head_count_kv", self.n_head))
+
+
+def _qwen3(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any) -> Layer:
+    epsilon, base = shape.value("attention.layer_norm_rms_epsilon"), shape.value("rope.freq_base")
+    normed = _rms_norm(states, weights["attn_norm.weight"], epsilon)
+    query, key, value = yield ("attn_q", "attn_k", "attn_v"), normed
+    query, key, value = (_heads(part, n) for part, n in zip((query, key, value), _counts(shape), strict=True))
+    query, key = (
+        _rotated(_rms_norm(part, weights[f"{name}_norm.weight"], epsilon), texts, base, xp)
+        for name, part in (("attn_q", query), ("attn_k", key))
+    )
+    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal, xp)
+    states = states + mixed
+    normed = _rms_norm(states, weights["ffn_norm.weight"], epsilon)
+    gate, up = yield ("ffn_gate", "ffn_up"), normed
+    (down,) = yield ("ffn_down",), gate / (1 + xp.exp(-gate)) * up
+    yield (), states + down
+
+
+def _bert(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any) -> Layer:
+    epsilon = shape.value("attention.layer_norm_epsilon")
+    parts = yield ("attn_q", "attn_k", "attn_v"), states
+    query, key, value = (_heads(part, shape.n_head) for part in parts)
+    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal, xp)
+    states = _layer_norm(states + mixed, weights, "attn_output_norm", epsilon)
+    (up,) = yield ("ffn_up",), states
+    (down,) = yield ("ffn_down",), up / 2 * (1 + xp.tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
+    yield (), _layer_norm(states + down, weights, "layer_output_norm", epsilon)
+
+
+_LAYERS: dict[str, Callable[..., Layer]] = {"qwen3": _qwen3, "bert": _bert}
+
+
+def has_layers(header: Header) -> bool:
+    """Whether the layers of this architecture are known here."""
+    return header.architecture in _LAYERS
+
+
+def run_layer(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any = np) -> Layer:
+    """One layer: `weights` are its vectors by their names without 'blk.N.', `states` is (n_tokens, n_embd)."""
+    return _LAYERS[shape.header.architecture](weights, states, texts, shape, xp)
+
+
+def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Rows:
+    """What enters the first layer, (n_tokens, n_embd), with the tables in `types`."""
+
+    def rows(name: str, chosen: Any) -> Rows:
+        taken = weights.picked(name, chosen)
+        return as_stored(taken, types[name]) if name in types else taken
+
+    different, index = np.unique(texts.ids, return_inverse=True)
+    states = rows("token_embd.weight", different)[index]
+    if weights.header.architecture == "bert":
+        states = states + rows("position_embd.weight", texts.positions) + rows("token_types.weight", np.array([0]))
+        norm = {f"norm.{part}": weights.rows(f"token_embd_norm.{part}")[0] for part in ("weight", "bias")}
+        states = _layer_norm(states, norm, "norm", Shape(weights.header).value("attention.layer_norm_epsilon"))
+    return states
+
+
+def last_states(weights: Mapping[str, Array], states: Array, shape: Shape) -> Array:
+    """What leaves the model: the states of the last layer, normalised where the architecture does so."""
+    if "output_norm.weight" not in weights:
+        return states
+    return _rms_norm(states, weights["output_norm.weight"], shape.value("attention.layer_norm_rms_epsilon"))
+
+
+def pooled(states: Array, texts: Texts, pooling: str, xp: Any = np) -> Array:
+    """Vectors of the texts, (n_texts, n_embd), in the order of `texts`."""
+    take = {"last": lambda part: part[:, -1], "cls": lambda part: part[:, 0], "mean": lambda part: part.mean(axis=1)}
+    return xp.concatenate([take[pooling](part) for part in _by_length(states, texts)])
+
+
+def _counts(shape: Shape) -> tuple[int, int, int]:
+    return shape.n_head, shape.n_head_kv, shape.n_head_kv
+
+
+def _heads(rows: Array, n_heads: int) -> Array:
+    return rows.reshape(rows.shape[0], n_heads, -1)
+
+
+def _rms_norm(values: Array, weight: Array, epsilon: float) -> Array:
+    return values / ((values * values).mean(axis=-1, keepdims=True) + epsilon) ** 0.5 * weight
+
+
+def _layer_norm(values: Array, weights: Mapping[str, Array], name: str, epsilon: float) -> Array:
+    values = values - values.mean(axis=-1, keepdims=True)
+    return _rms_norm(values, weights[f"{name}.weight"], epsilon) + weights[f"{name}.bias"]
+
+
+def _rotated(heads: Array, texts: Texts, base: float, xp: Any) -> Array:
+    """Heads (n_tokens, n_heads, width) turned by their position (RoPE); value i pairs with value i + width / 2."""
+    half = heads.shape[-1] // 2
+    angles = texts.positions[:, None] * base ** (-np.arange(half) / half)
+    cos, sin = (xp.asarray(turn(angles).astype(np.float32))[:, None] for turn in (np.cos, np.sin))
+    first, second = heads[..., :half], heads[..., half:]
+    return xp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def _attention(query: Array, key: Array, value: Array, texts: Texts, is_causal: bool, xp: Any) -> Array:
+    """Every head's mix of the values, (n_tokens, n_heads * width)."""
+    results = []
+    n_times = query.shape[1] // key.shape[1]
+    for queries, keys, values in zip(*(_by_length(part, texts) for part in (query, key, value)), strict=True):
+        n_texts, length, _, width = queries.shape
+        # (n_texts, n_head_kv, n_times * length, width): heads that share keys are rows of one product
+        rows = queries.reshape(n_texts, length, -1, n_times, width).swapaxes(1, 2).swapaxes(2, 3)
+        rows = rows.reshape(n_texts, -1, n_times * length, width)
+        scores = rows @ keys.swapaxes(1, 2).swapaxes(2, 3) / width**0.5
+        if is_causal:
+            hidden = np.triu(np.full((length, length), -np.inf, dtype=np.float32), 1)
+            scores = scores + xp.asarray(np.tile(hidden, (n_times, 1)))
+        scores = xp.exp(scores - xp.amax(scores, axis=-1, keepdims=True))
+        mixed = scores / scores.sum(axis=-1, keepdims=True) @ values.swapaxes(1, 2)
+        mixed = mixed.reshape(n_texts, -1, n_times, length, width).swapaxes(2, 3).swapaxes(1, 2)
+        results.append(mixed.reshape(n_texts * length, -1))
+    return xp.concatenate(results)
+
+
+def _by_length(rows: Array, texts: Texts) -> list[Array]:
+    """Rows (n_tokens, ...) as one (n_texts, length, ...) for each group of texts."""
+    parts, begin = [], 0
+    for n_texts, length in texts.groups:
+        parts.append(rows[begin : begin + n_texts * length].reshape(n_texts, length, *rows.shape[1:]))
+        begin += n_texts * length
+    return parts
