@@ -139,7 +139,7 @@ class DriftWarning(UserWarning):
 
 
 class ConfigKeyWarning(UserWarning):
-    """A checkpoint's config.json has keys that f2gguf does not know; their names do not touch the arithmetic."""
+    """A checkpoint states what f2gguf does not know or follow, and what should change no vector."""
 
 
 class FileWarning(UserWarning):

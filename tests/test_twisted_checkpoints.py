@@ -419,6 +419,28 @@ def test_an_unknown_key_elsewhere_is_a_warning(tiny: Path) -> None:
         facts_of(tiny)
 
 
+NOT_NORMALIZED = modules(Transformer="", Pooling="1_Pooling")
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        edit(PROMPT_FILE, similarity_fn_name="euclidean"),
+        both(NOT_NORMALIZED, edit(PROMPT_FILE, similarity_fn_name="dot")),
+    ],
+)
+def test_vectors_that_are_not_compared_by_cosine_are_a_warning(twist: Twist, tiny: Path) -> None:
+    twist(tiny)
+    with pytest.warns(ConfigKeyWarning, match=r"similarity_fn_name is '\w+'. The vectors are the checkpoint's, but"):
+        facts_of(tiny)
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", None])
+def test_of_vectors_of_length_1_the_product_is_the_cosine(name: str | None, tiny: Path) -> None:
+    edit_json(tiny / PROMPT_FILE, similarity_fn_name=name)
+    facts_of(tiny)  # warnings are errors in tests
+
+
 QWEN3_EMBEDDING = """
     architectures attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
     initializer_range intermediate_size max_position_embeddings max_window_layers model_type num_attention_heads

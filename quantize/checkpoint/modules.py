@@ -5,13 +5,14 @@ Source of every rule: sentence-transformers 6.2, base/model.py, base/modules/tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, load_json, read_json, read_value
-from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
+from f2gguf.runtime.errors import BrokenCheckpoint, ConfigKeyWarning, UnsupportedCheckpoint, parsing
 from pydantic import TypeAdapter
 
 PROMPTS_FILE = "config_sentence_transformers.json"
@@ -124,6 +125,17 @@ def read_prompts(root: Path) -> Prompts:
             "and the caller chooses one with --dims or truncate_dim."
         )
     return Prompts(texts, default if texts.get(str(default)) else None)
+
+
+def warn_of_similarity(root: Path, *, is_normalized: bool) -> None:
+    """Say so where the model's vectors are meant to be compared otherwise than f2gguf does."""
+    path = root / PROMPTS_FILE
+    stated = read_json(path, optional=True).get("similarity_fn_name")
+    if stated in ("euclidean", "manhattan") or (stated == "dot" and not is_normalized):
+        words = (
+            f"similarity_fn_name is {stated!r}. The vectors are the checkpoint's, but `similarity` and `f2gguf search`"
+        )
+        warnings.warn(f"{path}: {words} compare them by their cosine.", ConfigKeyWarning, 2)
 
 
 def read_limit(folder: Path, config: Mapping[str, Any]) -> int | None:
