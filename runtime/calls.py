@@ -6,7 +6,7 @@ import contextlib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from f2gguf.runtime.errors import ExtraMissing, TextError, WrongUsage
@@ -39,8 +39,8 @@ def texts_of(inputs: Any) -> list[str]:
 
 def require_call(*, batch_size: int, output_value: str | None, pool: Any, chunk_size: Any) -> None:
     """Raise `WrongUsage` for what a `SentenceTransformer` can do and an `Embedder` cannot."""
-    if batch_size < 1:
-        raise WrongUsage(f"batch_size is {batch_size}: it must be positive. (f2gguf packs batches by tokens itself.)")
+    if not isinstance(batch_size, SupportsIndex) or batch_size < 1:
+        raise WrongUsage(f"batch_size is {batch_size!r}: it must be positive. (f2gguf packs batches by tokens itself.)")
     if output_value != "sentence_embedding":
         raise WrongUsage(
             f"output_value is {output_value!r}: f2gguf gives one vector for each text, 'sentence_embedding'."

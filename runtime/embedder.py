@@ -33,7 +33,7 @@ from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import device_in_use
 from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.llama.threads import default_threads
+from f2gguf.runtime.llama.threads import require_threads
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
@@ -132,7 +132,7 @@ class Embedder:
         for line in self.file_warnings:
             warnings.warn(line, FileWarning, stacklevel=2)
         settings = ComputeSettings(
-            device, n_gpu_layers, n_threads or default_threads(), self.pooling, self.max_seq_length, deterministic
+            device, n_gpu_layers, require_threads(n_threads), self.pooling, self.max_seq_length, deterministic
         )
         self._encoder: Encoder | None = Encoder(self.header, settings, watch=watch)
         self._warned = False
@@ -353,6 +353,9 @@ class Embedder:
 
     def _prompt_of(self, prompt_name: str | None, prompt: str | None) -> str:
         """The text to put before every input: `prompt`, else the prompt of that name, else the default one."""
+        for given in (prompt, prompt_name):
+            if not isinstance(given, str | None):
+                raise TextError(f"a prompt and its name are texts, and this is {calls.described(given)}.")
         if prompt is not None:
             if prompt_name is not None:
                 log.warning("prompt and prompt_name are given: prompt_name (%r) is ignored", prompt_name)

@@ -34,8 +34,8 @@ class WrongUsage(F2ggufError):
 class UnknownName(WrongUsage):
     """A model, variant, device or prompt that does not exist: no `what` is called `name`. Suggests the nearest."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        known = list(known)
+    def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
+        known, name = list(known), str(name)
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         lowered = {k.lower(): k for k in known}
         close = lowered.get(name.lower()) or (nearest[0] if nearest else None)
@@ -139,7 +139,7 @@ class DriftWarning(UserWarning):
 
 
 class ConfigKeyWarning(UserWarning):
-    """A checkpoint's config.json has keys that f2gguf does not know; their names do not touch the arithmetic."""
+    """A checkpoint states what f2gguf does not know or follow, and what should change no vector."""
 
 
 class FileWarning(UserWarning):

@@ -66,6 +66,16 @@ def shard_index_misplaces(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def shards_elsewhere(folder: Path) -> None:
+    """As sentence-transformers reads them: other tensors in a folder below, which the index names."""
+    save_tensors(folder, load_file(folder / "model.safetensors"), n_shards=2)
+    (folder / "other").mkdir()
+    save_tensors(folder / "other", tiny_tensors(seed=5), n_shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: f"other/{file}" for name, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def other_split_pattern(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     spec = json.loads((folder / "tokenizer.json").read_text())
@@ -142,6 +152,11 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "shard that is not there": (shard_without_file, BrokenCheckpoint, "model-00002-of-00002.safetensors: no such file"),
     "shard that lacks a tensor": (shard_index_misplaces, BrokenCheckpoint, "which the shard index places there"),
+    "shards in another folder": (
+        shards_elsewhere,
+        UnsupportedCheckpoint,
+        "index.json: names 'other/model-0000[12]-of-00002.safetensors', which is no file beside it. Move",
+    ),
     "no pooling module": (remove("modules.json"), BrokenCheckpoint, "State it with --pooling last"),
     "damaged modules": (
         write("modules.json", '[{"idx": 0}]'),

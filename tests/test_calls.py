@@ -112,6 +112,7 @@ def test_unknown_arguments_are_named_as_python_does(nano: Embedder) -> None:
     ("options", "error", "words"),
     [
         ({"batch_size": 0}, WrongUsage, "batch_size is 0: it must be positive"),
+        ({"batch_size": None}, WrongUsage, "batch_size is None: it must be positive"),
         ({"output_value": "token_embeddings"}, WrongUsage, "'token_embeddings': f2gguf gives one vector for each text"),
         ({"output_value": None}, WrongUsage, "output_value is None"),
         ({"precision": "int8"}, UnknownName, "no precision is called 'int8'. .*Known: float32, float16"),
@@ -121,6 +122,13 @@ def test_unknown_arguments_are_named_as_python_does(nano: Embedder) -> None:
         ({"device": "cuda:1"}, WrongUsage, "device is 'cuda:1'"),
         ({"device": ["cpu", "cpu"]}, WrongUsage, "computes on 'cpu'"),
         ({"prompt_name": "passage"}, UnknownName, "no prompt of .* is called 'passage'"),
+        (
+            {"prompt_name": ["query"]},
+            TextError,
+            r"a prompt and its name are texts, and this is \['query'\] of type list",
+        ),
+        ({"prompt": 5}, TextError, "a prompt and its name are texts, and this is 5 of type int"),
+        ({"precision": ["float32"]}, UnknownName, "no precision is called"),
     ],
 )
 def test_what_an_embedder_cannot_do_is_said(
@@ -357,3 +365,18 @@ def test_numpy_alone_needs_no_torch() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_numbers_of_other_types_are_whole_or_refused(nano: Embedder) -> None:
+    assert nano.encode("a", truncate_dim=64.0).shape == nano.encode("a", truncate_dim=np.int64(64)).shape == (64,)  # type: ignore[arg-type]
+    whole = nano.max_seq_length
+    for limit in (7.0, "7", float("nan"), True, [7]):
+        with pytest.raises(WrongUsage, match=r"max_tokens is .* takes 2 to 4096"):
+            nano.max_seq_length = limit  # type: ignore[assignment]
+    assert nano.max_seq_length == whole
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 513, 100_000, 2.0, "2"])
+def test_threads_that_ggml_cannot_have_are_refused(nano_f16: Path, n_threads: Any) -> None:
+    with pytest.raises(WrongUsage, match=r"n_threads is .*: pass a whole number from 1 to 512 \(--threads\)"):
+        Embedder(nano_f16, n_threads=n_threads)

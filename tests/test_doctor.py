@@ -136,6 +136,12 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("qwen", {"qwen3__pooling_type": 2}, "warning", "attention", "which begin alike get one vector"),
     ("qwen", {"qwen3__attention__causal": False}, "warning", "attention", "--causal"),
     ("qwen", {"qwen3__rope__freq_base": 1000064.0}, "warning", "numbers", "rope.freq_base is 1000064"),
+    ("qwen", {"qwen3__rope__freq_base": 1e4}, "warning", "numbers", "rope.freq_base is 10000"),
+    ("qwen", {"qwen3__rope__scaling__type": "linear", "qwen3__rope__scaling__factor": 4.0}, "warning", "positions",
+     "qwen3.rope.scaling.factor is 4.0"),
+    ("qwen", {"qwen3__rope__scaling__factor": 4.0}, "warning", "positions", "config.json"),
+    ("qwen", {"qwen3__rope__scale_linear": 4.0}, "warning", "positions", "rope.scale_linear is 4.0"),
+    ("qwen", {"qwen3__rope__scaling__attn_factor": 1.2}, "warning", "positions", "rope.scaling.attn_factor is 1.2"),
     ("qwen", {"qwen3__rope__freq_base": ...}, "warning", "numbers", "takes 10,000"),
     ("qwen", {"qwen3__attention__layer_norm_rms_epsilon": 1.5e-6}, "warning", "numbers", "epsilon is 1.5e-06"),
     ("qwen", {"qwen3__rope__scaling__type": "spiral"}, "error", "shape", "end the process"),
@@ -188,6 +194,14 @@ def test_every_fault_is_found_and_says_what_mends_it(
     said = [str(finding) for finding in found if (finding.severity, finding.check) == (severity, check)]
     assert any(words.lower() in line.lower() for line in said), found
     assert all("\n" not in line and line.endswith((".", "`")) for line in said)
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"type": "none", "factor": 4.0}, {"type": "linear", "factor": 1.0}, {"factor": 0.0}]
+)
+def test_positions_that_llama_cpp_does_not_scale_are_no_fault(scaling: dict[str, Any], tmp_path: Path) -> None:
+    changes = {f"qwen3__rope__scaling__{key}": value for key, value in scaling.items()}
+    assert not checks(made_of(tmp_path / "x.gguf", "qwen", **changes), "warning")
 
 
 def test_dense_modules_that_are_there_are_not_missed(tmp_path: Path) -> None:

@@ -232,3 +232,15 @@ def test_command_prints_the_path_last(broken: Path, tmp_path: Path, run: Run) ->
     assert process.stderr.startswith(f"error: {tmp_path / 'absent.gguf'}: no such file.")
     process = run("f2gguf", "repair-header", target, "-o", tmp_path / "y.gguf", "--no-add-eos")
     assert "warning: last-token pooling, and texts are not closed" in process.stderr
+
+
+def test_a_backslash_and_an_n_are_no_new_line_and_said_to_be_none(own: Path, tmp_path: Path, run: Run) -> None:
+    """A shell keeps both in "...\\n..."; the vectors are then of another prompt."""
+    said = "has a backslash and an n, and no new line. In bash, write $'...\\n...' for one."
+    for prompt, is_said in ((PROMPT, False), (PROMPT.replace("\n", "\\n"), True)):
+        copied = run(
+            "f2gguf", "repair-header", own, "-o", tmp_path / "x.gguf", "--force", "--prompt", f"query={prompt}"
+        )
+        embedded = run("f2gguf", "embed", "-m", own, "--prompt", prompt, "a text")
+        assert (copied.returncode, embedded.returncode) == (0, 0)
+        assert (said in copied.stderr, said in embedded.stderr) == (is_said, is_said)

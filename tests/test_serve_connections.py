@@ -18,7 +18,7 @@ import pytest
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.server import connections
-from f2gguf.runtime.server.guard import is_own_host
+from f2gguf.runtime.server.guard import is_host, is_own_host
 from f2gguf.runtime.server.models import Limits
 from serving import serving_thread
 from test_serve_refusals import BODIES, words
@@ -52,6 +52,34 @@ OTHERS = [
 @pytest.mark.parametrize("host", OWN)
 def test_addresses_and_the_servers_own_names_are_answered(url: str, host: str) -> None:
     assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", [*filter(None, OWN), "page.example", "xn--bcher-kva.example", "a_b-c"])
+def test_a_name_that_a_request_can_state_may_be_allowed(host: str) -> None:
+    assert is_host(host)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "...",
+        "bad host",
+        " a",
+        "a\n",
+        "a,b",
+        "http://a",
+        "a/",
+        "a:b",
+        "a:",
+        ":80",
+        "a:8080:1",
+        "user@a",
+        "bücher.example",
+    ],
+)
+def test_what_no_request_can_state_is_no_name(text: str) -> None:
+    assert not is_host(text)
 
 
 @pytest.mark.parametrize("host", OTHERS)

@@ -196,6 +196,7 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
         "cannot be read": ("-m", nano_f16, "--api-keys-file", tmp_path / "none"),
         "--api-key-env NO_SUCH_KEY: holds no key": ("-m", nano_f16, "--api-key-env", "NO_SUCH_KEY"),
         "--allow-host http://a: pass a name": ("-m", nano_f16, "--allow-host", "http://a"),
+        "--allow-host bad host: pass a name": ("-m", nano_f16, "--allow-host", "bad host"),
     }.items():
         refused = run("f2gguf", "serve", *options)
         assert refused.returncode in (1, 2)

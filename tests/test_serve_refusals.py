@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -70,6 +71,42 @@ MALFORMED = {
     "untrained dimensions": b'{"model": "nano", "input": "a", "inputs": "a", "dimensions": 100}',
     "no dimensions": b'{"model": "nano", "input": "a", "inputs": "a", "dimensions": 0}',
 }
+
+
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/embeddings", {"prompt_name": "query"}, "prompt_name: this path does not follow it.*Send input_type instead"),
+    ("/v1/embeddings", {"task": "retrieval.query"}, "task: this path does not follow it.*Send input_type instead"),
+    ("/v1/embeddings", {"output_dimension": 64}, "output_dimension: .*Send dimensions instead"),
+    ("/v1/embeddings", {"output_dtype": "int8"}, "output_dtype: .*Send encoding_format instead"),
+    ("/v1/embeddings", {"truncate_prompt_tokens": 4}, "truncate_prompt_tokens: .*Send truncate instead"),
+    ("/v1/embeddings", {"normalize": False}, "normalize: .*Leave it out"),
+    ("/v1/embeddings", {"add_special_tokens": False}, "add_special_tokens: .*Leave it out"),
+    ("/v2/embed", {"dimensions": 64}, "dimensions: .*Send output_dimension instead"),
+    ("/v2/embed", {"images": ["data:image/png;base64,AAAA"]}, "images: .*Leave it out"),
+    ("/v2/embed", {"max_tokens": 4}, "max_tokens: .*Send truncate instead"),
+    ("/embed", {"input_type": "query"}, "input_type: .*Send prompt_name instead"),
+    ("/embed", {"parameters": {"prompt_name": "query"}}, "parameters: .*Leave it out"),
+    ("/embed", {"encoding_format": "base64"}, "encoding_format: .*Leave it out"),
+    ("/api/embed", {"input_type": "query"}, "input_type: .*End the model's name in ':query' or ':document'"),
+    ("/api/embed", {"prompt": "b"}, "prompt: .*End the model's name"),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "message"), FOREIGN)
+def test_a_field_of_another_dialect_that_asks_for_other_vectors_is_refused(
+    url: str, path: str, field: dict[str, Any], message: str
+) -> None:
+    answer = httpx.post(url + path, json=BODIES[path] | field)
+    assert answer.status_code == INVALID[path]
+    assert re.match(message, words(path, answer))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_fields_that_ask_for_nothing_are_ignored(url: str, path: str) -> None:
+    plain = {"encoding_format": "float", "task": None, "images": [], "add_special_tokens": True, "metadata": {"a": 1}}
+    asked, plainly = (httpx.post(url + path, json=body) for body in (BODIES[path] | plain, BODIES[path]))
+    assert asked.status_code == 200
+    assert asked.headers["X-Embedding-Fingerprint"] == plainly.headers["X-Embedding-Fingerprint"]
 
 
 @pytest.mark.parametrize("path", BODIES)

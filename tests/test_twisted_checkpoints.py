@@ -7,6 +7,7 @@ what sentence-transformers computes from the same folder.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,24 @@ def modules(**paths: str) -> Twist:
         {"idx": i, "name": str(i), "path": path, "type": MODULE + kind} for i, (kind, path) in enumerate(paths.items())
     ]
     return lambda folder: (folder / "modules.json").write_text(json.dumps(rows))
+
+
+def normalize(**stated: object) -> Twist:
+    """The file of the module Normalize."""
+
+    def twist(folder: Path) -> None:
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+        (folder / "2_Normalize" / "config.json").write_text(json.dumps(stated))
+
+    return twist
+
+
+def shared_name(folder: Path) -> None:
+    """A Dropout that has the name of Normalize, and so takes its place."""
+    modules(Transformer="", Pooling="1_Pooling", Normalize="2_Normalize", Dropout="3_Dropout")(folder)
+    rows = json.loads((folder / "modules.json").read_text())
+    rows[3]["name"] = rows[2]["name"]
+    (folder / "modules.json").write_text(json.dumps(rows))
 
 
 def saved_again(folder: Path) -> None:
@@ -142,6 +161,9 @@ TWISTS: dict[str, Twist] = {
     "pooling by one word, against the old keys": edit(POOLING, pooling_mode="mean"),
     "no pooling key": edit(POOLING, **ONE_WORD),
     "not normalised": modules(Transformer="", Pooling="1_Pooling"),
+    "a Normalize that states its vectors": normalize(
+        module_input_name="sentence_embedding", module_output_name="sentence_embedding"
+    ),
     "a dropout module": modules(Transformer="", Pooling="1_Pooling", Dropout="2_Dropout", Normalize=""),
     "the tokenizer's limit": both(remove(SETTINGS), edit("tokenizer_config.json", model_max_length=24)),
     "the tokenizer's old limit": both(
@@ -281,6 +303,23 @@ REFUSED: dict[str, tuple[Twist, str]] = {
         modules(Pooling="1_Pooling", Transformer=""),
         "has Pooling, Transformer; f2gguf converts",
     ),
+    "modules of one name": (
+        shared_name,
+        "modules.json: two modules are called '2', of which sentence-transformers runs",
+    ),
+    "a Normalize of tokens": (
+        normalize(module_input_name="token_embeddings"),
+        "2_Normalize/config.json: module_input_name is 'token_embeddings'; f2gguf converts a Normalize of",
+    ),
+    "a Normalize into another place": (normalize(module_output_name="unit"), "module_output_name is 'unit'"),
+    "half a letter in a prompt": (
+        lambda folder: (folder / PROMPT_FILE).write_text(r'{"prompts": {"query": "\uD800: "}}'),
+        r"config_sentence_transformers.json: does not parse as JSON: .*surrogates not allowed",
+    ),
+    "half a letter as bytes": (
+        lambda folder: (folder / PROMPT_FILE).write_bytes(b'{"prompts": {"query": "\xed\xa0\x80: "}}'),
+        r"config_sentence_transformers.json: does not parse as JSON: 'utf-8' codec can't decode",
+    ),
     "a module outside": (modules(Transformer="../up"), r"modules.json: its path '../up' leads out"),
     "two poolings": (edit(POOLING, **ONE_WORD, pooling_mode=["mean", "cls"]), "pools by mean and cls;"),
     "another pooling": (edit(POOLING, **ONE_WORD, pooling_mode="weightedmean"), "pools by weightedmean;"),
@@ -380,6 +419,28 @@ def test_an_unknown_key_elsewhere_is_a_warning(tiny: Path) -> None:
         facts_of(tiny)
 
 
+NOT_NORMALIZED = modules(Transformer="", Pooling="1_Pooling")
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        edit(PROMPT_FILE, similarity_fn_name="euclidean"),
+        both(NOT_NORMALIZED, edit(PROMPT_FILE, similarity_fn_name="dot")),
+    ],
+)
+def test_vectors_that_are_not_compared_by_cosine_are_a_warning(twist: Twist, tiny: Path) -> None:
+    twist(tiny)
+    with pytest.warns(ConfigKeyWarning, match=r"similarity_fn_name is '\w+'. The vectors are the checkpoint's, but"):
+        facts_of(tiny)
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", None])
+def test_of_vectors_of_length_1_the_product_is_the_cosine(name: str | None, tiny: Path) -> None:
+    edit_json(tiny / PROMPT_FILE, similarity_fn_name=name)
+    facts_of(tiny)  # warnings are errors in tests
+
+
 QWEN3_EMBEDDING = """
     architectures attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
     initializer_range intermediate_size max_position_embeddings max_window_layers model_type num_attention_heads
@@ -421,8 +482,33 @@ def test_a_snapshot_of_the_hub_has_the_name_of_its_repository(tiny: Path, tmp_pa
     entry, folder = find_model(str(snapshot), read_lock())
     assert (entry.name, entry.repo, entry.revision, folder) == ("my-model", "org/my-model", commit, snapshot)
     alone = shutil.copytree(tiny, tmp_path / commit)
-    with pytest.raises(WrongUsage, match=r"the folder's name is a commit, or empty.*--name NAME"):
+    with pytest.raises(WrongUsage, match=r"the folder's name is a commit, is empty, or .*--name NAME"):
         find_model(str(alone), read_lock())
     assert find_model(str(alone), read_lock(), name="mine")[0].name == "mine"
     with pytest.raises(WrongUsage, match="--name a/b: is no name of files"):
         find_model(str(alone), read_lock(), name="a/b")
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "bell\x07"])
+def test_a_folder_whose_name_no_card_can_hold_asks_for_a_name(name: str, tmp_path: Path) -> None:
+    from f2gguf.quantize.source.fetch import find_model
+    from f2gguf.quantize.source.lock import read_lock
+
+    folder = tmp_path / name
+    folder.mkdir()
+    with pytest.raises(WrongUsage, match=r"holds what cannot be printed.*--name NAME"):
+        find_model(str(folder), read_lock())
+    assert find_model(str(folder), read_lock(), name="mine")[0].name == "mine"
+
+
+def test_a_folder_whose_path_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    from f2gguf.quantize.source.fetch import find_model
+    from f2gguf.quantize.source.lock import read_lock
+
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "model"
+    try:
+        folder.mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    with pytest.raises(WrongUsage, match=r"path is no UTF-8. Rename it"):
+        find_model(str(folder), read_lock(), name="mine")

@@ -29,7 +29,7 @@ from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import require_device
-from f2gguf.runtime.llama.threads import default_threads
+from f2gguf.runtime.llama.threads import default_threads, require_threads
 from numpy.typing import NDArray
 
 N_CTX = 512  # context of the other sides, or a multiple for longer texts
@@ -53,7 +53,7 @@ def choose_sides(
 ) -> dict[str, SideSettings]:
     """Name -> settings of every side, f2gguf first. All settings are checked before a side starts."""
     require_device(device)
-    common = SideSettings(str(header.path), header.require_pooling(pooling), device, n_threads or default_threads())
+    common = SideSettings(str(header.path), header.require_pooling(pooling), device, require_threads(n_threads))
     sides = {OURS: common, LLAMA_EMBED: common}
     if server_flags and not llama_server:
         raise WrongUsage("--server-flags: name the program as well, with --llama-server BINARY.")

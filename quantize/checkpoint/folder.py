@@ -19,6 +19,7 @@ from f2gguf.quantize.checkpoint.modules import (
     read_limit,
     read_modules,
     read_prompts,
+    warn_of_similarity,
 )
 from f2gguf.quantize.checkpoint.weights import (
     INDEX,
@@ -107,6 +108,7 @@ def read_checkpoint(root: Path) -> Checkpoint:
     `UnsupportedCheckpoint` for modules and weight formats that f2gguf does not convert.
     """
     settings = read_settings(root)
+    warn_of_similarity(root, is_normalized=settings.modules.is_normalized)
     return replace(settings, tensors=read_tensors(settings.folder, settings.config))
 
 

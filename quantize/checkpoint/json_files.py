@@ -23,9 +23,17 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> Any:
-    """Any JSON value from a file. Raises `BrokenCheckpoint` if the file is missing or does not parse."""
+    """Any JSON value from a file. Raises `BrokenCheckpoint` if the file is missing or does not parse.
+
+    Python would let halves of letters through ("\\ud800"), which no other program reads, and no header can hold.
+    """
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
+        text = data.decode(json.detect_encoding(data))
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"{path}: no such file. A checkpoint folder needs it. {FETCH_AGAIN}") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -5,13 +5,14 @@ Source of every rule: sentence-transformers 6.2, base/model.py, base/modules/tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, load_json, read_json, read_value
-from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
+from f2gguf.runtime.errors import BrokenCheckpoint, ConfigKeyWarning, UnsupportedCheckpoint, parsing
 from pydantic import TypeAdapter
 
 PROMPTS_FILE = "config_sentence_transformers.json"
@@ -29,6 +30,7 @@ _POOLING_KEYS = {
 }
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 TRANSFORMER_FILES = tuple(f"sentence_{kind}_config.json" for kind in _KINDS)  # the first that says something counts
+_OF_TEXT = (None, "sentence_embedding")  # what Normalize must read and write: a text's vector, which is the default
 # key of these files -> the values under which a text's vector is that of the plain model
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction",),
@@ -78,6 +80,10 @@ def read_modules(root: Path) -> Modules:
     with parsing(path, BrokenCheckpoint, FETCH_AGAIN):
         rows = TypeAdapter(list[dict[str, Any]]).validate_python(content)
         stated = [(str(row["type"]), str(row["path"])) for row in rows]
+        names = [str(row["name"]) for row in rows if "name" in row]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        flaw = f"two modules are called {twice[0]!r}, of which sentence-transformers runs only the last"
+        raise BrokenCheckpoint(f"{path}: {flaw}. Give each a name of its own. {FETCH_AGAIN}")
     for kind, place in stated:
         _require_known(path, kind)
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
@@ -87,12 +93,14 @@ def read_modules(root: Path) -> Modules:
         order = ", ".join(name for name, _ in modules) or "no modules"
         raise UnsupportedCheckpoint(f"{path}: has {order}; f2gguf converts {', '.join(_ORDERS[-1])}, in this order.")
     places = dict(modules)
-    pooling_file = f"{places['Pooling']}/config.json".lstrip("/") if "Pooling" in places else None
+    files = {name: f"{place}/config.json".lstrip("/") for name, place in places.items() if name != "Transformer"}
+    if "Normalize" in files:
+        _require_plain_normalize(root / files["Normalize"])
     return Modules(
         transformer=places["Transformer"],
-        pooling=_read_pooling(root / pooling_file) if pooling_file else None,
-        is_normalized="Normalize" in places,
-        files=("modules.json", *([pooling_file] if pooling_file else [])),
+        pooling=_read_pooling(root / files["Pooling"]) if "Pooling" in files else None,
+        is_normalized="Normalize" in files,
+        files=("modules.json", *files.values()),
     )
 
 
@@ -117,6 +125,17 @@ def read_prompts(root: Path) -> Prompts:
             "and the caller chooses one with --dims or truncate_dim."
         )
     return Prompts(texts, default if texts.get(str(default)) else None)
+
+
+def warn_of_similarity(root: Path, *, is_normalized: bool) -> None:
+    """Say so where the model's vectors are meant to be compared otherwise than f2gguf does."""
+    path = root / PROMPTS_FILE
+    stated = read_json(path, optional=True).get("similarity_fn_name")
+    if stated in ("euclidean", "manhattan") or (stated == "dot" and not is_normalized):
+        words = (
+            f"similarity_fn_name is {stated!r}. The vectors are the checkpoint's, but `similarity` and `f2gguf search`"
+        )
+        warnings.warn(f"{path}: {words} compare them by their cosine.", ConfigKeyWarning, 2)
 
 
 def read_limit(folder: Path, config: Mapping[str, Any]) -> int | None:
@@ -180,6 +199,14 @@ def _read_pooling(path: Path) -> str | None:
         shown = " and ".join(map(str, modes)) if isinstance(modes, list) else repr(modes)
         raise UnsupportedCheckpoint(f"{path}: pools by {shown}; last token, mean or CLS is supported.")
     return _POOLING_MODES[modes[0]]
+
+
+def _require_plain_normalize(path: Path) -> None:
+    """Refuse a Normalize that leaves a text's vector as it is, and normalises something else."""
+    for key, value in read_json(path, optional=True).items():
+        if key in ("module_input_name", "module_output_name") and value not in _OF_TEXT:
+            words = f"{key} is {value!r}; f2gguf converts a Normalize of 'sentence_embedding'"
+            raise UnsupportedCheckpoint(f"{path}: {words}.")
 
 
 def _transformer_settings(folder: Path) -> tuple[Path, dict[str, Any]]:

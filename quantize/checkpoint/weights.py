@@ -150,11 +150,15 @@ def _read_shards(index_path: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
-    return dict(read_value(index_path, "weight_map", dict[str, str]))
+    stated = dict(read_value(index_path, "weight_map", dict[str, str]))
+    if elsewhere := next((file for file in stated.values() if Path(file).name != file), None):
+        words = f"names {elsewhere!r}, which is no file beside it. Move the shards there, and correct their names"
+        raise UnsupportedCheckpoint(f"{index_path}: {words}.")
+    return stated
 
 
 def _shards(index_path: Path) -> list[Path]:
-    files = [index_path.parent / Path(name).name for name in sorted(set(_weight_map(index_path).values()))]
+    files = [index_path.parent / name for name in sorted(set(_weight_map(index_path).values()))]
     if not files:
         raise BrokenCheckpoint(f"{index_path}: has an empty 'weight_map'. {FETCH_AGAIN}")
     if missing := [path for path in files if not path.is_file()]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +30,11 @@ def find_model(model: str, lock: Lock, *, name: str | None = None) -> tuple[Entr
     entry, folder = find_entry(model, lock)
     if name is not None:
         entry = replace(entry, name=_valid_name(name))
-    elif not entry.name or COMMIT.fullmatch(entry.name):
-        raise WrongUsage(f"{model}: the folder's name is a commit, or empty. Name the model: --name NAME.")
+    elif not entry.name.isprintable() or not entry.name or COMMIT.fullmatch(entry.name):
+        raise WrongUsage(
+            f"{model}: the folder's name is a commit, is empty, or holds what cannot be printed. Name the model: "
+            "--name NAME."
+        )
     if entry.unsupported:
         raise UnsupportedCheckpoint(
             f"{entry.name}: f2gguf does not convert it yet: {entry.unsupported}. "
@@ -50,6 +54,7 @@ def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
     except OSError:  # a name too long for any file system
         is_folder = exists = False
     if is_folder:
+        _require_utf8(folder)
         return _of_folder(folder.resolve(), lock), folder
     if exists or folder.is_absolute() or model.startswith("."):
         raise WrongUsage(f"{model}: is no folder. Pass the folder that holds the checkpoint's config.json.")
@@ -57,6 +62,14 @@ def find_entry(model: str, lock: Lock) -> tuple[Entry, Path | None]:
     if not match:
         return lock.entry(model), None  # raises, and suggests the nearest name
     return _of_repo(match["repo"], match["revision"], lock), None
+
+
+def _require_utf8(folder: Path) -> None:
+    """safetensors and tokenizers open no other path, and neither header nor card could hold the name."""
+    try:
+        os.fspath(folder.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise WrongUsage(f"{folder}: the folder's path is no UTF-8. Rename it.") from error
 
 
 def _of_folder(folder: Path, lock: Lock) -> Entry:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 from f2gguf.runtime.gguf.case import AGAIN, Case, Check, Finding
 from f2gguf.runtime.gguf.describe import drift_of, is_reference
 from f2gguf.runtime.gguf.header import ENCODERS, KEY_ADD_EOS, KEY_LOWERCASE, KEY_MAX_TOKENS, KEY_TOKENIZER
@@ -34,6 +35,7 @@ _POOLED = {
 _PROMPTED = ("qwen2", "qwen3", "llama", "mistral3", "gemma3")
 _PROMPTED_NAMES = re.compile(r"\be5\b|arctic[\W_]*embed|mxbai[\W_]*embed|nomic|gemma|instruct|\bbge\b", re.IGNORECASE)
 _WITH_DENSE = re.compile(r"labse|distiluse|stella[\W_]*en|sentence[\W_]*t5|gtr[\W_]*t5", re.IGNORECASE)
+_UNSCALED = ("qwen2", "qwen3", "modern-bert", "nomic-bert", "eurobert", "gemma-embedding")  # rotary, and as trained
 # Architecture -> the pre-tokenizers that its models have
 _QWEN = ("qwen2", "f2llmv2", "deepseek-r1-qwen", "kormo")
 _PRE = {"qwen2": _QWEN, "qwen3": _QWEN, "modern-bert": ("modern-bert",)}
@@ -171,6 +173,17 @@ def words(case: Case) -> Iterator[Finding]:
         yield _note("normaliser", "llama.cpp's own text normaliser is used", why, "Convert it with `quantize convert`.")
 
 
+def positions(case: Case) -> Iterator[Finding]:
+    """Scaled rotary embeddings: llama.cpp follows the keys in every text, not only in long ones."""
+    if case.architecture not in _UNSCALED or case.of_architecture("rope.scaling.type", None) == "none":
+        return
+    for key in ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"):
+        if (value := case.of_architecture(key, 1.0)) not in (0.0, 1.0):
+            why = "no known embedding model of its kind was trained with scaled positions"
+            mend = f"Look for rope_scaling in the checkpoint's config.json. {AGAIN}"
+            yield _warning("positions", f"{case.architecture}.{key} is {float(str(np.float32(value)))}", why, mend)
+
+
 def longest_input(case: Case) -> Iterator[Finding]:
     if KEY_MAX_TOKENS not in case.values:
         what = f"states no longest input, so that {case.header.n_ctx_train:,} tokens are taken"
@@ -213,6 +226,7 @@ CHECKS: tuple[Check, ...] = (
     prompt,
     dense,
     words,
+    positions,
     longest_input,
     measured,
     source,

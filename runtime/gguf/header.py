@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownDims, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.golden import golden_flaw
@@ -165,7 +165,7 @@ class Header:
     def require_width(self, truncate_dim: int | None) -> int:
         """`truncate_dim`, or the full width for None. Raises `UnknownDims` for a width that was not trained."""
         if truncate_dim is None or truncate_dim in (*self.dims, self.n_embd):
-            return self.n_embd if truncate_dim is None else truncate_dim
+            return self.n_embd if truncate_dim is None else int(truncate_dim)
         trained = f"{'was trained for' if len(self.dims) > 1 else 'gives only'} {', '.join(map(str, self.dims))}"
         raise UnknownDims(f"{truncate_dim} dimensions: {self.name} {trained} (--dims, truncate_dim).")
 
@@ -173,9 +173,9 @@ class Header:
         """`max_tokens`, or the header's for None. Raises `WrongUsage` for more than the model takes."""
         if max_tokens is None:
             return self.max_tokens
-        if not 2 <= max_tokens <= self.n_ctx_train:
-            raise WrongUsage(f"max_tokens is {max_tokens}: {self.name} takes 2 to {self.n_ctx_train} (--max-tokens).")
-        return max_tokens
+        if not isinstance(max_tokens, SupportsIndex) or not 2 <= max_tokens <= self.n_ctx_train:
+            raise WrongUsage(f"max_tokens is {max_tokens!r}: {self.name} takes 2 to {self.n_ctx_train} (--max-tokens).")
+        return int(max_tokens)
 
     def takes_last_tokens(self, pooling: str | None) -> bool:
         """Whether the runtime computes outputs for last tokens only, instead of pooling by llama.cpp."""

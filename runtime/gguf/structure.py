@@ -53,6 +53,7 @@ _DOES |= {"unknown": "what has no token becomes"}
 _EPSILONS = [float(np.float32(10.0**-n)) for n in range(5, 13)]
 # Of rotary embeddings: nomic, most models, jina-v3, ModernBERT, EuroBERT, Llama, Qwen, jina-v5
 _BASES = [1e3, 1e4, 2e4, 8e4, 1e5, 1.5e5, 1.6e5, 2.5e5, 5e5, 1e6, 3.5e6, 5e6, 1e7]
+_BASES_OF = {"qwen3": [base for base in _BASES if base >= 1e6]}  # all that were published
 _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")  # types of tensors
 _MAX_BLOCKS, _MAX_EXPERTS = 512, 1024
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
@@ -164,7 +165,8 @@ def numbers(case: Case) -> Iterator[Finding]:
     """Numbers that no maker of an embedding model chose. A bit that flipped in one leaves such a number."""
     why = "no known embedding model has it, so the header may be damaged"
     for key, value in case.values.items():
-        known = _EPSILONS if key.endswith("epsilon") else _BASES if ".rope.freq_base" in key else None
+        bases = _BASES_OF.get(case.architecture, _BASES) if ".rope.freq_base" in key else None
+        known = _EPSILONS if key.endswith("epsilon") else bases
         is_odd = isinstance(value, float) and key.startswith(f"{case.architecture}.")
         if is_odd and (value not in known if known else not np.isfinite(value)):
             mend = f"Compare it with the checkpoint's config.json. {AGAIN}"

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import SupportsIndex
 
+from f2gguf.runtime.errors import WrongUsage
+
+MAX_THREADS = 512  # as in ggml (GGML_MAX_N_THREADS): a number far beyond ends the process
 _ROOT = Path("/")
 
 
@@ -19,7 +23,16 @@ def default_threads(root: Path = _ROOT) -> int:
     Ray, Slurm and joblib set for their workers. `root` is where /sys and /proc are.
     """
     counts = (_cores(root), _cpu_quota(root), _first_number(os.environ.get("OMP_NUM_THREADS", "")))
-    return min(count for count in counts if count)
+    return min(MAX_THREADS, *(count for count in counts if count))
+
+
+def require_threads(n_threads: int | None) -> int:
+    """`n_threads`, or `default_threads()` for None. Raises `WrongUsage` for what ggml cannot have."""
+    if n_threads is None:
+        return default_threads()
+    if not isinstance(n_threads, SupportsIndex) or not 1 <= n_threads <= MAX_THREADS:
+        raise WrongUsage(f"n_threads is {n_threads!r}: pass a whole number from 1 to {MAX_THREADS} (--threads).")
+    return int(n_threads)
 
 
 def _cores(root: Path) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import orjson
 from f2gguf.runtime.llama.encoder import Input
 from f2gguf.runtime.llama.engine import Rows
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from starlette.responses import Response
 
 # fail_fast: a long list of wrong values gets one error, not one for each value
@@ -44,6 +44,27 @@ INPUT_TYPE = (
     "model has such a prompt."
 )
 
+# Fields by which clients of one API or another ask for other vectors, by what they ask for. Where a dialect has no such
+# field, it is refused instead of ignored.
+_ASKING = {
+    "inputs": ("images", "messages"),
+    "prompt": ("input_type", "prompt_name", "prompt", "task", "task_type", "instruction"),
+    "width": ("dimensions", "output_dimension", "truncate_dim"),
+    "cut": ("truncate", "truncation_direction", "truncate_prompt_tokens", "max_tokens", "max_length"),
+    "length": ("normalize", "normalized", "normalize_embeddings"),
+    "numbers": ("encoding_format", "embedding_types", "embedding_type", "output_dtype", "precision"),
+    "tokens": ("add_special_tokens", "late_chunking", "pooling"),
+    "all of these": ("parameters",),  # of the Hugging Face Hub's own servers
+}
+# Their values that ask for nothing else than what any dialect gives
+_PLAIN = {
+    "encoding_format": "float",
+    "embedding_type": "float",
+    "output_dtype": "float",
+    "precision": "float32",
+    "add_special_tokens": True,
+    "late_chunking": False,
+}
 _SHOWN_INDICES = 256  # in a header; clients and proxies take a few kB
 
 # Why a request gets no vectors, in OpenAI's codes, and the HTTP status of each.
@@ -79,6 +100,27 @@ class Refused(Exception):
         self.message = message
         self.param = param
         self.headers = headers or {}
+
+
+class VectorRequest(BaseModel):
+    """A request for vectors. Raises `Refused` for a field of another dialect that asks for other vectors.
+
+    Fields that nobody knows are ignored: clients send names of users, of keys, and what else a proxy may want.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ask_in_own_words(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for what, names in _ASKING.items():
+            foreign = [name for name in names if name in body and name not in cls.model_fields]
+            if asking := [name for name in foreign if body[name] not in (None, [], {}, _PLAIN.get(name))]:
+                own = [f"Send {name} instead" for name in names if name in cls.model_fields]
+                other = "End the model's name in ':query' or ':document'" if what == "prompt" else "Leave it out"
+                words = f"{asking[0]}: this path does not follow it, and could give other vectors than it asks for"
+                raise Refused("invalid_value", f"{words}. {[*own, other][0]}.", param=asking[0])
+        return body
 
 
 @dataclass(frozen=True)

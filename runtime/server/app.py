@@ -221,7 +221,7 @@ def _refusal(error: Exception, path: str) -> Refused:
 
 
 def _http_refusal(error: HTTPException, path: str) -> Refused:
-    code, words = "invalid_value", "the body is no JSON in UTF-8."
+    code, words = "invalid_value", "the body is no JSON in UTF-8, is nested too deep, or has too long a number."
     if error.status_code == 404:
         reason = f" ({_ABSENT[path]})" if path in _ABSENT else ""
         code, words = "unknown_url", f"there is nothing at this path{reason}; /openapi.json lists what there is."

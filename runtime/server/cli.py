@@ -157,10 +157,10 @@ def _read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
 
 def _host_names(host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     """The names by which requests may call this server: those that are stated, and the machine's own."""
-    from f2gguf.runtime.server.guard import host_name
+    from f2gguf.runtime.server.guard import host_name, is_host
 
     for name in allowed:
-        if "/" in name or not host_name(name):
+        if name != "*" and not is_host(name):
             raise WrongUsage(f"--allow-host {name}: pass a name, such as embeddings.example.org.")
     own = socket.gethostname()
     return tuple(map(host_name, (host, own, f"{own}.local", *allowed)))

@@ -12,6 +12,7 @@ from f2gguf.runtime.server.answers import (
     Refused,
     Text,
     Truncate,
+    VectorRequest,
     Width,
     base64_rows,
     json_response,
@@ -25,7 +26,7 @@ from pydantic import BaseModel, Field, StrictStr
 EmbeddingType = Literal["float", "base64"]
 
 
-class CohereEmbedRequest(BaseModel):
+class CohereEmbedRequest(VectorRequest):
     model: ModelName | None = Field(None, description=MODEL)
     texts: Annotated[list[Text], Field(fail_fast=True)]
     input_type: StrictStr | None = Field(None, description=INPUT_TYPE)

@@ -26,6 +26,8 @@ OPEN_PATHS = ("/", "/health")  # read without a key: the page, and what a load b
 CLIENT_LEFT = 499  # nginx's status for the log; nobody receives it
 _GZIP = 16 + zlib.MAX_WBITS  # zlib's number for gzip's header and trailer
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")  # of a host or an encoding: what may be shown
+# What a Host header can hold: a name (of another script in its ASCII form, xn--...) or an address, and a port
+_HOST = re.compile(r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.IGNORECASE)
 
 log = logging.getLogger("f2gguf.serve")
 
@@ -48,6 +50,15 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].rstrip(".").lower()
+
+
+def is_host(text: str) -> bool:
+    """Whether a Host header can be this.
+
+    >>> is_host("models.example.org:8080"), is_host("http://models"), is_host("my models"), is_host("...")
+    (True, False, False, False)
+    """
+    return bool(_HOST.fullmatch(text) and host_name(text))
 
 
 def is_own_host(host: str, names: Collection[str]) -> bool:

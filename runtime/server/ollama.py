@@ -11,14 +11,14 @@ from importlib import metadata
 from typing import Annotated, Any
 
 from f2gguf.runtime.gguf.describe import as_dict
-from f2gguf.runtime.server.answers import MODEL, Job, ModelName, Refused, Width, json_response
+from f2gguf.runtime.server.answers import MODEL, Job, ModelName, Refused, VectorRequest, Width, json_response
 from f2gguf.runtime.server.models import Models, ServedModel, find_model, stated_name
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 
-class OllamaRequest(BaseModel):
+class OllamaRequest(VectorRequest):
     """What both requests for vectors have in common."""
 
     model: ModelName | None = Field(None, description=MODEL)

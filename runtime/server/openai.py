@@ -14,6 +14,7 @@ from f2gguf.runtime.server.answers import (
     ModelName,
     Refused,
     Truncate,
+    VectorRequest,
     Width,
     base64_rows,
     input_list,
@@ -26,7 +27,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictStr
 
 
-class EmbeddingsRequest(BaseModel):
+class EmbeddingsRequest(VectorRequest):
     """OpenAI's request; and `input_type` and `truncate`, as NVIDIA and Cohere call them."""
 
     model: ModelName | None = Field(None, description=MODEL)

@@ -14,6 +14,7 @@ from f2gguf.runtime.server.answers import (
     ModelName,
     Refused,
     Text,
+    VectorRequest,
     Width,
     input_list,
     json_response,
@@ -42,7 +43,7 @@ TRUNCATE = Field(
 )
 
 
-class Options(BaseModel):
+class Options(VectorRequest):
     """What the requests have in common. `model` is ours: TEI serves one."""
 
     model: ModelName | None = None
