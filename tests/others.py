@@ -15,11 +15,18 @@ Values = dict[str, Any]
 BYTES = byte_letters()
 
 
-def write_other(path: Path, source: Path, *, without: tuple[str, ...] = (), **changes: Any) -> Path:
-    """The file at `source` as another tool would write it; dots in the keys of `changes` are written as __."""
+def write_other(
+    path: Path, source: Path, *, without: tuple[str, ...] = (), is_whole: bool = True, **changes: Any
+) -> Path:
+    """The file at `source` as another tool would write it; dots in the keys of `changes` are written as __.
+
+    One that is not whole has no tensors.
+    """
     values, tensors = _read(source)
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return write_file(path, {key: v for key, v in {**values, **changes}.items() if key not in without}, tensors)
+    return write_file(
+        path, {key: v for key, v in {**values, **changes}.items() if key not in without}, tensors if is_whole else {}
+    )
 
 
 def keys_of(source: Path) -> list[str]:
