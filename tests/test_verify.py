@@ -66,6 +66,7 @@ def figures(*arguments: object) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_every_kind_of_baseline_gives_the_same_drift(
     drifted: Path, nano_f16: Path, corpus: Path, reference: np.ndarray, api: Api, tmp_path: Path
 ) -> None:
