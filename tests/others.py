@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.vocabulary import byte_letters
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
@@ -15,11 +16,28 @@ Values = dict[str, Any]
 BYTES = byte_letters()
 
 
-def write_other(path: Path, source: Path, *, without: tuple[str, ...] = (), **changes: Any) -> Path:
-    """The file at `source` as another tool would write it; dots in the keys of `changes` are written as __."""
+def write_other(
+    path: Path, source: Path, *, without: tuple[str, ...] = (), is_whole: bool = True, **changes: Any
+) -> Path:
+    """The file at `source` as another tool would write it; dots in the keys of `changes` are written as __.
+
+    One that is not whole has no tensors.
+    """
     values, tensors = _read(source)
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return write_file(path, {key: v for key, v in {**values, **changes}.items() if key not in without}, tensors)
+    return write_file(
+        path, {key: v for key, v in {**values, **changes}.items() if key not in without}, tensors if is_whole else {}
+    )
+
+
+def edit_tensor(path: Path, name: str, edit: Callable[[np.ndarray], object]) -> None:
+    """Let `edit` change the values of a tensor in place; those of a quantised one are bytes."""
+    info = next(info for info in read_header(path).tensors if info.name == name)
+    dtype = {"F32": np.float32, "F16": np.float16}.get(info.type)
+    shape = info.shape if dtype else (info.size_bytes,)
+    values = np.memmap(path, dtype or np.uint8, "r+", info.begin, shape)
+    edit(values)
+    values.flush()
 
 
 def keys_of(source: Path) -> list[str]:

@@ -37,6 +37,7 @@ def test_tensors_are_those_of_llama_model_quantize(
     assert (is_sealed(read_header(ours)), is_sealed(read_header(theirs))) == (True, False)
 
 
+@pytest.mark.slow
 def test_importance_matrix_gives_the_bytes_that_llama_model_quantize_gives(nano_f16: Path, tmp_path: Path) -> None:
     name = "blk.1.ffn_down.weight"
     row = RNG.uniform(0.1, 10, 768).astype(np.float32)

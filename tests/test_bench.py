@@ -195,6 +195,7 @@ def test_server_side_keeps_the_order_of_texts_and_ends_its_server(nano_f16: Path
     assert not running(str(server))
 
 
+@pytest.mark.slow
 def test_a_url_is_a_side_without_known_memory(
     api: Api, run: Run, nano_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_vectors_that_are_none_are_an_error(value: float) -> None:
         bench._min_cosine("x", ours, theirs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(nano_f16: Path, tmp_path: Path) -> None:
     model = tmp_path / "interrupted.gguf"
     model.hardlink_to(nano_f16)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from checkpoints import MINILM, NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
-from conftest import Run, facts_of
+from conftest import NO_TRANSFORMERS, Run, facts_of
 from f2gguf.evals.texts import HOSTILE, load_texts
 from f2gguf.quantize.checkpoint.tokenizer_files import build_tokenizer
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
@@ -45,6 +46,7 @@ BERT_NAMES = {
 }
 
 
+@functools.cache
 def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
@@ -146,6 +148,7 @@ def test_header_holds_what_the_runtime_must_know(nano_f16: Path, nano_facts: Fac
     assert "ja" in header.languages
 
 
+@pytest.mark.slow
 def test_gate_on_token_ids_holds_on_every_text_and_hostile_string(
     nano_f16: Path, nano_facts: Facts, minilm_f16: Path, minilm_facts: Facts
 ) -> None:
@@ -181,9 +184,9 @@ def test_lock_may_force_a_closing_token_that_the_checkpoint_leaves_out(tiny: Pat
 
 def test_convert_command_writes_the_file_and_says_its_path(run: Run, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "out" / "x.gguf"
-    process = run("quantize", "convert", tiny, "-o", path, "--dtype", "f32")
+    process = run("quantize", "convert", tiny, "-o", path, "--dtype", "f32", prelude=NO_TRANSFORMERS)
     assert (process.returncode, process.stdout.strip()) == (0, str(path))
     assert read_header(path).file_type == "F32"
-    again = run("quantize", "convert", tiny, "-o", path)
+    again = run("quantize", "convert", tiny, "-o", path, prelude=NO_TRANSFORMERS)
     assert again.returncode == 1
     assert "--force" in again.stderr

@@ -255,6 +255,7 @@ quantize(["fetch", "org/tiny"])
     assert [request.range for request in hub.asked("GET", "/stored/")] == ["bytes=200-"]
 
 
+@pytest.mark.slow
 def test_interrupted_download_ends_at_once(hub: Hub, tmp_path: Path) -> None:
     def interrupt(_: Hub) -> None:
         started[0].send_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import NoVector
-from gguf import GGUFReader
+from others import edit_tensor
 
 TEXTS = [text.text for text in load_texts() if text.kind != "long"][::12]
 WORD = " zebra"  # not in TEXTS
@@ -32,9 +32,7 @@ def f32_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edited(source: Path, target: Path, name: str, edit) -> Path:
     """A copy of a file, one tensor of which went through `edit`, in place."""
     target.write_bytes(source.read_bytes())
-    reader = GGUFReader(target, "r+")
-    edit(next(tensor for tensor in reader.tensors if tensor.name == name).data)
-    reader.data.flush()
+    edit_tensor(target, name, edit)
     return target
 
 

@@ -168,6 +168,7 @@ def test_file_that_is_split_into_one_part_is_whole(command: Run, hub: Hub, relea
 DOWNLOAD = "from huggingface_hub import hf_hub_download; print(hf_hub_download('org/tiny', 'tiny-Q8_0.gguf'))"
 
 
+@pytest.mark.slow
 def test_cache_that_another_tool_filled_is_used_where_the_hub_cannot_be_reached(
     command: Run, hub: Hub, home: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_cache_that_another_tool_filled_is_verified(command: Run, hub: Hub, home
     assert "the Hub cannot be reached" in only_error(command("inspect", f"{REPO}:Q8_0", is_offline=True))
 
 
+@pytest.mark.slow
 def test_cache_that_another_tool_filled_since_is_used_after_an_older_answer_of_the_hub(
     command: Run, hub: Hub, home: Path, release: Release
 ) -> None:

@@ -19,6 +19,7 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair import search
+from f2gguf.quantize.repair.calibration import PATH
 from f2gguf.quantize.repair.plan import plan_variant
 from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, make, read_recipe
@@ -30,13 +31,16 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.gguf.header import read_header
 
-TEXTS = [text for text in load_texts() if text.kind != "long"][::3]
+TEXTS = [text for text in load_texts() if len(text.text) < 300][::4]
 Studied = Callable[[Path], Study]
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
-    """The study of a .gguf file."""
+    """The study of a .gguf file, on a third of the calibration texts."""
+    calibration = tmp_path_factory.mktemp("calibration") / "third.jsonl"
+    rows = [{"text": text.text, "kind": text.kind, "language": text.language} for text in load_texts(PATH)[::3]]
+    calibration.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def study(source: Path) -> Study:
         work = tmp_path_factory.mktemp("work")
@@ -44,7 +48,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             source,
             imatrix_path=work / "x.imatrix.gguf",
             work=work,
-            calibration=None,
+            calibration=calibration,
             device="auto",
         )
 
@@ -66,7 +70,7 @@ source_vectors = functools.cache(vectors_of)  # a source is compared with severa
 
 
 def drift_of(study: Study, recipe: Recipe, path: Path) -> float:
-    """Mean drift of the file of `recipe`, made at `path`, on a third of the evaluation texts."""
+    """Mean drift of the file of `recipe`, made at `path`, on some of the evaluation texts."""
     make(study.weights, path, recipe, study.imatrix)
     return float(drift(vectors_of(path), source_vectors(study.weights.header.path)).mean())
 
@@ -163,12 +167,12 @@ def test_a_verdict_over_the_bound_makes_the_search_stricter(
         return verdicts[len(tried) - 1]
 
     monkeypatch.setattr(search, "make_measured", make_measured)
-    evaluation = SimpleNamespace(max_drift=0.0025)
+    evaluation = SimpleNamespace(max_drift=0.0031)
     made = make_within_bound(nano_study, "Q4_0", tmp_path / "x.gguf", evaluation=evaluation)  # type: ignore[arg-type]
     first, second = tried
     assert (first.kind, second.kind) == ("imatrix", "promoted")
     assert made.recipe == second
-    assert study_drift(nano_study, second) < study_drift(nano_study, first) * 0.0025 / 0.03
+    assert study_drift(nano_study, second) < study_drift(nano_study, first) * 0.0031 / 0.03
 
 
 def test_what_the_path_holds_already_is_not_made_again(nano_study: Study, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from f2gguf.runtime.errors import NotGGUF, SelftestFailed, SelftestMissing
 from f2gguf.runtime.gguf import golden
 from f2gguf.runtime.gguf.golden import require_golden
 from f2gguf.runtime.gguf.header import read_header
-from gguf import GGUFReader
+from others import edit_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::f2gguf.runtime.errors.FileWarning")  # of headers that are damaged
 VARIANTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
@@ -62,9 +62,7 @@ def swap_tokens(one: str, other: str) -> Damage:
 
 def weights(name: str, edit: Callable[[np.ndarray], None]) -> Damage:
     def damage(path: Path) -> None:
-        reader = GGUFReader(path, "r+")
-        edit(next(tensor for tensor in reader.tensors if tensor.name == name).data)
-        reader.data.flush()
+        edit_tensor(path, name, edit)
 
     return damage
 

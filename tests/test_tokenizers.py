@@ -36,7 +36,7 @@ from f2gguf.runtime.gguf.header import KEY_TOKENIZER, read_header
 from f2gguf.runtime.gguf.pretokenizers import FLAT, recursive
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.tokenizer import open_tokenizer
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from others import write_other
 
 Edit = Callable[[Path], object]
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz-tokenizers"
@@ -336,7 +336,7 @@ def test_tokenizer_that_does_not_hold_together_is_named(nano_f16: Path, tmp_path
 
 
 def test_file_of_an_earlier_f2gguf_is_refused(nano_f16: Path, tmp_path: Path) -> None:
-    path = elsewhere(nano_f16, tmp_path / "old.gguf", **{"f2gguf.tokenizer.normalizer": '{"type": "NFC"}'})
+    path = write_other(tmp_path / "old.gguf", nano_f16, **{"f2gguf.tokenizer.normalizer": '{"type": "NFC"}'})
     with pytest.raises(GGUFError, match=r"old\.gguf: an earlier f2gguf made it"):
         ids_of(path, "a")
 
@@ -354,29 +354,9 @@ def test_text_on_which_the_library_panics_is_an_error(tiny: Path, capfd: pytest.
     capfd.readouterr()  # the panic's own words
 
 
-def elsewhere(source: Path, path: Path, *, is_whole: bool = True, **values: str) -> Path:
-    """A file that f2gguf did not make: one of its own without the keys that it adds, and with other `values`."""
-    reader = GGUFReader(source)
-    writer = GGUFWriter(path, "qwen3")
-    for key, field in reader.fields.items():
-        if not key.startswith(("GGUF.", "f2gguf.", "general.architecture", *values)):
-            writer.add_key_value(
-                key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
-            )
-    for key, value in values.items():
-        writer.add_key_value(key, value, GGUFValueType.STRING)
-    for tensor in reader.tensors if is_whole else []:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def gpt_4o(nano_f16: Path, tmp_path: Path) -> Path:
-    return elsewhere(nano_f16, tmp_path / "gpt-4o.gguf", **{"tokenizer.ggml.pre": "gpt-4o"})
+    return write_other(tmp_path / "gpt-4o.gguf", nano_f16, tokenizer__ggml__pre="gpt-4o")
 
 
 LONG = "from f2gguf.runtime import Embedder; import sys, threading; model = Embedder(sys.argv[1], max_tokens=64)\n"
@@ -411,7 +391,7 @@ def test_names_of_pre_tokenizers_that_recurse() -> None:
 def test_flat_pre_tokenizers_need_no_stack(nano_f16: Path, tmp_path: Path) -> None:
     """One of each list of patterns, in a thread of 512 KiB: a recursion of 30,000 steps needs 8 MB."""
     paths = [
-        elsewhere(nano_f16, tmp_path / f"{name}.gguf", is_whole=False, **{"tokenizer.ggml.pre": name})
+        write_other(tmp_path / f"{name}.gguf", nano_f16, is_whole=False, tokenizer__ggml__pre=name)
         for name in ("chatglm-bpe", "gemma4", "gpt-2", "kimi-k2", "laguna", "llama-bpe", "qwen2", "qwen35", "starcoder")
     ]
     code = """
@@ -449,7 +429,7 @@ def test_file_on_which_every_text_would_abort_is_refused(
         source = tmp_path / "source.gguf"
         shutil.copy(nano_f16, source)
         fill_in(source, {"tokenizer.ggml.add_bos_token": True})
-    path = elsewhere(source, tmp_path / "x.gguf", **values)
+    path = write_other(tmp_path / "x.gguf", source, **values)
     with pytest.raises(GGUFError, match=message):
         Model(path, vocab_only=True).close()
 
