@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from f2gguf.evals.texts import EvalText, texts_sha256
-from f2gguf.quantize.repair.calibration import MAX_TOKENS
+from f2gguf.quantize.repair.calibration import LONG_TOKENS, token_ids
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, NoVector, TruncationWarning, WrongImatrix, parsing
+from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, WrongImatrix, parsing
 from f2gguf.runtime.files import sha256_file, writing
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.llama.context import read_rows
+from f2gguf.runtime.llama.encoder import Encoder
+from f2gguf.runtime.llama.engine import unusable
 from gguf import GGUFWriter
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
@@ -135,7 +135,7 @@ def collect(
 ) -> tuple[Activations, Rows]:
     """Run `texts` through the model of `source`; gives the inputs of its matrices, and the vectors (n_texts, n_embd).
 
-    Prompts and pooling are the model's own. Texts are cut to MAX_TOKENS. Results are saved at `state_path`, and another
+    Prompts and pooling are the model's own. Texts are cut (`token_ids`). Results are saved at `state_path`, and another
     call goes on from there. Raises `NonFiniteActivations`, which names tensor and text.
     """
     stamp = f"{sha256_file(source)} {texts_sha256(texts)}"
@@ -143,10 +143,11 @@ def collect(
     header, saved, n_before = read_header(source), time.monotonic(), len(activations.vectors)
     collector = _Collector(header, activations)
     on_progress(n_before)
-    max_tokens = min(MAX_TOKENS, header.max_tokens)
+    max_tokens = min(LONG_TOKENS, header.max_tokens)
     with Embedder(source, device=device, watch=collector, max_tokens=max_tokens) as model:
-        for batch in _batches(texts[n_before:]):
-            activations.vectors.extend(_embed(model, batch, collector))
+        for first in range(n_before, len(texts), _BATCH_TEXTS):
+            batch = texts[first : first + _BATCH_TEXTS]
+            activations.vectors.extend(_embed(model.encoder, batch, collector))
             is_last = len(activations.vectors) == len(texts)
             if state_path and (is_last or time.monotonic() - saved > _SAVE_EVERY_S):
                 _save(state_path, stamp, activations)
@@ -155,32 +156,20 @@ def collect(
     return activations, np.stack(activations.vectors)
 
 
-def _batches(texts: Sequence[EvalText]) -> Iterator[list[EvalText]]:
-    """Batches of texts that take the same prompt, in order."""
-    for _, group in itertools.groupby(texts, key=lambda text: text.kind == "query"):
-        alike = list(group)
-        for start in range(0, len(alike), _BATCH_TEXTS):
-            yield alike[start : start + _BATCH_TEXTS]
-
-
-def _embed(model: Embedder, texts: Sequence[EvalText], collector: _Collector) -> Rows:
-    encode = model.encode_query if texts[0].kind == "query" else model.encode_document
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TruncationWarning)
-            vectors = encode([text.text for text in texts])
-    except NoVector as error:
+def _embed(encoder: Encoder, texts: Sequence[EvalText], collector: _Collector) -> Rows:
+    rows = encoder.finish(encoder.compute(token_ids(encoder, texts)), width=encoder.header.n_embd)
+    if bad := unusable(rows):
         collector.faults.append("the vector")
-        texts = [texts[i] for i in error.indices]
+        texts = [texts[i] for i in bad]
     if not collector.faults:
-        return vectors
+        return rows
     name = collector.faults[0]
     if len(texts) > 1:
         for text in texts:  # to name the text
             collector.faults.clear()
-            _embed(model, [text], collector)
+            _embed(encoder, [text], collector)
     raise NonFiniteActivations(
-        f"{model.header.path}: {name} meets values that are not finite, on the calibration text {texts[0].id} "
+        f"{encoder.header.path}: {name} meets values that are not finite, on the calibration text {texts[0].id} "
         f"({texts[0].text[:60]!r}). Take the text out (--calibration), or convert with --dtype bf16."
     )
 
@@ -193,7 +182,7 @@ def write_imatrix(path: Path, activations: Activations, source: Header, texts: S
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [f"f2gguf calibration, {len(texts)} texts"])
         writer.add_uint32("imatrix.chunk_count", len(texts))
-        writer.add_uint32("imatrix.chunk_size", MAX_TOKENS)
+        writer.add_uint32("imatrix.chunk_size", LONG_TOKENS)
         writer.add_string(keys.KEY_SOURCE_SHA256, str(source.values.get(keys.KEY_SOURCE_SHA256, "")))
         writer.add_string(KEY_CALIBRATION_SHA256, texts_sha256(texts))
         for name in sorted(activations.readers):

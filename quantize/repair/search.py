@@ -77,7 +77,7 @@ def make_within_bound(
             break
         highest, bound = there.verdict.highest, evaluation.max_drift
         say(f"  {variant}: the verdict is {highest:.2%} at worst, over {format_bound(bound)}")
-        allowed *= MARGIN * bound / highest
+        allowed = study.measure(recipe, f"try {variant}").worst * MARGIN * bound / highest
     assert there is not None
     return there
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from f2gguf.evals.drift import drift, highest_mean
-from f2gguf.evals.texts import EvalText, embed_texts, prompted, texts_sha256
+from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix, Ready
-from f2gguf.quantize.repair.calibration import HELD_OUT, MAX_TOKENS, fitting, judging, load_calibration, sampled
+from f2gguf.quantize.repair.calibration import LONG_TOKENS, fitting, judging, load_calibration, sampled, token_ids
 from f2gguf.quantize.repair.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.layers import has_layers
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
 from f2gguf.quantize.repair.rescale import scaled_imatrix, scales
-from f2gguf.quantize.repair.tensors import Rows, Weights, size_as
+from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, size_as
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import TruncationWarning, WrongRecipe
+from f2gguf.runtime.errors import WrongRecipe
 from f2gguf.runtime.files import sha256_file, write_text, writing
+from f2gguf.runtime.llama.packing import Ids
 
 N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 
@@ -39,6 +39,20 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The texts that candidates are measured on."""
+
+    texts: Sequence[EvalText]
+    ids: Sequence[Ids]
+    reference: Rows  # the 16-bit file's vectors, (n_texts, n_embd)
+
+    def some(self, n_texts: int) -> Judged:
+        """About `n_texts` of them, evenly spread."""
+        chosen = slice(None, None, max(1, len(self.texts) // n_texts))
+        return Judged(self.texts[chosen], self.ids[chosen], self.reference[chosen])
+
+
+@dataclass(frozen=True)
 class Study:
     """A 16-bit file, and what the search for a recipe needs of it."""
 
@@ -46,8 +60,9 @@ class Study:
     imatrix: Imatrix
     imatrix_sha256: str
     activations: Activations
-    texts: Sequence[EvalText]  # all of the calibration
-    reference: Rows  # the 16-bit file's vectors of the texts that judge, (n_judging, n_embd)
+    texts: Sequence[EvalText]  # of the calibration
+    fitting: Sequence[Ids]  # token ids of those that choose scales and codes
+    judged: Judged
     work: Path  # folder of candidates and of results
     device: str
     compensate: bool  # choose codes that make good each other's errors
@@ -74,7 +89,7 @@ class Study:
 
     def compensation(self, recipe: Recipe) -> Compensation:
         """What makes the codes of `recipe`."""
-        return _compensation(self.weights, self.texts, recipe, self.imatrix)
+        return _compensation(self.weights, self.fitting, self.judged.ids, recipe, self.imatrix)
 
     def ready(self, recipe: Recipe) -> Ready:
         """The tensors that a compensated `recipe` does not leave to ggml; they are kept until the study ends."""
@@ -96,28 +111,17 @@ class Study:
         return Candidate(recipe, *known[key])
 
     def _measure(self, recipe: Recipe, label: str, only: str | None) -> tuple[float, float]:
-        own, path, texts, reference = (
-            self.types(recipe),
-            self.work / "candidate.gguf",
-            judging(self.texts),
-            self.reference,
-        )
-        types, ready = own, self.ready(recipe)
+        types, ready, judged, path = self.types(recipe), self.ready(recipe), self.judged, self.work / "candidate.gguf"
         if only is not None:
-            types = {
-                name: own[name] if kind_of(name) == only else info.type for name, info in self.weights.infos.items()
-            }
+            infos = self.weights.infos
+            types = {name: kind if kind_of(name) == only else infos[name].type for name, kind in types.items()}
             ready = {name: data for name, data in ready.items() if kind_of(name) == only}
-            chosen = slice(None, None, max(1, len(texts) // N_PROBE_TEXTS))
-            texts, reference = texts[chosen], reference[chosen]
-        max_tokens = min(MAX_TOKENS, self.weights.header.max_tokens)
-        with progress(label, len(types) + len(texts)) as advance:
+            judged = judged.some(N_PROBE_TEXTS)
+        with progress(label, len(types) + len(judged.texts)) as advance:
             make(self.weights, path, recipe, self.imatrix, types=types, ready=ready, on_progress=advance)
-            with Embedder(path, device=self.device, max_tokens=max_tokens) as model, warnings.catch_warnings():
-                warnings.simplefilter("ignore", TruncationWarning)  # texts are cut to save time
-                drifts = drift(embed_texts(model, texts, advance), reference)
+            drifts = drift(_vectors(path, judged.ids, self.device, advance), judged.reference)
         path.unlink()
-        return float(drifts.mean()), highest_mean(drifts, texts)
+        return float(drifts.mean()), highest_mean(drifts, judged.texts)
 
     def _key(self, recipe: Recipe, only: str | None = None) -> str:
         """A name for what is computed of a recipe."""
@@ -142,16 +146,24 @@ def compensated(
     if recipe.compensated != (here := arithmetic()):
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
     types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
-    return _run(_compensation(weights, texts, recipe, imatrix), recipe, types, work / "codes")
+    fit, judge = _token_ids(weights, texts)
+    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work / "codes")
 
 
-def _compensation(weights: Weights, texts: Sequence[EvalText], recipe: Recipe, imatrix: Imatrix) -> Compensation:
-    header = weights.header
-    with Embedder(header.path, max_tokens=min(MAX_TOKENS, header.max_tokens)) as model:
-        fit, judge = (
-            model.encoder.tokenize([prompted(text, header.prompts) for text in some]).ids
-            for some in (fitting(texts), judging(texts))
-        )
+def _token_ids(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
+    """Of the texts that choose, and of those that judge."""
+    with Embedder(weights.header.path, max_tokens=min(LONG_TOKENS, weights.header.max_tokens)) as model:
+        return token_ids(model.encoder, fitting(texts)), token_ids(model.encoder, judging(texts))
+
+
+def _vectors(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress) -> Rows:
+    with Embedder(path, device=device, max_tokens=max(map(len, ids))) as model:
+        return model.encoder.compute(ids, on_progress=on_progress)
+
+
+def _compensation(
+    weights: Weights, fit: Sequence[Ids], judge: Sequence[Ids], recipe: Recipe, imatrix: Imatrix
+) -> Compensation:
     factors = scales(weights, imatrix, recipe.exponents)
     return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors)
 
@@ -183,9 +195,12 @@ def study_source(
     if own_imatrix:
         read_imatrix(own_imatrix, weights)  # refuses a wrong file before the work
     work.mkdir(parents=True, exist_ok=True)
-    with progress("calibrate", len(texts)) as advance:
+    fit, judge = fitting(texts), judging(texts)
+    with progress("calibrate", len(fit) + len(judge)) as advance:
         state_path = work / "activations.npz"
-        activations, reference = collect(source, texts, device=device, state_path=state_path, on_progress=advance)
+        activations, _ = collect(source, fit, device=device, state_path=state_path, on_progress=advance)
+        ids = _token_ids(weights, texts)
+        judged = Judged(judge, ids[1], _vectors(source, ids[1], device, advance))
     if own_imatrix is None:
         write_imatrix(imatrix_path, activations, weights.header, texts)
     elif own_imatrix.resolve() != imatrix_path.resolve():
@@ -193,4 +208,4 @@ def study_source(
             shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
     imatrix, sha256 = read_imatrix(imatrix_path, weights), sha256_file(imatrix_path)
-    return Study(weights, imatrix, sha256, activations, texts, reference[::HELD_OUT], work, device, compensate)
+    return Study(weights, imatrix, sha256, activations, texts, ids[0], judged, work, device, compensate)
