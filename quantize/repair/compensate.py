@@ -17,7 +17,8 @@ import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.feedback import Moments, choose_codes, factor
-from f2gguf.quantize.repair.layers import Shape, Texts, first_states, run_layer
+from f2gguf.quantize.repair.layers import Layer, Shape, Texts, first_states, run_layer
+from f2gguf.quantize.repair.parallel import all_cores, product, side_by_side
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, dequantized, quantize_rows
 from f2gguf.runtime.files import writing
 from f2gguf.runtime.gguf.header import Header
@@ -73,6 +74,12 @@ class Compensation:
         folder.mkdir(parents=True, exist_ok=True)
         ready: dict[str, NDArray[np.uint8]] = {}
 
+        def keep(name: str, fitted: Fitted) -> None:
+            ready[name] = fitted.data
+            if fitted.bias is not None:
+                ready[_bias_name(name)] = fitted.bias.view(np.uint8)[None]
+            on_progress(1)
+
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
             both: tuple[list[Rows], list[Rows]] = ([], [])
             group = self._group(names[0], inputs[0], inputs[1])
@@ -80,20 +87,25 @@ class Compensation:
                 rows, bias = self._rows(name), self._bias(name)
                 fitted = _load(folder / f"{name}.npz") or self._fitted(name, rows, bias, group, types[name])
                 _save(folder / f"{name}.npz", fitted)
-                ready[name] = fitted.data
-                exact, near = inputs[0] @ rows.T, inputs[1] @ dequantized(fitted.data, types[name]).T
+                exact, near = product(inputs[0], rows.T), product(inputs[1], dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
-                    ready[_bias_name(name)] = fitted.bias.view(np.uint8)[None]
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
                 both[1].append(near)
-                on_progress(1)
+                keep(name, fitted)
             return both
 
+        names = [t.name for t in self.weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
+        known = {name: fitted for name in names if (fitted := _load(folder / f"{name}.npz"))}
+        if len(known) == len(names):
+            for name, fitted in known.items():
+                keep(name, fitted)
+            return ready
         table = {TOKEN_TABLE: types[TOKEN_TABLE]}
-        states = [first_states(self.weights, self.texts, tables) for tables in ({}, table)]
-        for i in range(self.shape.n_layers):
-            states = self._through(i, states, products)
+        with all_cores():
+            states = [first_states(self.weights, self.texts, tables) for tables in ({}, table)]
+            for i in range(self.shape.n_layers):
+                states = self._through(i, states, products)
         return ready
 
     def errors(
@@ -111,13 +123,14 @@ class Compensation:
                 rows, bias = self._rows(name), self._bias(name)
                 some = rows[:: max(1, len(rows) // N_ROWS)]
                 found[name] = {kind: self._error(name, some, group, kind) for kind in types.get(name, ())}
-                sent.append(inputs[0] @ rows.T + (0 if bias is None else bias))
+                sent.append(product(inputs[0], rows.T) + (0 if bias is None else bias))
                 on_progress(1)
             return [sent]
 
-        states = [first_states(self.weights, self.texts, {})]
-        for i in range(self.shape.n_layers):
-            states = self._through(i, states, products)
+        with all_cores():
+            states = [first_states(self.weights, self.texts, {})]
+            for i in range(self.shape.n_layers):
+                states = self._through(i, states, products)
         return {name: by_type for name, by_type in found.items() if by_type}
 
     def _through(self, i: int, states: Sequence[Rows], products: Products) -> list[Rows]:
@@ -127,7 +140,7 @@ class Compensation:
         layers = [run_layer(vectors, entering, self.texts, self.shape) for entering in states]
         sent: Sequence[Sequence[Rows] | None] = [None] * len(layers)
         while True:
-            names, inputs = zip(*(layer.send(rows) for layer, rows in zip(layers, sent, strict=True)), strict=True)
+            names, inputs = zip(*side_by_side(_go_on, zip(layers, sent, strict=True)), strict=True)
             if not names[0]:
                 return list(inputs)
             sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
@@ -141,10 +154,10 @@ class Compensation:
         if kind not in COMPENSATED or group.moments is None:
             return Fitted(plain, bias)
         data = _with_feedback(rows, plain, kind, group)
-        exact = group.judged_exact @ rows.T
+        exact = product(group.judged_exact, rows.T)
         change = group.bias_change(rows, dequantized(data, kind))
         errors = [
-            float(np.square(group.judged_near @ dequantized(codes, kind).T + added - exact).mean())
+            float(np.square(product(group.judged_near, dequantized(codes, kind).T) + added - exact).mean())
             for codes, added in ((plain, np.float32(0)), (data, change))
         ]
         if not errors[1] < errors[0]:
@@ -207,7 +220,7 @@ class _Group:
 
     @cached_property
     def moments(self) -> Moments | None:
-        return factor(self._weighted @ self._centred[1])
+        return factor(product(self._weighted, self._centred[1]))
 
     @cached_property
     def shift(self) -> Floats | None:
@@ -216,17 +229,23 @@ class _Group:
             return None
         assert self.moments is not None
         exact, near = self._centred
-        return (SHIFT * self.moments.solve(self._weighted @ (exact - near))).T
+        return (SHIFT * self.moments.solve(product(self._weighted, exact - near))).T
 
     def bias_change(self, rows: Rows, values: Rows) -> Floats | np.float32:
         """What keeps the mean of the products `rows` give when `values` take their place, (n_rows,)."""
         return self._means[0] @ rows.T - self._means[1] @ values.T if self.has_bias else np.float32(0)
 
 
+def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
+    """Run a layer up to its next products, after it was sent the last ones."""
+    layer, products = step
+    return layer.send(products)
+
+
 def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:
     """`rows` in ggml's scales of `plain`, with codes chosen for the inputs of `group`."""
     assert group.moments is not None
-    target = rows if group.shift is None else rows + rows @ group.shift
+    target = rows if group.shift is None else rows + product(rows, group.shift)
     return pack(choose_codes(target, unpack(plain, kind), group.moments))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from f2gguf.quantize.repair.blocks import Blocks, Codes, Floats, Format
+from f2gguf.quantize.repair.parallel import product
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
@@ -31,7 +32,7 @@ class Moments:
     def solve(self, right: Floats) -> Floats:
         """The inverse of the matrix times `right` (n_cols, n)."""
         result = np.empty_like(right)
-        result[self.order] = self.upper.T @ (self.upper @ right[self.order])
+        result[self.order] = product(self.upper.T, product(self.upper, right[self.order]))
         return result
 
 
@@ -114,7 +115,7 @@ def _with_feedback(weights: Floats, grid: _Grid, moments: Moments) -> Codes:
             codes[order[j]], value = grid.nearest(int(order[j]), left[j])
             error = errors[j - begin] = (left[j] - value) / upper[j, j]
             left[j + 1 : end] -= upper[j, j + 1 : end, None] * error
-        left[end:] -= upper[begin:end, end:].T @ errors
+        left[end:] -= product(upper[begin:end, end:].T, errors)
     return codes
 
 
@@ -122,7 +123,7 @@ def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments, n_sweep
     """Coordinate descent: each code in turn becomes the best one beside all others. The error never grows."""
     matrix, values = moments.matrix, grid.values(codes)
     diagonal = np.diagonal(matrix)
-    gradient = matrix @ (values - target)
+    gradient = product(matrix, values - target)
     for _ in range(n_sweeps):
         n_moved = 0
         for begin in range(0, len(codes), PANEL):
@@ -135,7 +136,7 @@ def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments, n_sweep
                 codes[j], values[j] = code, values[j] + move
                 part[j - begin + 1 :] += matrix[j, j + 1 : end, None] * move
                 n_moved += int(np.count_nonzero(moved))
-            gradient += matrix[:, begin:end] @ moves
+            gradient += product(matrix[:, begin:end], moves)
         if not n_moved:
             break
     return codes

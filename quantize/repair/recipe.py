@@ -21,7 +21,6 @@ from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.entries import Value
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import ggml_build
-from f2gguf.runtime.llama.threads import default_threads
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def arithmetic() -> str:
     """What codes that are chosen with feedback depend on beside the inputs: one rounding more or less moves some."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     library = f"{blas['name']} {blas['version']}".strip()
-    return f"numpy {np.__version__}, {library}, {default_threads()} threads, {platform.machine()}"
+    return f"numpy {np.__version__}, {library}, {platform.machine()}"
 
 
 def read_recipe(path: Path) -> Recipe:
