@@ -93,12 +93,14 @@ def test_a_graph_without_the_tensor_falls_back_to_stock_pooling_and_says_so(
     nano: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(context, "TAPPED", b"not in this graph")
+    # Batches are packed before the first one, a long text, fails: those behind it count on a prompt that they share
+    texts = ["word " * 240, *(f"n{i}" for i in range(60)), *TEXTS]
     with Embedder(nano.header.path) as model:
         assert "last-token path" in model.description
-        vectors = model.encode_query(TEXTS)
+        vectors = model.encode_query(texts)
         assert "llama.cpp's last pooling" in model.description
     assert "llama.cpp's own pooling is used" in caplog.text
-    assert drift(vectors, nano.encode_query(TEXTS)).max() < 1e-5  # stock pooling sums short texts up in F16
+    assert drift(vectors, nano.encode_query(texts)).max() < 1e-5  # stock pooling sums short texts up in F16
 
 
 @pytest.mark.parametrize("variant", ["Q8_0", "Q4_K_M", "Q4_0"])

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 _N_BLOCKS = 16
 _SMALL = 1 << 22  # multiplications that are not worth threads
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 _pools: list[ThreadPoolExecutor] = []  # that of the block that runs, if any

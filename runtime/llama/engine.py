@@ -106,6 +106,8 @@ class Engine:
         return rows
 
     def _run(self, texts: Sequence[Ids], n_shared: int) -> Rows:
+        if self._context_type is Context:
+            n_shared = 0  # also of batches that were packed before stock pooling took over
         try:
             return self._context_for(texts, n_shared).embed(texts, n_shared=n_shared)
         except TensorMissing as missing:
