@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts, prompted
-from f2gguf.quantize.repair.blocks import FORMATS, pack, unpack
 from f2gguf.quantize.repair.calibration import fitting, judging, load_calibration, sampled
-from f2gguf.quantize.repair.compensate import COMPENSATED, Compensation
-from f2gguf.quantize.repair.feedback import choose_codes, factor
-from f2gguf.quantize.repair.layers import Shape, Texts, first_states, last_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.blocks import FORMATS, pack, unpack
+from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
+from f2gguf.quantize.repair.codes.feedback import choose_codes, factor
+from f2gguf.quantize.repair.codes.layers import Shape, Texts, first_states, last_states, pooled, run_layer
 from f2gguf.quantize.repair.tensors import Rows, Weights, dequantized, quantize_rows
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header

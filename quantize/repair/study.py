@@ -13,9 +13,9 @@ from f2gguf.evals.drift import drift, highest_mean
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix, Ready
 from f2gguf.quantize.repair.calibration import LONG_TOKENS, fitting, judging, load_calibration, sampled, token_ids
-from f2gguf.quantize.repair.compensate import COMPENSATED, Compensation
+from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
+from f2gguf.quantize.repair.codes.layers import has_layers
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
-from f2gguf.quantize.repair.layers import has_layers
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
 from f2gguf.quantize.repair.rescale import scaled_imatrix, scales
@@ -119,7 +119,7 @@ class Study:
             judged = judged.some(N_PROBE_TEXTS)
         with progress(label, len(types) + len(judged.texts)) as advance:
             make(self.weights, path, recipe, self.imatrix, types=types, ready=ready, on_progress=advance)
-            drifts = drift(_vectors(path, judged.ids, self.device, advance), judged.reference)
+            drifts = drift(vectors_of(path, judged.ids, self.device, advance), judged.reference)
         path.unlink()
         return float(drifts.mean()), highest_mean(drifts, judged.texts)
 
@@ -146,17 +146,18 @@ def compensated(
     if recipe.compensated != (here := arithmetic()):
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
     types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
-    fit, judge = _token_ids(weights, texts)
+    fit, judge = token_ids_of(weights, texts)
     return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work / "codes")
 
 
-def _token_ids(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
+def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
     """Of the texts that choose, and of those that judge."""
     with Embedder(weights.header.path, max_tokens=min(LONG_TOKENS, weights.header.max_tokens)) as model:
         return token_ids(model.encoder, fitting(texts)), token_ids(model.encoder, judging(texts))
 
 
-def _vectors(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress) -> Rows:
+def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress = lambda _: None) -> Rows:
+    """What the file `path` makes of token ids, (n_texts, n_embd)."""
     with Embedder(path, device=device, max_tokens=max(map(len, ids))) as model:
         return model.encoder.compute(ids, on_progress=on_progress)
 
@@ -199,8 +200,8 @@ def study_source(
     with progress("calibrate", len(fit) + len(judge)) as advance:
         state_path = work / "activations.npz"
         activations, _ = collect(source, fit, device=device, state_path=state_path, on_progress=advance)
-        ids = _token_ids(weights, texts)
-        judged = Judged(judge, ids[1], _vectors(source, ids[1], device, advance))
+        ids = token_ids_of(weights, texts)
+        judged = Judged(judge, ids[1], vectors_of(source, ids[1], device, advance))
     if own_imatrix is None:
         write_imatrix(imatrix_path, activations, weights.header, texts)
     elif own_imatrix.resolve() != imatrix_path.resolve():

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
-from f2gguf.quantize.repair.blocks import FORMATS, Codes, Floats, pack, unpack
-from f2gguf.quantize.repair.feedback import Moments, choose_codes, factor
-from f2gguf.quantize.repair.layers import Layer, Shape, Texts, first_states, run_layer
-from f2gguf.quantize.repair.parallel import all_cores, product, side_by_side
+from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
+from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
+from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, first_states, run_layer
+from f2gguf.quantize.repair.codes.parallel import all_cores, product, side_by_side
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, dequantized, quantize_rows
 from f2gguf.runtime.files import writing
 from f2gguf.runtime.gguf.header import Header

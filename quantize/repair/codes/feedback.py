@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from f2gguf.quantize.repair.blocks import Blocks, Codes, Floats, Format
-from f2gguf.quantize.repair.parallel import product
+from f2gguf.quantize.repair.codes.blocks import Blocks, Codes, Floats, Format
+from f2gguf.quantize.repair.codes.parallel import product
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
@@ -36,7 +36,7 @@ class Moments:
         return result
 
 
-def factor(matrix: Floats, damping: float = DAMPING) -> Moments | None:
+def factor(matrix: Floats) -> Moments | None:
     """Damp and factorise second moments (n_cols, n_cols); None where they are not finite or give no factor.
 
     A channel that is never excited gets the mean's share, so that the matrix can be inverted.
@@ -45,7 +45,7 @@ def factor(matrix: Floats, damping: float = DAMPING) -> Moments | None:
     mean = float(diagonal.mean())
     if not (np.isfinite(mean) and mean > 0):
         return None
-    matrix = matrix + np.diag((damping * (diagonal + mean)).astype(np.float32))
+    matrix = matrix + np.diag((DAMPING * (diagonal + mean)).astype(np.float32))
     order = np.argsort(-np.diagonal(matrix), kind="stable")
     backward = order[::-1]
     lower, info = lapack.spotrf(matrix[np.ix_(backward, backward)], lower=0, clean=1, overwrite_a=1)
@@ -119,12 +119,12 @@ def _with_feedback(weights: Floats, grid: _Grid, moments: Moments) -> Codes:
     return codes
 
 
-def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments, n_sweeps: int = N_SWEEPS) -> Codes:
+def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments) -> Codes:
     """Coordinate descent: each code in turn becomes the best one beside all others. The error never grows."""
     matrix, values = moments.matrix, grid.values(codes)
     diagonal = np.diagonal(matrix)
     gradient = product(matrix, values - target)
-    for _ in range(n_sweeps):
+    for _ in range(N_SWEEPS):
         n_moved = 0
         for begin in range(0, len(codes), PANEL):
             end = min(begin + PANEL, len(codes))

@@ -1,0 +1,1 @@
+"""Codes that make good each other's errors, layer by layer."""
