@@ -172,6 +172,14 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(nano_f16: Path, tmp_path: Pat
 def test_texts_that_judge_are_not_those_that_choose(nano_f16: Path) -> None:
     texts = load_calibration(None, ())
     assert len(texts) >= 1500
-    assert len(judging(texts)) + len(fitting(texts)) == len(texts)
-    assert not set(judging(texts)) & set(fitting(texts))
+    both = judging(texts), fitting(texts)
+    short, long = (
+        [{t.text for t in some if (t.kind == "long") == is_long} for some in both] for is_long in (False, True)
+    )
+    assert short[0] | short[1] == {text.text for text in texts}
+    assert not short[0] & short[1]
+    for own, other, joined in zip(short, short[::-1], long, strict=True):
+        assert len(joined) > 20
+        assert all(any(text in whole for text in own) for whole in joined), "long texts begin with their own side's"
+        assert not any(text in whole for text in other for whole in joined if len(text) > 60)
     assert sampled(texts, read_header(nano_f16)) == texts, "a small model runs through all of them"

@@ -37,9 +37,9 @@ Studied = Callable[[Path], Study]
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
-    """The study of a .gguf file, on a third of the calibration texts."""
-    calibration = tmp_path_factory.mktemp("calibration") / "third.jsonl"
-    rows = [{"text": text.text, "kind": text.kind, "language": text.language} for text in load_texts(PATH)[::3]]
+    """The study of a .gguf file, on some of the calibration texts."""
+    calibration = tmp_path_factory.mktemp("calibration") / "some.jsonl"
+    rows = [{"text": text.text, "kind": text.kind, "language": text.language} for text in load_texts(PATH)[::6]]
     calibration.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def study(source: Path) -> Study:
@@ -71,7 +71,7 @@ source_vectors = functools.cache(vectors_of)  # a source is compared with severa
 
 def drift_of(study: Study, recipe: Recipe, path: Path) -> float:
     """Mean drift of the file of `recipe`, made at `path`, on some of the evaluation texts."""
-    make(study.weights, path, recipe, study.imatrix)
+    make(study.weights, path, recipe, study.imatrix, ready=study.ready(recipe))
     return float(drift(vectors_of(path), source_vectors(study.weights.header.path)).mean())
 
 
@@ -100,7 +100,7 @@ def test_scales_are_powers_of_two(nano_study: Study) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_outliers_in_channels_cost_nothing(seed: int, tmp_path: Path, studied: Studied) -> None:
-    """Outliers of 16 to 512 in every kind of place, which leave the function alone: under 0.5% at the stock size."""
+    """Outliers of 16 to 512 in every kind of place, which leave the function alone: under 0.1% at the stock size."""
     source = tmp_path / "outliers-F16.gguf"
     folder = write_outliers(tmp_path / "outliers", "norm", "ffn", "value", factor=512, seed=seed)
     convert(facts_of(folder), source)
@@ -108,9 +108,9 @@ def test_outliers_in_channels_cost_nothing(seed: int, tmp_path: Path, studied: S
     recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
-    assert recipe.kind == "rescaled"
+    assert recipe.kind == "compensated, rescaled"
     assert {place.split(".")[-1] for place in recipe.exponents} == {"attn_norm", "value", "ffn_norm", "ffn"}
-    assert repaired < 0.005 < 0.05 < stock
+    assert repaired < 0.001 < 0.05 < stock
     assert study.size_bytes(recipe) == study.size_bytes(Recipe("Q4_K_M"))
 
 
@@ -140,19 +140,19 @@ def test_outliers_in_the_residual_stream_are_promoted_away(tmp_path: Path, studi
     recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
-    assert recipe.kind == "promoted"
+    assert recipe.kind == "compensated, promoted"
     assert repaired < 0.02 < 0.05 < stock
     assert study.size_bytes(recipe) < 0.8 * sum(info.size_bytes for info in study.weights.header.tensors)
 
 
-@pytest.mark.parametrize("variant", ["Q4_K_M", "Q4_0"])
-def test_sound_model_drifts_no_more_than_with_the_importance_matrix(
+@pytest.mark.parametrize("variant", ["Q4_K_M", "Q4_0", "IQ4_NL"])
+def test_feedback_leaves_four_tenths_of_what_the_importance_matrix_does(
     variant: str, nano_study: Study, tmp_path: Path
 ) -> None:
     recipe = Search(nano_study, variant).under(MARGIN * 0.02)
     with_imatrix = drift_of(nano_study, nano_study.recipe(variant), tmp_path / "imatrix.gguf")
     stock = drift_of(nano_study, Recipe(variant), tmp_path / "stock.gguf")
-    assert drift_of(nano_study, recipe, tmp_path / "ours.gguf") <= with_imatrix < stock
+    assert drift_of(nano_study, recipe, tmp_path / "ours.gguf") < 0.4 * with_imatrix < 0.4 * stock
     assert nano_study.size_bytes(recipe) == nano_study.size_bytes(Recipe(variant))
 
 
@@ -167,6 +167,7 @@ def test_a_verdict_over_the_bound_makes_the_search_stricter(
         return verdicts[len(tried) - 1]
 
     monkeypatch.setattr(search, "make_measured", make_measured)
+    nano_study = replace(nano_study, compensate=False)  # quicker, and the search is the same
     evaluation = SimpleNamespace(max_drift=0.0031)
     made = make_within_bound(nano_study, "Q4_0", tmp_path / "x.gguf", evaluation=evaluation)  # type: ignore[arg-type]
     first, second = tried
@@ -185,10 +186,11 @@ def test_what_the_path_holds_already_is_not_made_again(nano_study: Study, tmp_pa
 
 
 def study_drift(study: Study, recipe: Recipe) -> float:
-    return study.measure(recipe, study.types(recipe), "again").worst
+    return study.measure(recipe, "again").worst
 
 
 def test_max_size_is_kept_and_a_larger_one_drifts_less(nano_study: Study, tmp_path: Path) -> None:
+    nano_study = replace(nano_study, compensate=False)  # quicker, and the search is the same
     drifts, found = [], Search(nano_study, "Q4_K_M")
     for size in (5_000_000, 5_600_000, 7_000_000):
         recipe = found.within_size(size, MARGIN * 0.02)
@@ -224,15 +226,17 @@ def test_promotion_takes_what_saves_most_per_byte_and_no_more() -> None:
 
 
 def test_minilm_is_repaired_within_its_bytes(minilm_release: Release) -> None:
-    """Stock Q4_0 drifts 3.8%; asked for: under the bound with at most 6% more bytes."""
+    """Stock Q4_0 drifts 3.8%; asked for: at most 0.95% with the same types and bytes."""
     report = json.loads((minilm_release.folder / "drift.json").read_text())
     stock, ours = report["stock"]["Q4_0"], report["variants"]["Q4_0"]
     assert minilm_release.process.returncode == 0, minilm_release.process.stderr
     assert stock["mean"] > 0.03
     assert not stock["holds"]
     assert ours["holds"]
-    assert ours["recipe"]["kind"] == "promoted"
-    assert report["files"]["Q4_0"]["size_bytes"] <= 1.06 * stock["size_bytes"]
+    assert ours["recipe"]["kind"] == "compensated"
+    assert ours["mean"] < 0.0095
+    assert report["variants"]["Q4_K_M"]["mean"] < 0.003
+    assert abs(report["files"]["Q4_0"]["size_bytes"] - stock["size_bytes"]) < 4096, "the recipe's text"
     for verdict in report["variants"].values():
         assert verdict["ndcg10"] >= 0.99 * verdict["ndcg10_reference"]
 
@@ -243,6 +247,10 @@ def test_recipe_of_the_header_makes_the_same_bytes(minilm_release: Release, run:
     again = run(*arguments, "--imatrix", imatrix, "-o", tmp_path / "again.gguf")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.gguf").read_bytes() == made.read_bytes()
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(64)))
+    wrong = run(*arguments, "--imatrix", imatrix, "--calibration", others, "-o", tmp_path / "x.gguf")
+    assert (wrong.returncode, f"was made with other calibration texts than {others}" in wrong.stderr) == (1, True)
     without = run(*arguments, "-o", tmp_path / "x.gguf")
     assert (without.returncode, "needs the importance matrix with the SHA-256" in without.stderr) == (1, True)
     assert not (tmp_path / "x.gguf").exists()
@@ -251,9 +259,15 @@ def test_recipe_of_the_header_makes_the_same_bytes(minilm_release: Release, run:
 def test_recipe_says_what_was_done(minilm_release: Release) -> None:
     recipe = read_recipe(minilm_release.file("Q4_0"))
     lines = recipe.lines(plan_variant(minilm_release.file("F16"), "Q4_0"))
-    assert lines[0] == f"llama.cpp's Q4_0 types, but for {len(recipe.types)} tensors"
-    assert any("Q4_0 to Q5_0" in line for line in lines)
-    assert f"SHA-256 {recipe.imatrix_sha256[:12]}" in lines[-1] or "channels" in lines[-1]
+    assert lines == [
+        "llama.cpp's Q4_0 types",
+        f"importance matrix of {recipe.n_calibration_texts} texts, SHA-256 {recipe.imatrix_sha256[:12]}",
+        f"codes that make good each other's errors, by {recipe.compensated}",
+    ]
+    promoted = replace(recipe, types={"blk.0.attn_v.weight": "Q5_0"}).lines(
+        plan_variant(minilm_release.file("F16"), "Q4_0")
+    )
+    assert promoted[:2] == ["llama.cpp's Q4_0 types, but for 1 tensors", "1 attn_v: Q4_0 to Q5_0"]
     assert read_header(minilm_release.file("Q4_0")).values["f2gguf.recipe"] == recipe.to_header()
 
 

@@ -82,7 +82,7 @@ def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:
             documents.setdefault(text.language, []).append(text)
     long = []
     for language, some in documents.items():
-        for first in range(0, len(some), _DOCUMENTS_A_LONG_TEXT):
+        for first in range(0, len(some) if len(some) > 2 else 0, _DOCUMENTS_A_LONG_TEXT):
             joined = " ".join(text.text for text in some[first:] + some[:first])[:_LONG_CHARS]
             long.append(EvalText(f"{some[first].id}-long", "long", language, joined))
     return [*texts, *long]

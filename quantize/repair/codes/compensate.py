@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ TOKEN_TABLE = "token_embd.weight"
 # Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
 COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
 
+Groups = Callable[[str, bool], "_Group"]
 Products = Callable[[tuple[str, ...], Sequence[Rows]], Sequence[Sequence[Rows]]]
 
 
@@ -82,12 +83,13 @@ class Compensation:
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
             both: tuple[list[Rows], list[Rows]] = ([], [])
-            group = self._group(names[0], inputs[0], inputs[1])
+            groups = self._groups(inputs[0], inputs[1])
             for name in names:
                 rows, bias = self._rows(name), self._bias(name)
-                fitted = _load(folder / f"{name}.npz") or self._fitted(name, rows, bias, group, types[name])
+                fitted = _load(folder / f"{name}.npz") or self._fitted(name, rows, bias, groups, types[name])
                 _save(folder / f"{name}.npz", fitted)
-                exact, near = product(inputs[0], rows.T), product(inputs[1], dequantized(fitted.data, types[name]).T)
+                rounded = as_multiplied(inputs[1], types[name])
+                exact, near = product(inputs[0], rows.T), product(rounded, dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
@@ -118,11 +120,11 @@ class Compensation:
         found: dict[str, dict[str, float]] = {}
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> list[list[Rows]]:
-            group, sent = self._group(names[0], inputs[0], inputs[0]), []
+            groups, sent = self._groups(inputs[0], inputs[0]), []
             for name in names:
                 rows, bias = self._rows(name), self._bias(name)
                 some = rows[:: max(1, len(rows) // N_ROWS)]
-                found[name] = {kind: self._error(name, some, group, kind) for kind in types.get(name, ())}
+                found[name] = {kind: self._error(name, some, groups, kind) for kind in types.get(name, ())}
                 sent.append(product(inputs[0], rows.T) + (0 if bias is None else bias))
                 on_progress(1)
             return [sent]
@@ -145,11 +147,19 @@ class Compensation:
                 return list(inputs)
             sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
 
-    def _group(self, name: str, exact: Rows, near: Rows) -> _Group:
-        fits, has_bias = ~self._judged, self._bias(name) is not None
-        return _Group(exact[fits], near[fits], exact[self._judged], near[self._judged], self._token_weights, has_bias)
+    def _groups(self, exact: Rows, near: Rows) -> Groups:
+        """What gives the inputs of products with matrices of a type and with or without a bias."""
+        fits, judged = ~self._judged, self._judged
 
-    def _fitted(self, name: str, rows: Rows, bias: Floats | None, group: _Group, kind: str) -> Fitted:
+        @cache
+        def of_rounding(is_k: bool, has_bias: bool) -> _Group:
+            rounded = as_multiplied(near, "Q8_K" if is_k else "Q8_0")
+            return _Group(exact[fits], rounded[fits], exact[judged], rounded[judged], self._token_weights, has_bias)
+
+        return lambda kind, has_bias: of_rounding(kind.endswith("_K"), has_bias)
+
+    def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str) -> Fitted:
+        group = groups(kind, bias is not None)
         plain = quantize_rows(rows, kind, self.imatrix.get(name))
         if kind not in COMPENSATED or group.moments is None:
             return Fitted(plain, bias)
@@ -164,12 +174,13 @@ class Compensation:
             return Fitted(plain, bias)
         return Fitted(data, None if bias is None else bias + change)
 
-    def _error(self, name: str, rows: Rows, group: _Group, kind: str) -> float:
+    def _error(self, name: str, rows: Rows, groups: Groups, kind: str) -> float:
+        group = groups(kind, self._bias(name) is not None)
         data = quantize_rows(rows, kind, self.imatrix.get(name))
         if kind in COMPENSATED and group.moments is not None:
             data = _with_feedback(rows, data, kind, group)
         values, exact = dequantized(data, kind), group.judged_exact @ rows.T
-        products = as_multiplied(group.judged_near, kind) @ values.T + group.bias_change(rows, values)
+        products = group.judged_near @ values.T + group.bias_change(rows, values)
         return float(np.square(products - exact).mean() / np.square(exact).mean())
 
     def _rows(self, name: str) -> Rows:
@@ -184,14 +195,17 @@ class Compensation:
         return {name.removeprefix(prefix): self._vector(name) for name in names}
 
     def _vector(self, name: str) -> Floats:
-        values: Floats = self.weights.rows(name)[0]
-        factors = self.scales.get(name, Scale()).rows
-        return values if factors is None else values * factors
+        vector: Floats = self._rows(name)[0]
+        return vector
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The inputs of products that share them, in the exact model and in the one that is being quantised."""
+    """The inputs of products, in the exact model, and in the one that is being quantised as llama.cpp rounds them.
+
+    The rounding counts where some channels are far stronger than others in their block: what a weak one made good would
+    be lost in it.
+    """
 
     exact: Rows  # (n_tokens, n_cols) of the texts that choose
     near: Rows

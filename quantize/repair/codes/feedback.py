@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 PANEL = 32  # columns between two products that carry errors on
-DAMPING = 0.01  # of each diagonal element, and of their mean
+DAMPING = 0.01  # of each channel's second moment
+_WEAKEST = 1e-9  # of the mean: the second moment that a channel has at least
 N_SWEEPS = 2
 
 
@@ -39,21 +40,26 @@ class Moments:
 def factor(matrix: Floats) -> Moments | None:
     """Damp and factorise second moments (n_cols, n_cols); None where they are not finite or give no factor.
 
-    A channel that is never excited gets the mean's share, so that the matrix can be inverted.
+    Every channel is damped by its own strength, so that strong ones do not drown the others. One that is never excited
+    counts as a very weak one.
     """
     diagonal = np.diagonal(matrix)
     mean = float(diagonal.mean())
     if not (np.isfinite(mean) and mean > 0):
         return None
-    matrix = matrix + np.diag((DAMPING * (diagonal + mean)).astype(np.float32))
-    order = np.argsort(-np.diagonal(matrix), kind="stable")
+    strengths: Floats = np.sqrt(np.maximum(diagonal, mean * _WEAKEST))
+    order = np.argsort(-strengths, kind="stable")
     backward = order[::-1]
-    lower, info = lapack.spotrf(matrix[np.ix_(backward, backward)], lower=0, clean=1, overwrite_a=1)
+    alike = matrix / strengths / strengths[:, None]
+    alike[np.diag_indices_from(alike)] = 1 + DAMPING
+    lower, info = lapack.spotrf(alike[np.ix_(backward, backward)], lower=0, clean=1, overwrite_a=1)
     if info == 0:
         lower, info = lapack.strtri(lower, lower=0, overwrite_c=1)
     if info or not np.isfinite(lower).all():
         return None
-    return Moments(matrix, order, np.ascontiguousarray(lower[::-1, ::-1].T))
+    damped = matrix.copy()
+    damped[np.diag_indices_from(damped)] = (1 + DAMPING) * strengths**2
+    return Moments(damped, order, np.ascontiguousarray(lower[::-1, ::-1].T) / strengths[order])
 
 
 def choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:

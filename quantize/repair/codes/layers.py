@@ -84,7 +84,7 @@ def _qwen3(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Sha
     states = states + mixed
     normed = _rms_norm(states, weights["ffn_norm.weight"], epsilon)
     gate, up = yield ("ffn_gate", "ffn_up"), normed
-    (down,) = yield ("ffn_down",), gate / (1 + xp.exp(-gate)) * up
+    (down,) = yield ("ffn_down",), gate / 2 * (1 + xp.tanh(gate / 2)) * up  # SiLU, without a power that could overflow
     yield (), states + down
 
 
