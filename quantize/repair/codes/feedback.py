@@ -59,7 +59,9 @@ def factor(matrix: Floats) -> Moments | None:
         return None
     damped = matrix.copy()
     damped[np.diag_indices_from(damped)] = (1 + DAMPING) * strengths**2
-    return Moments(damped, order, np.ascontiguousarray(lower[::-1, ::-1].T) / strengths[order])
+    upper: Floats = np.ascontiguousarray(lower[::-1, ::-1].T)
+    upper /= strengths[order]
+    return Moments(damped, order, upper)
 
 
 def choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:
