@@ -33,7 +33,10 @@ def start_command(
     name: str, *arguments: str | Path, hub: Hub, home: Path, token: str = "", is_offline: bool = False
 ) -> subprocess.Popen[str]:
     """Start `quantize ...` or `f2gguf ...`."""
-    code = f"from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        f"from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
+    )
     return start_python(code, *arguments, hub=hub, home=home, token=token, is_offline=is_offline)
 
 
