@@ -171,6 +171,8 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("qwen", {"qwen3__context_length": ...}, "error", "model", "its header lacks qwen3.context_length"),
     ("bert", {"bert__pooling_type": 2}, "warning", "pooling", "models of this name have mean pooling"),
     ("bert", {"bert__pooling_type": 3}, "warning", "attention", "in an encoder"),
+    ("qwen", {"qwen3__attention__head_count_kv": 2 + (1 << 26)}, "error", "shape", "kv is 67108866 for 1 "),
+    ("qwen", {"qwen3__attention__key_length": 64 + (1 << 26)}, "error", "shape", "key_length or value_length"),
     ("bert", {"bert__attention__head_count": 3}, "warning", "numbers", "no known encoder has such heads"),
     ("bert", {"tokenizer__ggml__normalizer__lowercase": False}, "warning", "normaliser", "--lowercase"),
     ("bert", {"tokens": [*WORDS[:4], "the", "##ing"]}, "warning", "vocabulary", "as in vocab.txt"),

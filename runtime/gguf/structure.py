@@ -56,6 +56,7 @@ _BASES = [1e3, 1e4, 2e4, 8e4, 1e5, 1.5e5, 1.6e5, 2.5e5, 5e5, 1e6, 3.5e6, 5e6, 1e
 _BASES_OF = {"qwen3": [base for base in _BASES if base >= 1e6]}  # all that were published
 _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")  # types of tensors
 _MAX_BLOCKS, _MAX_EXPERTS = 512, 1024
+_MAX_WIDTH = 1 << 24  # of all heads together: llama.cpp counts in 32 bits, in which larger ones come round again
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _WHOLLY_ROTARY = ("qwen2", "qwen3", "llama", "llama-embed", "mistral3")
 _ROTARY = ("qwen2", "qwen3", "modern-bert", "nomic-bert", "gemma-embedding", "gemma3", "eurobert")
@@ -150,6 +151,11 @@ def shape(case: Case) -> Iterator[Finding]:
     if kind in ("linear", "yarn") and not case.of_architecture("rope.scaling.factor", None):
         yield _warning("shape", f"{named}rope.scaling.factor is missing", f"{kind} scaling needs it", AGAIN)
     per_head = count("attention.key_length") or case.header.n_embd // (count("attention.head_count") or 1)
+    heads, shared = count("attention.head_count"), count("attention.head_count_kv")
+    if heads and shared is not None and not (0 < shared <= heads and heads % shared == 0):
+        yield error(f"{named}attention.head_count_kv is {shared} for {heads} heads", ends, AGAIN)
+    if any((heads or 0) * (count(f"attention.{part}_length") or 0) >= _MAX_WIDTH for part in ("key", "value")):
+        yield error(f"{named}attention.key_length or value_length is beyond any model", ends, AGAIN)
     rotary = count("rope.dimension_count")
     is_whole = case.architecture not in _WHOLLY_ROTARY or rotary == per_head
     if rotary is not None and not (0 < rotary <= per_head and rotary % 2 == 0 and is_whole):
