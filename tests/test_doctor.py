@@ -175,6 +175,8 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("qwen", {"qwen3__attention__key_length": 64 + (1 << 26)}, "error", "shape", "key_length or value_length"),
     ("bert", {"bert__attention__head_count": 3}, "warning", "numbers", "no known encoder has such heads"),
     ("bert", {"tokenizer__ggml__normalizer__lowercase": False}, "warning", "normaliser", "--lowercase"),
+    ("bert", {"tokenizer__ggml__normalizer__strip_accents": False}, "warning", "normaliser", "0 tokens have accents"),
+    ("bert", {"tokens": [*WORDS, *map(chr, range(0xE0, 0xFE))]}, "warning", "normaliser", "26 tokens have accents"),
     ("bert", {"tokens": [*WORDS[:4], "the", "##ing"]}, "warning", "vocabulary", "as in vocab.txt"),
     ("bert", {"tokenizer__ggml__unknown_token_id": 4}, "warning", "special tokens", "what has no token becomes"),
     ("bert", {"general__name": "E5 base", "f2gguf__prompt__query": ...}, "warning", "prompt", "such models were"),

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 from f2gguf.runtime.gguf.case import AGAIN, Case, Check, Finding
 from f2gguf.runtime.gguf.describe import drift_of, is_reference
-from f2gguf.runtime.gguf.header import ENCODERS, KEY_ADD_EOS, KEY_LOWERCASE, KEY_MAX_TOKENS, KEY_TOKENIZER
+from f2gguf.runtime.gguf.header import (
+    ENCODERS,
+    KEY_ADD_EOS,
+    KEY_LOWERCASE,
+    KEY_MAX_TOKENS,
+    KEY_STRIP_ACCENTS,
+    KEY_TOKENIZER,
+)
 from f2gguf.runtime.gguf.pretokenizers import recursive
 
 _warning, _note = partial(Finding, "warning"), partial(Finding, "note")
@@ -41,6 +49,7 @@ _QWEN = ("qwen2", "f2llmv2", "deepseek-r1-qwen", "kormo")
 _PRE = {"qwen2": _QWEN, "qwen3": _QWEN, "modern-bert": ("modern-bert",)}
 _PRE_DIALECTS = {"modern-bert": ("granite",)}
 _N_CAPITALS = 100  # in tokens; the uncased vocabulary of BERT has none, the cased one 11,000
+_N_ACCENTS = 20  # likewise: tokens with letters that stripping accents would change
 
 
 def closing_token(case: Case) -> Iterator[Finding]:
@@ -168,6 +177,11 @@ def words(case: Case) -> Iterator[Finding]:
         yield _warning(
             "normaliser", what, "words with capitals then become other tokens", f"Write {case.mended(flag)}."
         )
+    strips = bool(case.values.get(KEY_STRIP_ACCENTS, True))
+    n_accents = sum(map(_has_accent, tokens))
+    if strips == (n_accents > _N_ACCENTS) and KEY_TOKENIZER not in case.values:
+        what = f"{n_accents:,} tokens have accents, and those of texts are {'' if strips else 'not '}stripped"
+        yield _warning("normaliser", what, "words with accents then become other tokens", AGAIN)
     if KEY_TOKENIZER not in case.values:
         why = "it differs from the checkpoint's own on some rare characters"
         yield _note("normaliser", "llama.cpp's own text normaliser is used", why, "Convert it with `quantize convert`.")
@@ -231,3 +245,9 @@ CHECKS: tuple[Check, ...] = (
     measured,
     source,
 )
+
+
+def _has_accent(token: bytes) -> bool:
+    """Whether stripping accents, as BERT's normaliser does, would change the token."""
+    text = token.decode("utf-8", errors="replace")
+    return not text.isascii() and any(unicodedata.category(c) == "Mn" for c in unicodedata.normalize("NFD", text))

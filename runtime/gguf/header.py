@@ -36,6 +36,7 @@ KEY_N_TEXTS = "f2gguf.drift.n_texts"
 KEY_SEAL = "f2gguf.header_sha256"  # of the header itself: runtime/gguf/entries.py
 KEY_MENDED = "f2gguf.mended"  # what `f2gguf repair-header` changed, a sentence each
 KEY_LOWERCASE = "tokenizer.ggml.normalizer.lowercase"
+KEY_STRIP_ACCENTS = "tokenizer.ggml.normalizer.strip_accents"
 KEY_ADD_BOS = "tokenizer.ggml.add_bos_token"
 KEY_ADD_EOS = "tokenizer.ggml.add_eos_token"
 
