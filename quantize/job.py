@@ -38,7 +38,7 @@ class Job:
     max_size: int | None = None  # bytes of each variant
     calibration: Path | None = None  # texts of the user's own
     imatrix: Path | None = None  # an importance matrix of the user's own
-    compensate: bool = True  # choose codes that make good each other's errors
+    compensate: bool = True  # choose codes that compensate for each other's errors
 
     @property
     def name(self) -> str:

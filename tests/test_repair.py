@@ -262,7 +262,7 @@ def test_recipe_says_what_was_done(minilm_release: Release) -> None:
     assert lines == [
         "llama.cpp's Q4_0 types",
         f"importance matrix of {recipe.n_calibration_texts} texts, SHA-256 {recipe.imatrix_sha256[:12]}",
-        f"codes that make good each other's errors, by {recipe.compensated}",
+        f"codes that compensate for each other's errors, by {recipe.compensated}",
     ]
     promoted = replace(recipe, types={"blk.0.attn_v.weight": "Q5_0"}).lines(
         plan_variant(minilm_release.file("F16"), "Q4_0")

@@ -50,7 +50,7 @@ COMPENSATE = click.option(
     "--compensate/--no-compensate",
     default=True,
     show_default=True,
-    help="Choose codes that make good each other's errors: a third of the drift, for minutes of work.",
+    help="Choose codes that compensate for each other's errors: a third of the drift or less, for minutes of work.",
 )
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 

@@ -33,7 +33,7 @@ class Recipe:
     imatrix_sha256: str = ""  # of the importance matrix; empty if none is used
     calibration_sha256: str = ""  # of the texts that the recipe was chosen with
     n_calibration_texts: int = 0
-    compensated: str = ""  # what chose codes that make good each other's errors: library, threads; empty if none are
+    compensated: str = ""  # library and processor that chose codes with feedback; empty for ggml's own codes
     versions: Mapping[str, str] = field(default_factory=lambda: made_with())
 
     @property
@@ -55,7 +55,7 @@ class Recipe:
         if self.imatrix_sha256:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
         if self.compensated:
-            lines.append(f"codes that make good each other's errors, by {self.compensated}")
+            lines.append(f"codes that compensate for each other's errors, by {self.compensated}")
         scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
         return lines + [
             f"channels of {n} {place} scaled by activation^{a:g} / weight^{w:g}"

@@ -123,7 +123,7 @@ class Search:
         compensated = self._measured(replace(best.recipe, compensated=arithmetic()))
         if compensated.mean < best.mean:
             return compensated
-        say(f"  {self.variant}: codes that make good each other's errors save nothing here, and are not used")
+        say(f"  {self.variant}: codes that compensate for each other's errors save nothing here, and are not used")
         return best
 
     @cached_property

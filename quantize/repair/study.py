@@ -65,7 +65,7 @@ class Study:
     judged: Judged
     work: Path  # folder of candidates and of results
     device: str
-    compensate: bool  # choose codes that make good each other's errors
+    compensate: bool  # choose codes that compensate for each other's errors
     _plans: dict[str, TypePlan] = field(default_factory=dict)
 
     def types(self, recipe: Recipe) -> dict[str, str]:
@@ -83,7 +83,7 @@ class Study:
         return Recipe(variant, {}, {}, self.imatrix_sha256, texts_sha256(self.texts), len(self.texts))
 
     def compensates(self, recipe: Recipe) -> bool:
-        """Whether a layer of `recipe` has a type whose codes can make good each other's errors."""
+        """Whether a layer of `recipe` has a type whose codes can compensate for each other's errors."""
         kinds = {kind for name, kind in self.types(recipe).items() if name.startswith("blk.")}
         return self.compensate and has_layers(self.weights.header) and bool(kinds & set(COMPENSATED))
 

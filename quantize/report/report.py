@@ -75,7 +75,7 @@ class VariantInputs:
     stock: bool = False  # llama.cpp's plain recipe, whatever it drifts
     calibration_sha256: str | None = None  # of the texts that the recipe is chosen with
     imatrix_sha256: str | None = None  # of an importance matrix of the user's own
-    compensate: bool = False  # whether codes are chosen that make good each other's errors
+    compensate: bool = False  # whether codes are chosen that compensate for each other's errors
 
 
 @dataclass(frozen=True)

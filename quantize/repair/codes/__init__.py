@@ -1,1 +1,1 @@
-"""Codes that make good each other's errors, layer by layer."""
+"""Codes that compensate for each other's errors, layer by layer."""

@@ -73,42 +73,44 @@ class Compensation:
         They are kept in `folder`, and a run that was stopped goes on from there.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        names = [t.name for t in self.weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
+        if all(_path(folder, name).exists() for name in names):
+            on_progress(len(names))
+        else:
+            self._fit(types, folder, on_progress)
         ready: dict[str, NDArray[np.uint8]] = {}
-
-        def keep(name: str, fitted: Fitted) -> None:
+        for name in names:
+            fitted = _load(_path(folder, name))
             ready[name] = fitted.data
             if fitted.bias is not None:
                 ready[_bias_name(name)] = fitted.bias.view(np.uint8)[None]
-            on_progress(1)
+        return ready
+
+    def _fit(self, types: Mapping[str, str], folder: Path, on_progress: OnProgress) -> None:
+        """Write what `folder` does not hold yet."""
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
             both: tuple[list[Rows], list[Rows]] = ([], [])
             groups = self._groups(inputs[0], inputs[1])
             for name in names:
-                rows, bias = self._rows(name), self._bias(name)
-                fitted = _load(folder / f"{name}.npz") or self._fitted(name, rows, bias, groups, types[name])
-                _save(folder / f"{name}.npz", fitted)
+                rows, bias, path = self._rows(name), self._bias(name), _path(folder, name)
+                if not path.exists():
+                    _save(path, self._fitted(name, rows, bias, groups, types[name]))
+                fitted = _load(path)
                 rounded = as_multiplied(inputs[1], types[name])
                 exact, near = product(inputs[0], rows.T), product(rounded, dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
                 both[1].append(near)
-                keep(name, fitted)
+                on_progress(1)
             return both
 
-        names = [t.name for t in self.weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
-        known = {name: fitted for name in names if (fitted := _load(folder / f"{name}.npz"))}
-        if len(known) == len(names):
-            for name, fitted in known.items():
-                keep(name, fitted)
-            return ready
         table = {TOKEN_TABLE: types[TOKEN_TABLE]}
         with all_cores():
             states = [first_states(self.weights, self.texts, tables) for tables in ({}, table)]
             for i in range(self.shape.n_layers):
                 states = self._through(i, states, products)
-        return ready
 
     def errors(
         self, types: Mapping[str, Sequence[str]], on_progress: OnProgress = lambda _: None
@@ -203,8 +205,8 @@ class Compensation:
 class _Group:
     """The inputs of products, in the exact model, and in the one that is being quantised as llama.cpp rounds them.
 
-    The rounding counts where some channels are far stronger than others in their block: what a weak one made good would
-    be lost in it.
+    The rounding counts where some channels are far stronger than others in their block: a weak one would lose there
+    what it makes up for.
     """
 
     exact: Rows  # (n_tokens, n_cols) of the texts that choose
@@ -277,16 +279,16 @@ def _bias_name(name: str) -> str:
     return name.removesuffix(".weight") + ".bias"
 
 
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npz"
+
+
 def _save(path: Path, fitted: Fitted) -> None:
-    if path.exists():
-        return
     arrays: dict[str, Any] = {"data": fitted.data} | ({} if fitted.bias is None else {"bias": fitted.bias})
     with writing(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def _load(path: Path) -> Fitted | None:
-    if not path.exists():
-        return None
+def _load(path: Path) -> Fitted:
     with np.load(path) as file:
         return Fitted(file["data"], file.get("bias"))

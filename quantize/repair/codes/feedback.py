@@ -1,4 +1,4 @@
-"""Codes that know each other's errors: what rounding one weight loses, the weights that are rounded later make good.
+"""Codes that know each other's errors: what rounding one weight loses, the weights that are rounded later make up for.
 
 The error of a product X @ W.T is measured by the second moments of its inputs, H = X.T @ X / n. Scales are ggml's own,
 so type, size and layout stay as they are. Matrices are held transposed here, (n_cols, n_rows): a column is contiguous.

@@ -1,8 +1,8 @@
 """A model's layers as plain arithmetic, so that a layer can be run before the next one is quantised.
 
 A layer is a generator: it yields the inputs of each group of products, and is sent the products. Whoever drives it
-decides with which weights they are computed. numpy or torch does the arithmetic (`xp`), without llama.cpp's rounding of
-inputs. Sources: llama.cpp, src/models/qwen3.cpp and bert.cpp.
+decides with which weights, and with inputs rounded or not, they are computed. Sources: llama.cpp, src/models/qwen3.cpp
+and bert.cpp.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
 
-Array = Any  # of numpy or torch
 # Yields names of matrices, without 'blk.N.' and '.weight', and their common inputs (n_tokens, n_cols), and is sent the
 # products; at the end no names and what leaves the layer, (n_tokens, n_embd).
-Layer = Generator[tuple[tuple[str, ...], Array], Any, None]
+Layer = Generator[tuple[tuple[str, ...], Rows], Any, None]
 
 
 @dataclass(frozen=True)
@@ -71,31 +70,31 @@ class Shape:
         return int(self.value("attention.head_count_kv", self.n_head))
 
 
-def _qwen3(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any) -> Layer:
+def _qwen3(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape) -> Layer:
     epsilon, base = shape.value("attention.layer_norm_rms_epsilon"), shape.value("rope.freq_base")
     normed = _rms_norm(states, weights["attn_norm.weight"], epsilon)
     query, key, value = yield ("attn_q", "attn_k", "attn_v"), normed
     query, key, value = (_heads(part, n) for part, n in zip((query, key, value), _counts(shape), strict=True))
     query, key = (
-        _rotated(_rms_norm(part, weights[f"{name}_norm.weight"], epsilon), texts, base, xp)
+        _rotated(_rms_norm(part, weights[f"{name}_norm.weight"], epsilon), texts, base)
         for name, part in (("attn_q", query), ("attn_k", key))
     )
-    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal, xp)
+    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal)
     states = states + mixed
     normed = _rms_norm(states, weights["ffn_norm.weight"], epsilon)
     gate, up = yield ("ffn_gate", "ffn_up"), normed
-    (down,) = yield ("ffn_down",), gate / 2 * (1 + xp.tanh(gate / 2)) * up  # SiLU, without a power that could overflow
+    (down,) = yield ("ffn_down",), gate / 2 * (1 + np.tanh(gate / 2)) * up  # SiLU, without a power that could overflow
     yield (), states + down
 
 
-def _bert(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any) -> Layer:
+def _bert(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape) -> Layer:
     epsilon = shape.value("attention.layer_norm_epsilon")
     parts = yield ("attn_q", "attn_k", "attn_v"), states
     query, key, value = (_heads(part, shape.n_head) for part in parts)
-    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal, xp)
+    (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal)
     states = _layer_norm(states + mixed, weights, "attn_output_norm", epsilon)
     (up,) = yield ("ffn_up",), states
-    (down,) = yield ("ffn_down",), up / 2 * (1 + xp.tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
+    (down,) = yield ("ffn_down",), up / 2 * (1 + np.tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
     yield (), _layer_norm(states + down, weights, "layer_output_norm", epsilon)
 
 
@@ -107,9 +106,9 @@ def has_layers(header: Header) -> bool:
     return header.architecture in _LAYERS
 
 
-def run_layer(weights: Mapping[str, Array], states: Array, texts: Texts, shape: Shape, xp: Any = np) -> Layer:
+def run_layer(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape) -> Layer:
     """One layer: `weights` are its vectors by their names without 'blk.N.', `states` is (n_tokens, n_embd)."""
-    return _LAYERS[shape.header.architecture](weights, states, texts, shape, xp)
+    return _LAYERS[shape.header.architecture](weights, states, texts, shape)
 
 
 def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Rows:
@@ -128,46 +127,34 @@ def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Ro
     return states
 
 
-def last_states(weights: Mapping[str, Array], states: Array, shape: Shape) -> Array:
-    """What leaves the model: the states of the last layer, normalised where the architecture does so."""
-    if "output_norm.weight" not in weights:
-        return states
-    return _rms_norm(states, weights["output_norm.weight"], shape.value("attention.layer_norm_rms_epsilon"))
-
-
-def pooled(states: Array, texts: Texts, pooling: str, xp: Any = np) -> Array:
-    """Vectors of the texts, (n_texts, n_embd), in the order of `texts`."""
-    take = {"last": lambda part: part[:, -1], "cls": lambda part: part[:, 0], "mean": lambda part: part.mean(axis=1)}
-    return xp.concatenate([take[pooling](part) for part in _by_length(states, texts)])
-
-
 def _counts(shape: Shape) -> tuple[int, int, int]:
     return shape.n_head, shape.n_head_kv, shape.n_head_kv
 
 
-def _heads(rows: Array, n_heads: int) -> Array:
+def _heads(rows: Rows, n_heads: int) -> Rows:
     return rows.reshape(rows.shape[0], n_heads, -1)
 
 
-def _rms_norm(values: Array, weight: Array, epsilon: float) -> Array:
-    return values / ((values * values).mean(axis=-1, keepdims=True) + epsilon) ** 0.5 * weight
+def _rms_norm(values: Rows, weight: Rows, epsilon: float) -> Rows:
+    normed: Rows = values / ((values * values).mean(axis=-1, keepdims=True) + epsilon) ** 0.5 * weight
+    return normed
 
 
-def _layer_norm(values: Array, weights: Mapping[str, Array], name: str, epsilon: float) -> Array:
+def _layer_norm(values: Rows, weights: Mapping[str, Rows], name: str, epsilon: float) -> Rows:
     values = values - values.mean(axis=-1, keepdims=True)
     return _rms_norm(values, weights[f"{name}.weight"], epsilon) + weights[f"{name}.bias"]
 
 
-def _rotated(heads: Array, texts: Texts, base: float, xp: Any) -> Array:
+def _rotated(heads: Rows, texts: Texts, base: float) -> Rows:
     """Heads (n_tokens, n_heads, width) turned by their position (RoPE); value i pairs with value i + width / 2."""
     half = heads.shape[-1] // 2
     angles = texts.positions[:, None] * base ** (-np.arange(half) / half)
-    cos, sin = (xp.asarray(turn(angles).astype(np.float32))[:, None] for turn in (np.cos, np.sin))
+    cos, sin = (turn(angles).astype(np.float32)[:, None] for turn in (np.cos, np.sin))
     first, second = heads[..., :half], heads[..., half:]
-    return xp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def _attention(query: Array, key: Array, value: Array, texts: Texts, is_causal: bool, xp: Any) -> Array:
+def _attention(query: Rows, key: Rows, value: Rows, texts: Texts, is_causal: bool) -> Rows:
     """Every head's mix of the values, (n_tokens, n_heads * width)."""
     results = []
     n_times = query.shape[1] // key.shape[1]
@@ -179,15 +166,15 @@ def _attention(query: Array, key: Array, value: Array, texts: Texts, is_causal: 
         scores = rows @ keys.swapaxes(1, 2).swapaxes(2, 3) / width**0.5
         if is_causal:
             hidden = np.triu(np.full((length, length), -np.inf, dtype=np.float32), 1)
-            scores = scores + xp.asarray(np.tile(hidden, (n_times, 1)))
-        scores = xp.exp(scores - xp.amax(scores, axis=-1, keepdims=True))
+            scores = scores + np.tile(hidden, (n_times, 1))
+        scores = np.exp(scores - np.amax(scores, axis=-1, keepdims=True))
         mixed = scores / scores.sum(axis=-1, keepdims=True) @ values.swapaxes(1, 2)
         mixed = mixed.reshape(n_texts, -1, n_times, length, width).swapaxes(2, 3).swapaxes(1, 2)
         results.append(mixed.reshape(n_texts * length, -1))
-    return xp.concatenate(results)
+    return np.concatenate(results)
 
 
-def _by_length(rows: Array, texts: Texts) -> list[Array]:
+def _by_length(rows: Rows, texts: Texts) -> list[Rows]:
     """Rows (n_tokens, ...) as one (n_texts, length, ...) for each group of texts."""
     parts, begin = [], 0
     for n_texts, length in texts.groups:
