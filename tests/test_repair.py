@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +19,9 @@ from conftest import Release, Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
-from f2gguf.quantize.repair import search
+from f2gguf.quantize.repair import search, study
 from f2gguf.quantize.repair.calibration import PATH
+from f2gguf.quantize.repair.codes.compensate import Compensation
 from f2gguf.quantize.repair.plan import plan_variant
 from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, make, read_recipe
@@ -28,7 +30,7 @@ from f2gguf.quantize.repair.search import MARGIN, Search, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import OutOfReach, TruncationWarning, WrongRecipe
+from f2gguf.runtime.errors import NoVector, OutOfReach, TruncationWarning, WrongRecipe
 from f2gguf.runtime.gguf.header import read_header
 
 TEXTS = [text for text in load_texts() if len(text.text) < 300][::4]
@@ -200,6 +202,29 @@ def test_max_size_is_kept_and_a_larger_one_drifts_less(nano_study: Study, tmp_pa
     assert drifts[2] < drifts[0] / 2
     with pytest.raises(OutOfReach, match=r"no Q4_K_M of 2\.0 MB \(--max-size\).* takes 4\.\d MB"):
         found.within_size(2_000_000, MARGIN * 0.02)
+
+
+def test_a_stopped_command_leaves_no_codes_to_another_recipe(
+    nano_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(Compensation, "run", lambda _self, _types, folder, _advance: folders.append(folder) or {})
+    monkeypatch.setattr(study, "sampled", lambda *_: nano_study.texts)
+    recipe = replace(nano_study.recipe("Q4_0"), compensated="tried")
+    for tried in (recipe, replace(recipe, types={"blk.0.attn_v.weight": "Q5_0"}), recipe):
+        study.compensated(nano_study.weights, tried, nano_study.imatrix, None, tmp_path, tmp_path / "x.gguf")
+    assert folders[0] == folders[2] != folders[1]
+
+
+def test_a_candidate_without_finite_vectors_is_an_error(nano_study: Study, tmp_path: Path) -> None:
+    """Not a drift of NaN, which no comparison would turn down."""
+    path = tmp_path / "nan.gguf"
+    shutil.copy(nano_study.weights.header.path, path)
+    with path.open("r+b") as file:
+        file.seek(nano_study.weights.infos["output_norm.weight"].begin)
+        file.write(np.full(8, np.nan, dtype=np.float32).tobytes())
+    with pytest.raises(NoVector, match=r"nan\.gguf: 3 of 3 calibration texts have no finite vector"):
+        study.vectors_of(path, nano_study.judged.ids[:3], "cpu")
 
 
 def test_noise_of_independent_errors_adds_up() -> None:

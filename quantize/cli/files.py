@@ -56,6 +56,8 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     from f2gguf.runtime.files import require_absent, writing
 
     shared.refuse_together(options, "recipe", "stock", "max_size")
+    if options["recipe"] and not options["compensate"]:
+        raise WrongUsage("--recipe and --no-compensate: choose one. The recipe says whether codes are compensated.")
     shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart

@@ -62,11 +62,10 @@ def judging(texts: Sequence[EvalText]) -> list[EvalText]:
 
 def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
     """Token ids of calibration texts behind their prompts, cut."""
-    most = {"long": LONG_TOKENS}
     prompts, limit = encoder.header.prompts, encoder.header.max_tokens
+    most = [min(LONG_TOKENS if text.kind == "long" else MAX_TOKENS, limit) for text in texts]
     return [
-        encoder.tokenize([prompted(text, prompts)], max_tokens=min(most.get(text.kind, MAX_TOKENS), limit)).ids[0]
-        for text in texts
+        encoder.tokenize([prompted(text, prompts)], max_tokens=n).ids[0] for text, n in zip(texts, most, strict=True)
     ]
 
 

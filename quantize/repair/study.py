@@ -22,8 +22,9 @@ from f2gguf.quantize.repair.rescale import scaled_imatrix, scales
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, size_as
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import WrongRecipe
+from f2gguf.runtime.errors import NoVector, WrongRecipe
 from f2gguf.runtime.files import sha256_file, write_text, writing
+from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.packing import Ids
 
 N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
@@ -95,7 +96,7 @@ class Study:
         """The tensors that a compensated `recipe` does not leave to ggml; they are kept until the study ends."""
         if not recipe.compensated:
             return {}
-        return _run(self.compensation(recipe), recipe, self.types(recipe), self.work / f"codes-{self._key(recipe)}")
+        return _run(self.compensation(recipe), recipe, self.types(recipe), self.work)
 
     def measure(self, recipe: Recipe, label: str, *, only: str | None = None) -> Candidate:
         """The drift of the file of `recipe` on the texts that judge.
@@ -125,9 +126,7 @@ class Study:
 
     def _key(self, recipe: Recipe, only: str | None = None) -> str:
         """A name for what is computed of a recipe."""
-        hashes = [sha256_file(self.weights.header.path), self.imatrix_sha256, texts_sha256(self.texts)]
-        inputs = json.dumps([*hashes, recipe.to_header(), only])
-        return hashlib.sha256(inputs.encode()).hexdigest()
+        return _key_of(self.weights, recipe, self.imatrix_sha256, texts_sha256(self.texts), only)
 
 
 def compensated(
@@ -147,7 +146,7 @@ def compensated(
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
     types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
     fit, judge = token_ids_of(weights, texts)
-    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work / "codes")
+    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work)
 
 
 def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
@@ -159,7 +158,10 @@ def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids]
 def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress = lambda _: None) -> Rows:
     """What the file `path` makes of token ids, (n_texts, n_embd)."""
     with Embedder(path, device=device, max_tokens=max(map(len, ids))) as model:
-        return model.encoder.compute(ids, on_progress=on_progress)
+        vectors = model.encoder.compute(ids, on_progress=on_progress)
+    if bad := unusable(vectors):
+        raise NoVector(f"{path}: {len(bad)} of {len(ids)} calibration texts have no finite vector.", bad, vectors)
+    return vectors
 
 
 def _compensation(
@@ -169,12 +171,17 @@ def _compensation(
     return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors)
 
 
-def _run(compensation: Compensation, recipe: Recipe, types: dict[str, str], folder: Path) -> Ready:
-    n_matrices = sum(
-        len(info.shape) == 2 for name, info in compensation.weights.infos.items() if name.startswith("blk.")
-    )
-    with progress(f"compensate {recipe.variant}", n_matrices) as advance:
+def _run(compensation: Compensation, recipe: Recipe, types: dict[str, str], work: Path) -> Ready:
+    """Run it in a folder of `work` that no other recipe shares."""
+    folder = work / f"codes-{_key_of(compensation.weights, recipe)}"
+    with progress(f"compensate {recipe.variant}", len(compensation.matrices)) as advance:
         return compensation.run(types, folder, advance)
+
+
+def _key_of(weights: Weights, recipe: Recipe, *more: str | None) -> str:
+    """A name for what is computed of a recipe, which names its imatrix and texts itself if it uses them."""
+    inputs = json.dumps([sha256_file(weights.header.path), recipe.to_header(), *more])
+    return hashlib.sha256(inputs.encode()).hexdigest()
 
 
 def study_source(

@@ -60,6 +60,7 @@ class Compensation:
         scales: Mapping[str, Scale],
     ) -> None:
         self.weights, self.imatrix, self.scales = weights, imatrix, scales
+        self.matrices = [t.name for t in weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
         self.texts, self.shape = Texts.of([*fitting, *judging]), Shape(weights.header)
         judged = np.array(self.texts.order) >= len(fitting)
         self._judged = np.repeat(judged, self.texts.lengths)
@@ -73,13 +74,12 @@ class Compensation:
         They are kept in `folder`, and a run that was stopped goes on from there.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        names = [t.name for t in self.weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
-        if all(_path(folder, name).exists() for name in names):
-            on_progress(len(names))
+        if all(_path(folder, name).exists() for name in self.matrices):
+            on_progress(len(self.matrices))
         else:
             self._fit(types, folder, on_progress)
         ready: dict[str, NDArray[np.uint8]] = {}
-        for name in names:
+        for name in self.matrices:
             fitted = _load(_path(folder, name))
             ready[name] = fitted.data
             if fitted.bias is not None:
