@@ -77,6 +77,7 @@ KINDS: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
     "gemma": ("gemma-embedding", "llama", SPM, GEMMA),
     "qwen": ("qwen3", "gpt2", BPE, QWEN),
 }
+HALVES = np.zeros((2, 32), dtype=np.float16)
 DENSE = {f"dense_{n}.weight": np.zeros((32, 32), dtype=np.float16) for n in (2, 3)}
 
 
@@ -173,6 +174,8 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("bert", {"bert__pooling_type": 3}, "warning", "attention", "in an encoder"),
     ("qwen", {"qwen3__attention__head_count_kv": 2 + (1 << 26)}, "error", "shape", "kv is 67108866 for 1 "),
     ("qwen", {"qwen3__attention__key_length": 64 + (1 << 26)}, "error", "shape", "key_length or value_length"),
+    ("bert", {"tensors": {"blk.0.attn_q.bias": HALVES[0]}}, "error", "shape", "blk.0.attn_q.bias is F16, not F32"),
+    ("bert", {"tensors": {"token_types.weight": HALVES}}, "error", "shape", "token_types.weight is F16, not F32"),
     ("bert", {"bert__attention__head_count": 3}, "warning", "numbers", "no known encoder has such heads"),
     ("bert", {"tokenizer__ggml__normalizer__lowercase": False}, "warning", "normaliser", "--lowercase"),
     ("bert", {"tokenizer__ggml__normalizer__strip_accents": False}, "warning", "normaliser", "0 tokens have accents"),

@@ -146,8 +146,9 @@ def shape(case: Case) -> Iterator[Finding]:
         yield error(what, ends, AGAIN)
     if odd := [tensor for tensor in case.header.tensors if tensor.type in _NO_WEIGHTS]:
         yield error(f"{odd[0].name} is {odd[0].type}", "no weights are stored so", AGAIN)
-    norms = [tensor for tensor in case.header.tensors if tensor.name.endswith(("norm.weight", "norm.bias"))]
-    if odd := [tensor for tensor in norms if tensor.type != "F32"]:
+    # What is added or multiplied value by value, and not a table or a matrix
+    plain = [tensor for tensor in case.header.tensors if len(tensor.shape) == 1 or tensor.name == "token_types.weight"]
+    if odd := [tensor for tensor in plain if tensor.type != "F32"]:
         yield error(f"{odd[0].name} is {odd[0].type}, not F32", ends, AGAIN)
     if (kind := case.of_architecture("rope.scaling.type", None)) not in (None, *_ROPE_SCALINGS):
         yield error(f"{named}rope.scaling.type is {kind!r}", ends, AGAIN)
