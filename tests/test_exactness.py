@@ -60,7 +60,7 @@ def test_a_shared_prompt_changes_nothing(full_precision: Embedder) -> None:
 
 @pytest.mark.filterwarnings("ignore::f2gguf.runtime.errors.TruncationWarning")
 @pytest.mark.parametrize(
-    "n_tokens", [MIN_FLASH - 1, MIN_FLASH, LastTokenContext.batch_tokens + 1, N_UBATCH, N_UBATCH + 1, 1900]
+    "n_tokens", [MIN_FLASH - 1, MIN_FLASH, LastTokenContext.cpu_tokens + 1, N_UBATCH, N_UBATCH + 1, 1900]
 )
 def test_texts_of_several_passes_equal_transformers(nano: Embedder, n_tokens: int) -> None:
     from f2gguf.evals.full_precision import transformers_vectors

@@ -303,3 +303,30 @@ def test_a_library_that_does_not_load_says_why_and_what_to_do(
     assert reason in process.stderr
     assert f"Unset LLAMA_CPP_LIB_PATH, which names {tmp_path}, or build it on this machine" in process.stderr
     assert process.stderr.count("\n") == 2
+
+
+ABORT = """
+import llama_cpp
+from f2gguf.runtime.llama.library import libggml
+libggml.ggml_log_internal(4, b"CUDA error: an illegal instruction\\n")
+libggml.ggml_abort(b"ggml.c", 1, b"CUDA error")
+"""
+
+
+def test_where_llama_cpp_ends_the_process_its_reason_is_shown() -> None:
+    process = subprocess.run([sys.executable, "-c", ABORT], capture_output=True, text=True)
+    assert process.returncode < 0
+    assert process.stderr.splitlines() == [
+        "llama.cpp ends the process: ggml.c:1: CUDA error",
+        "CUDA error: an illegal instruction",
+    ]
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_cuda_graphs_are_off_before_llama_cpp_asks(chosen: str | None) -> None:
+    """llama.cpp asks for the variable once, by C's getenv. A value that the user has set stays."""
+    asked = "import ctypes, f2gguf.runtime.llama.library as _; getenv = ctypes.CDLL(None).getenv\n"
+    asked += "getenv.restype = ctypes.c_char_p; print(getenv(b'GGML_CUDA_DISABLE_GRAPHS').decode())"
+    env = os.environ | ({"GGML_CUDA_DISABLE_GRAPHS": chosen} if chosen else {})
+    process = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=env)
+    assert process.stdout.strip() == (chosen or "1")

@@ -75,7 +75,7 @@ class Engine:
         vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
         lengths = [len(ids) - n_shared for ids in texts]
         n_texts = 1 if self.settings.deterministic else MAX_TEXTS
-        for batch in pack(lengths, n_tokens=self._context_type.batch_tokens, n_texts=n_texts):
+        for batch in pack(lengths, n_tokens=self._context_type.batch_tokens(self.model), n_texts=n_texts):
             vectors[batch] = self._worker(partial(self._embed, [texts[i] for i in batch], n_shared))
             on_batch(batch)
         return vectors
