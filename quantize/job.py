@@ -39,6 +39,7 @@ class Job:
     calibration: Path | None = None  # texts of the user's own
     imatrix: Path | None = None  # an importance matrix of the user's own
     compensate: bool = True  # choose codes that compensate for each other's errors
+    tune: bool | None = None  # train scales and vectors; None: where torch is there and it takes minutes
 
     @property
     def name(self) -> str:
@@ -129,7 +130,8 @@ def variant_inputs(job: Job, report: Report) -> VariantInputs:
         return VariantInputs(f16, job.max_drift, job.max_size, stock=True)
     texts = load_calibration(job.calibration, job.facts.entry.languages)
     imatrix = sha256_file(job.imatrix) if job.imatrix else None
-    return VariantInputs(f16, job.max_drift, job.max_size, False, texts_sha256(texts), imatrix, job.compensate)
+    calibration = texts_sha256(texts)
+    return VariantInputs(f16, job.max_drift, job.max_size, False, calibration, imatrix, job.compensate, job.tune)
 
 
 def keep_current(job: Job, report: Report, names: Sequence[str], inputs: VariantInputs) -> Report:

@@ -61,6 +61,7 @@ def quantize_model(
     lock: str | Path | None = None,
     force: bool = False,
     compensate: bool = True,
+    tune: bool | None = None,
 ) -> Report:
     """Fetch, convert, quantise and measure `model`, write its release to `out`/NAME, and give the report of it.
 
@@ -72,7 +73,7 @@ def quantize_model(
     names = [require_variant(name.strip()) for name in (variants.split(",") if isinstance(variants, str) else variants)]
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
     facts = open_facts(str(model), stated=Stated(pooling, eos_token, tuple(allowed_keys), name), lock=lock)
-    job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix, compensate)
+    job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix, compensate, tune)
     return make_release(job, names)
 
 
@@ -190,6 +191,7 @@ def _study(job: Job) -> Study:
         own_imatrix=job.imatrix,
         device=job.device,
         compensate=job.compensate,
+        tune=job.tune,
     )
 
 

@@ -36,6 +36,7 @@ def quantize() -> None:
 @shared.CALIBRATION
 @shared.IMATRIX
 @shared.COMPENSATE
+@shared.TUNE
 @shared.checkpoint_options
 @shared.DEVICE
 @shared.LOCK
@@ -59,6 +60,7 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     from f2gguf.runtime.llama.library import require_device
 
     shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.require_tune(options)
     lock = read_lock(options["lock"])
     names = [require_variant(name.strip()) for name in variants.split(",")]
     require_device(options["device"])

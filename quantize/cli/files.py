@@ -47,6 +47,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @shared.CALIBRATION
 @shared.IMATRIX
 @shared.COMPENSATE
+@shared.TUNE
 @shared.DEVICE
 @shared.JSON
 def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
@@ -56,8 +57,10 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     from f2gguf.runtime.files import require_absent, writing
 
     shared.refuse_together(options, "recipe", "stock", "max_size")
-    if options["recipe"] and not options["compensate"]:
-        raise WrongUsage("--recipe and --no-compensate: choose one. The recipe says whether codes are compensated.")
+    if options["recipe"] and not (options["compensate"] and options["tune"] is None):
+        flag = "--no-compensate" if not options["compensate"] else "--tune" if options["tune"] else "--no-tune"
+        raise WrongUsage(f"--recipe and {flag}: choose one. The recipe says how codes and scales are chosen.")
+    shared.require_tune(options)
     shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
@@ -203,6 +206,7 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
         own_imatrix=options["imatrix"],
         device=options["device"],
         compensate=options["compensate"],
+        tune=options["tune"],
     )
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
     return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
@@ -223,7 +227,8 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work
         require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])
         imatrix = read_imatrix(options["imatrix"], weights) if recipe.imatrix_sha256 else {}
         if recipe.compensated:
-            ready = compensated(weights, recipe, imatrix, options["calibration"], work, options["recipe"])
+            calibration, device = options["calibration"], options["device"]
+            ready = compensated(weights, recipe, imatrix, calibration, work, options["recipe"], device)
     evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
     return make_measured(weights, path, recipe, imatrix, ready, evaluation=evaluation)
 

@@ -52,6 +52,11 @@ COMPENSATE = click.option(
     show_default=True,
     help="Choose codes that compensate for each other's errors: a third of the drift or less, for minutes of work.",
 )
+TUNE = click.option(
+    "--tune/--no-tune",
+    default=None,
+    help="Train scales, norms and biases on the drift, which takes torch.  [default: where it takes minutes]",
+)
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 
 
@@ -78,6 +83,17 @@ def facts_of(model: str, lock: Path | None, **stated: Any) -> Any:
     from f2gguf.quantize.source.facts import Stated, open_facts
 
     return open_facts(model, stated=Stated(**stated), lock=lock)
+
+
+def require_tune(options: Mapping[str, object]) -> None:
+    """Raise `WrongUsage` for --tune where there are no codes to tune, and `ExtraMissing` without torch."""
+    from f2gguf.quantize.repair.codes.tune import require_torch
+
+    if options["tune"]:
+        refuse_together(options, "stock", "tune")
+        if not options["compensate"]:
+            raise WrongUsage("--no-compensate and --tune: choose one.")
+        require_torch("--tune trains scales")
 
 
 def refuse_together(options: Mapping[str, object], first: str, *others: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from f2gguf.evals.texts import KINDS, EvalText, claimed_texts, load_texts, prompted
 from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.gguf.header import Header
@@ -20,10 +22,13 @@ MIN_TEXTS = 64
 MAX_TOKENS = 64  # of a text: more of them take most of the time, and the long texts stand for what is longer
 LONG_TOKENS = 256  # of a long text
 PASSAGE_CHARS = 40  # characters in a row that two texts must not share
+N_SPLICED = 3  # texts that are made of each text that chooses
 HELD_OUT = 5  # every fifth text judges what the others have chosen
 _MEAN_TOKENS = 60  # of a shipped text, its share of the long ones included
 _PRODUCTS = 6e12  # weights times tokens: some minutes on two cores
 _ROWS_A_COLUMN = 2  # least tokens for each column of the widest matrix
+_FEWEST_WORDS = 4  # of a text that is halved between words; others are between characters
+_SEED = 0
 _DOCUMENTS_A_LONG_TEXT, _LONG_CHARS = 8, 2000
 
 
@@ -44,10 +49,7 @@ def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalT
 
 def sampled(texts: Sequence[EvalText], header: Header) -> tuple[EvalText, ...]:
     """Evenly spread texts, so many that a model of this size runs through them in minutes."""
-    matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
-    n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
-    n_tokens = max(_PRODUCTS / max(n_weights, 1), _ROWS_A_COLUMN * widest)
-    return tuple(texts[:: math.ceil(len(texts) / max(MIN_TEXTS, n_tokens / _MEAN_TOKENS))])
+    return tuple(texts[:: math.ceil(len(texts) / max(MIN_TEXTS, _n_tokens(header) / _MEAN_TOKENS))])
 
 
 def fitting(texts: Sequence[EvalText]) -> list[EvalText]:
@@ -60,6 +62,35 @@ def judging(texts: Sequence[EvalText]) -> list[EvalText]:
     return _with_long(texts[::HELD_OUT])
 
 
+def spliced(texts: Sequence[EvalText], header: Header) -> list[EvalText]:
+    """More texts that codes are chosen with: half of one and half of another, and long ones made of them.
+
+    Any text will do there, as the 16-bit file says what it is to give. There are N_SPLICED for each of `fitting`, or as
+    many as a model of this size runs through in minutes.
+    """
+    texts, generator = [text for i, text in enumerate(texts) if i % HELD_OUT], np.random.default_rng(_SEED)
+    by_language: dict[str, list[EvalText]] = {}
+    for text in texts:
+        by_language.setdefault(text.language, []).append(text)
+
+    def half(text: str) -> str:
+        blank = " " if len(text.split(" ")) >= _FEWEST_WORDS else ""
+        units = text.split(" ") if blank else list(text)
+        n = -(-len(units) // 2)
+        first = int(generator.integers(len(units) - n + 1))
+        return blank.join(units[first : first + n])
+
+    made = []
+    for number in range(min(N_SPLICED, int(_n_tokens(header) / (_MEAN_TOKENS * len(texts))) - 1)):
+        some = []
+        for text in texts:
+            others = by_language[text.language]
+            other = others[int(generator.integers(len(others)))]
+            some.append(replace(text, id=f"{text.id}-{number}", text=f"{half(text.text)} {half(other.text)}"))
+        made += _with_long(some)
+    return made
+
+
 def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
     """Token ids of calibration texts behind their prompts, cut."""
     prompts, limit = encoder.header.prompts, encoder.header.max_tokens
@@ -67,6 +98,13 @@ def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
     return [
         encoder.tokenize([prompted(text, prompts)], max_tokens=n).ids[0] for text, n in zip(texts, most, strict=True)
     ]
+
+
+def _n_tokens(header: Header) -> float:
+    """How many tokens a model of this size runs through in minutes, or those that its widest matrix needs."""
+    matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
+    n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
+    return max(_PRODUCTS / max(n_weights, 1), _ROWS_A_COLUMN * widest)
 
 
 def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:

@@ -34,12 +34,18 @@ class Recipe:
     calibration_sha256: str = ""  # of the texts that the recipe was chosen with
     n_calibration_texts: int = 0
     compensated: str = ""  # library and processor that chose codes with feedback; empty for ggml's own codes
+    tuned: str = ""  # library and device that trained scales and vectors; empty if nothing was trained
     versions: Mapping[str, str] = field(default_factory=lambda: made_with())
 
     @property
     def kind(self) -> str:
         """What the recipe uses: 'stock', 'imatrix', or what it adds to both, such as 'compensated, promoted'."""
-        uses = {"compensated": self.compensated, "rescaled": self.exponents, "promoted": self.types}
+        uses = {
+            "compensated": self.compensated,
+            "tuned": self.tuned,
+            "rescaled": self.exponents,
+            "promoted": self.types,
+        }
         return ", ".join(name for name, used in uses.items() if used) or ("imatrix" if self.imatrix_sha256 else "stock")
 
     def all_types(self, plan: TypePlan) -> dict[str, str]:
@@ -56,6 +62,8 @@ class Recipe:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
         if self.compensated:
             lines.append(f"codes that compensate for each other's errors, by {self.compensated}")
+        if self.tuned:
+            lines.append(f"scales, norms and biases trained on the drift of those texts, by {self.tuned}")
         scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())
         return lines + [
             f"channels of {n} {place} scaled by activation^{a:g} / weight^{w:g}"

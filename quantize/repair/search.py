@@ -17,6 +17,7 @@ from f2gguf.evals.texts import EvalText, embed_texts
 from f2gguf.quantize.convert.reserved import VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
 from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix, Ready
+from f2gguf.quantize.repair.codes.tune import tuning_arithmetic
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
 from f2gguf.quantize.repair.study import Candidate, Study
@@ -68,7 +69,7 @@ def make_within_bound(
     """
     search, allowed = Search(study, variant), MARGIN * evaluation.max_drift
     for _ in range(MAX_VERDICTS):
-        recipe = search.within_size(max_size, allowed) if max_size else search.under(allowed)
+        recipe = search.tuned(search.within_size(max_size, allowed) if max_size else search.under(allowed))
         if there is None or there.recipe != recipe:
             ready = study.ready(recipe)
             verdict = make_measured(study.weights, path, recipe, study.imatrix, ready, evaluation=evaluation)
@@ -179,6 +180,16 @@ class Search:
             needed = fixed + total_size(promote.promote(self.choices, _allowed_noise(best, chosen, allowed)))
             say(f"  the bound may not hold at this size; by prediction it takes {format_size(needed)}")
         return best.recipe
+
+    def tuned(self, recipe: Recipe) -> Recipe:
+        """`recipe` with trained scales and vectors, if that is wanted and lowers the drift."""
+        if not self.study.tunes(recipe):
+            return recipe
+        before, after = self._measured(recipe), self._measured(replace(recipe, tuned=tuning_arithmetic()))
+        if after.mean < before.mean and after.worst <= before.worst:
+            return after.recipe
+        say(f"  {self.variant}: training scales saves nothing here, and is not used")
+        return recipe
 
     def _alone(self, kind: str) -> float:
         """The mean drift if only tensors of one kind are quantised."""

@@ -6,15 +6,25 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from f2gguf.evals.drift import drift, highest_mean
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix, Ready
-from f2gguf.quantize.repair.calibration import LONG_TOKENS, fitting, judging, load_calibration, sampled, token_ids
+from f2gguf.quantize.repair.calibration import (
+    LONG_TOKENS,
+    fitting,
+    judging,
+    load_calibration,
+    sampled,
+    spliced,
+    token_ids,
+)
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.layers import has_layers
+from f2gguf.quantize.repair.codes.tune import Objective, require_torch, should_tune, tuned, tuning_arithmetic
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
@@ -67,6 +77,7 @@ class Study:
     work: Path  # folder of candidates and of results
     device: str
     compensate: bool  # choose codes that compensate for each other's errors
+    tune: bool | None  # train scales and vectors; None: where torch is there and it takes minutes
     _plans: dict[str, TypePlan] = field(default_factory=dict)
 
     def types(self, recipe: Recipe) -> dict[str, str]:
@@ -88,6 +99,10 @@ class Study:
         kinds = {kind for name, kind in self.types(recipe).items() if name.startswith("blk.")}
         return self.compensate and has_layers(self.weights.header) and bool(kinds & set(COMPENSATED))
 
+    def tunes(self, recipe: Recipe) -> bool:
+        """Whether scales and vectors of the compensated `recipe` are trained as well; says how long it would take."""
+        return bool(recipe.compensated) and should_tune(self.tune, self.weights.header, self.fitting)
+
     def compensation(self, recipe: Recipe) -> Compensation:
         """What makes the codes of `recipe`."""
         return _compensation(self.weights, self.fitting, self.judged.ids, recipe, self.imatrix)
@@ -96,7 +111,7 @@ class Study:
         """The tensors that a compensated `recipe` does not leave to ggml; they are kept until the study ends."""
         if not recipe.compensated:
             return {}
-        return _run(self.compensation(recipe), recipe, self.types(recipe), self.work)
+        return _run(self.compensation(recipe), recipe, self.types(recipe), self.work, self.device)
 
     def measure(self, recipe: Recipe, label: str, *, only: str | None = None) -> Candidate:
         """The drift of the file of `recipe` on the texts that judge.
@@ -130,7 +145,7 @@ class Study:
 
 
 def compensated(
-    weights: Weights, recipe: Recipe, imatrix: Imatrix, calibration: Path | None, work: Path, path: Path
+    weights: Weights, recipe: Recipe, imatrix: Imatrix, calibration: Path | None, work: Path, path: Path, device: str
 ) -> Ready:
     """The tensors of a compensated `recipe` of the file `path`, made again from the same calibration texts.
 
@@ -144,15 +159,20 @@ def compensated(
         )
     if recipe.compensated != (here := arithmetic()):
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
+    if recipe.tuned:
+        require_torch(f"{path}: its scales were trained")
+        if recipe.tuned != (here := tuning_arithmetic()):
+            say(f"The recipe's scales were trained by {recipe.tuned}. Some will differ with {here}.")
     types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
     fit, judge = token_ids_of(weights, texts)
-    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work)
+    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work, device)
 
 
 def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
     """Of the texts that choose, and of those that judge."""
     with Embedder(weights.header.path, max_tokens=min(LONG_TOKENS, weights.header.max_tokens)) as model:
-        return token_ids(model.encoder, fitting(texts)), token_ids(model.encoder, judging(texts))
+        chosen = [*fitting(texts), *spliced(texts, weights.header)]
+        return token_ids(model.encoder, chosen), token_ids(model.encoder, judging(texts))
 
 
 def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress = lambda _: None) -> Rows:
@@ -171,11 +191,31 @@ def _compensation(
     return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors)
 
 
-def _run(compensation: Compensation, recipe: Recipe, types: dict[str, str], work: Path) -> Ready:
-    """Run it in a folder of `work` that no other recipe shares."""
-    folder = work / f"codes-{_key_of(compensation.weights, recipe)}"
+def _run(
+    compensation: Compensation,
+    recipe: Recipe,
+    types: dict[str, str],
+    work: Path,
+    device: str,
+) -> Ready:
+    """Choose the codes of `recipe`, and train scales if it says so. Both are kept in `work` under their own names."""
+    weights = compensation.weights
+    folder = work / f"codes-{_key_of(weights, replace(recipe, tuned=''))}"
     with progress(f"compensate {recipe.variant}", len(compensation.matrices)) as advance:
-        return compensation.run(types, folder, advance)
+        ready = compensation.run(types, folder, advance)
+    if not recipe.tuned:
+        return ready
+    path = work / f"tuned-{_key_of(weights, recipe)}.npz"
+    if not path.exists():
+        fit, judge = (
+            Objective(ids, vectors_of(weights.header.path, ids, device))
+            for ids in (compensation.fitting, compensation.judging)
+        )
+        made = tuned(compensation, types, ready, fit, judge, label=f"tune {recipe.variant}")
+        with writing(path) as part, part.open("wb") as file:
+            np.savez(file, **made)  # type: ignore[arg-type]
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
 
 
 def _key_of(weights: Weights, recipe: Recipe, *more: str | None) -> str:
@@ -193,6 +233,7 @@ def study_source(
     device: str,
     own_imatrix: Path | None = None,
     compensate: bool = True,
+    tune: bool | None = None,
 ) -> Study:
     """Run the calibration texts through `source`, and write the importance matrix to `imatrix_path`.
 
@@ -216,4 +257,4 @@ def study_source(
             shutil.copyfile(own_imatrix, part)
     say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
     imatrix, sha256 = read_imatrix(imatrix_path, weights), sha256_file(imatrix_path)
-    return Study(weights, imatrix, sha256, activations, texts, ids[0], judged, work, device, compensate)
+    return Study(weights, imatrix, sha256, activations, texts, ids[0], judged, work, device, compensate, tune)

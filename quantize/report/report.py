@@ -76,6 +76,7 @@ class VariantInputs:
     calibration_sha256: str | None = None  # of the texts that the recipe is chosen with
     imatrix_sha256: str | None = None  # of an importance matrix of the user's own
     compensate: bool = False  # whether codes are chosen that compensate for each other's errors
+    tune: bool | None = None  # whether scales and vectors are trained; None: where torch is there and it takes minutes
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ ggml-quants.c. What ggml's quantiser made comes out of `pack` again, bit for bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,27 @@ class Blocks:
         width, offsets = self.format.sub_block, self.offsets
         values = np.repeat(self.steps, width, axis=1) * self.format.levels[self.codes]
         return values if offsets is None else values + np.repeat(offsets, width, axis=1)
+
+    def shapes(self) -> list[Floats]:
+        """What each of `scales` is multiplied by for the values, (n_rows, n_cols) each; the values are their sum."""
+        width = self.format.sub_block
+        levels = self.format.levels[self.codes]
+        shapes = [levels if self.sub_steps is None else levels * np.repeat(self.sub_steps.astype(np.float32), width, 1)]
+        if self.minimum is not None:
+            ones = np.ones_like(levels)
+            minima = self.sub_minima
+            shapes.append(ones if minima is None else -np.repeat(minima.astype(np.float32), width, 1))
+        return shapes
+
+    def scales(self) -> list[NDArray[np.float16]]:
+        """The halves of the blocks, (n_rows, n_blocks) each: steps, and offsets where the type has them."""
+        return [self.d] if self.minimum is None else [self.d, self.minimum]
+
+    def with_scales(self, scales: Floats) -> Blocks:
+        """The same codes under other `scales`, side by side (n_rows, n_scales), which are rounded to halves."""
+        halves = scales.astype(np.float16)
+        d, minimum = np.split(halves, 2, axis=1) if self.minimum is not None else (halves, None)
+        return replace(self, d=d, minimum=minimum)
 
     def _spread(self, of_blocks: Floats) -> Floats:
         return np.repeat(of_blocks, self.format.block // self.format.sub_block, axis=1)

@@ -60,6 +60,7 @@ class Compensation:
         scales: Mapping[str, Scale],
     ) -> None:
         self.weights, self.imatrix, self.scales = weights, imatrix, scales
+        self.fitting, self.judging = fitting, judging
         self.matrices = [t.name for t in weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
         self.texts, self.shape = Texts.of([*fitting, *judging]), Shape(weights.header)
         judged = np.array(self.texts.order) >= len(fitting)
@@ -190,13 +191,14 @@ class Compensation:
 
     def _bias(self, name: str) -> Floats | None:
         name = _bias_name(name)
-        return self._vector(name) if name in self.weights.infos else None
+        return self.vector(name) if name in self.weights.infos else None
 
     def _vectors(self, prefix: str) -> dict[str, Floats]:
         names = [t.name for t in self.weights.header.tensors if t.name.startswith(prefix) and len(t.shape) == 1]
-        return {name.removeprefix(prefix): self._vector(name) for name in names}
+        return {name.removeprefix(prefix): self.vector(name) for name in names}
 
-    def _vector(self, name: str) -> Floats:
+    def vector(self, name: str) -> Floats:
+        """A vector of the re-scaled model, (n,)."""
         vector: Floats = self._rows(name)[0]
         return vector
 

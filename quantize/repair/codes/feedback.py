@@ -20,6 +20,8 @@ PANEL = 32  # columns between two products that carry errors on
 DAMPING = 0.01  # of each channel's second moment
 _WEAKEST = 1e-9  # of the mean: the second moment that a channel has at least
 N_SWEEPS = 2
+N_REFITS = 1  # of scales to their codes, and of codes to these scales
+_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:
     target = np.ascontiguousarray(weights.T)
     codes = _with_feedback(target.copy(), grid, moments)
     codes = _polish(codes, target, grid, moments)
+    for _ in range(N_REFITS):
+        blocks = _refitted(replace(blocks, codes=np.ascontiguousarray(codes.T)), weights, moments)
+        codes = _polish(codes, target, _Grid.of(blocks), moments)
     return replace(blocks, codes=np.ascontiguousarray(codes.T))
 
 
@@ -125,6 +130,31 @@ def _with_feedback(weights: Floats, grid: _Grid, moments: Moments) -> Codes:
             left[j + 1 : end] -= upper[j, j + 1 : end, None] * error
         left[end:] -= product(upper[begin:end, end:].T, errors)
     return codes
+
+
+def _refitted(blocks: Blocks, weights: Floats, moments: Moments) -> Blocks:
+    """`blocks` with the scales of least error for `weights` (n_rows, n_cols) beside their codes.
+
+    A row's values are a sum over its blocks of scale times shape, so that the best scales solve a small linear system.
+    Those of a row stay where the solution changes one by more than half.
+    """
+    shapes, n_rows, width = blocks.shapes(), len(weights), blocks.format.block
+    scales = np.concatenate([part.astype(np.float32) for part in blocks.scales()], axis=1)  # (n_rows, n_scales)
+    n_blocks = blocks.d.shape[1]
+    system = np.empty((n_rows, scales.shape[1], scales.shape[1]), dtype=np.float32)
+    for i in range(scales.shape[1]):
+        shape, begin = shapes[i // n_blocks], i % n_blocks * width
+        carried = product(np.ascontiguousarray(shape[:, begin : begin + width]), moments.matrix[begin : begin + width])
+        for j, other in enumerate(shapes):
+            sums = (carried * other).reshape(n_rows, n_blocks, width).sum(axis=2)
+            system[:, i, j * n_blocks : (j + 1) * n_blocks] = sums
+    aimed = product(weights, moments.matrix)
+    wanted = np.concatenate([(aimed * shape).reshape(n_rows, n_blocks, width).sum(axis=2) for shape in shapes], axis=1)
+    diagonal = np.einsum("rii->ri", system)
+    diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    solved = np.linalg.solve(system, wanted[..., None])[..., 0]
+    sane = (np.isfinite(solved) & (np.abs(solved - scales) <= np.abs(scales) / 2)).all(axis=1)
+    return blocks.with_scales(np.where(sane[:, None], solved, scales))
 
 
 def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments) -> Codes:

@@ -1,12 +1,13 @@
 """A model's layers as plain arithmetic, so that a layer can be run before the next one is quantised.
 
 A layer is a generator: it yields the inputs of each group of products, and is sent the products. Whoever drives it
-decides with which weights, and with inputs rounded or not, they are computed. Sources: llama.cpp, src/models/qwen3.cpp
-and bert.cpp.
+decides with which weights, and with inputs rounded or not, they are computed, and whether by numpy or by torch, which
+follows the derivatives. Sources: llama.cpp, src/models/qwen3.cpp and bert.cpp.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ def _qwen3(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape
     states = states + mixed
     normed = _rms_norm(states, weights["ffn_norm.weight"], epsilon)
     gate, up = yield ("ffn_gate", "ffn_up"), normed
-    (down,) = yield ("ffn_down",), gate / 2 * (1 + np.tanh(gate / 2)) * up  # SiLU, without a power that could overflow
+    tanh = _library(gate).tanh  # in SiLU, where a power could overflow
+    (down,) = yield ("ffn_down",), gate / 2 * (1 + tanh(gate / 2)) * up
     yield (), states + down
 
 
@@ -94,7 +96,8 @@ def _bert(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape)
     (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal)
     states = _layer_norm(states + mixed, weights, "attn_output_norm", epsilon)
     (up,) = yield ("ffn_up",), states
-    (down,) = yield ("ffn_down",), up / 2 * (1 + np.tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
+    tanh = _library(up).tanh
+    (down,) = yield ("ffn_down",), up / 2 * (1 + tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
     yield (), _layer_norm(states + down, weights, "layer_output_norm", epsilon)
 
 
@@ -127,6 +130,32 @@ def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Ro
     return states
 
 
+def final_norm(weights: Mapping[str, Rows], states: Rows, shape: Shape) -> Rows:
+    """What the pooling takes of what leaves the last layer, (n_tokens, n_embd); `weights` has 'output_norm.weight'."""
+    if "output_norm.weight" not in weights:
+        return states
+    return _rms_norm(states, weights["output_norm.weight"], shape.value("attention.layer_norm_rms_epsilon"))
+
+
+def pooled(states: Rows, texts: Texts, pooling: str) -> Rows:
+    """The states of texts as one row each, (n_texts, n_embd), for the pooling 'last', 'cls' or 'mean'."""
+    parts = _by_length(states, texts)
+    places = {"last": -1, "cls": 0}
+    rows = [part[:, places[pooling]] if pooling in places else part.mean(axis=1) for part in parts]
+    joined: Rows = _library(states).concatenate(rows)
+    return joined
+
+
+def _library(values: Any) -> Any:
+    """numpy, or torch for its tensors."""
+    return np if isinstance(values, np.ndarray) else sys.modules["torch"]
+
+
+def _beside(values: Any, constant: Rows) -> Any:
+    """`constant` as the library and the device of `values` take it."""
+    return constant if isinstance(values, np.ndarray) else values.new_tensor(constant)
+
+
 def _counts(shape: Shape) -> tuple[int, int, int]:
     return shape.n_head, shape.n_head_kv, shape.n_head_kv
 
@@ -149,14 +178,15 @@ def _rotated(heads: Rows, texts: Texts, base: float) -> Rows:
     """Heads (n_tokens, n_heads, width) turned by their position (RoPE); value i pairs with value i + width / 2."""
     half = heads.shape[-1] // 2
     angles = texts.positions[:, None] * base ** (-np.arange(half) / half)
-    cos, sin = (turn(angles).astype(np.float32)[:, None] for turn in (np.cos, np.sin))
+    cos, sin = (_beside(heads, turn(angles).astype(np.float32)[:, None]) for turn in (np.cos, np.sin))
     first, second = heads[..., :half], heads[..., half:]
-    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    turned: Rows = _library(heads).concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return turned
 
 
 def _attention(query: Rows, key: Rows, value: Rows, texts: Texts, is_causal: bool) -> Rows:
     """Every head's mix of the values, (n_tokens, n_heads * width)."""
-    results = []
+    results, library = [], _library(query)
     n_times = query.shape[1] // key.shape[1]
     for queries, keys, values in zip(*(_by_length(part, texts) for part in (query, key, value)), strict=True):
         n_texts, length, _, width = queries.shape
@@ -166,12 +196,13 @@ def _attention(query: Rows, key: Rows, value: Rows, texts: Texts, is_causal: boo
         scores = rows @ keys.swapaxes(1, 2).swapaxes(2, 3) / width**0.5
         if is_causal:
             hidden = np.triu(np.full((length, length), -np.inf, dtype=np.float32), 1)
-            scores = scores + np.tile(hidden, (n_times, 1))
-        scores = np.exp(scores - np.amax(scores, axis=-1, keepdims=True))
+            scores = scores + _beside(scores, np.tile(hidden, (n_times, 1)))
+        scores = library.exp(scores - library.amax(scores, axis=-1, keepdims=True))
         mixed = scores / scores.sum(axis=-1, keepdims=True) @ values.swapaxes(1, 2)
         mixed = mixed.reshape(n_texts, -1, n_times, length, width).swapaxes(2, 3).swapaxes(1, 2)
         results.append(mixed.reshape(n_texts * length, -1))
-    return np.concatenate(results)
+    joined: Rows = library.concatenate(results)
+    return joined
 
 
 def _by_length(rows: Rows, texts: Texts) -> list[Rows]:
