@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from f2gguf.evals.bench.sides import SideSettings, send
 from f2gguf.runtime.errors import BenchFailed
 
-_MAIN = "from f2gguf.evals.bench.sides import main; main()"
+_PROGRAM = ("-c", "from f2gguf.evals.bench.sides import main; main()")
 PATIENCE_S = 1.0
 _N_LINES = 5  # of a side's last output, quoted in its error
 
@@ -25,10 +25,10 @@ _N_LINES = 5  # of a side's last output, quoted in its error
 class SideProcess:
     """One side, alone in its process and its process group: Ctrl-C reaches the parent only, which ends the group."""
 
-    def __init__(self, name: str, settings: SideSettings) -> None:
+    def __init__(self, name: str, settings: SideSettings, program: Sequence[str] = _PROGRAM) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        command = [sys.executable, "-c", _MAIN, name, json.dumps(asdict(settings))]
+        command = [sys.executable, *program, name, json.dumps(asdict(settings))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         self.pid = self._process.pid
@@ -75,14 +75,19 @@ class SideProcess:
 
 
 @contextlib.contextmanager
-def started(sides: Mapping[str, SideSettings]) -> Iterator[dict[str, SideProcess]]:
-    """Start all sides, and end them all with the block."""
+def started(
+    sides: Mapping[str, SideSettings], *, program: Sequence[str] = _PROGRAM
+) -> Iterator[dict[str, SideProcess]]:
+    """Start all sides, and end them all with the block.
+
+    `program` are Python's arguments for a program that calls `sides.serve` with the name and settings that follow them.
+    """
     with contextlib.ExitStack() as stack:
         processes = {}
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C within Popen would leave a process behind
         stack.callback(signal.signal, signal.SIGINT, before)
         for name, settings in sides.items():
-            processes[name] = SideProcess(name, settings)
+            processes[name] = SideProcess(name, settings, program)
             stack.callback(processes[name].close)
         signal.signal(signal.SIGINT, before)
         yield processes

@@ -177,12 +177,17 @@ _opened = contextlib.contextmanager(lambda name, settings: _OPENERS.get(name, _u
 
 
 def main() -> None:
-    """Open the side that the first argument names, then answer requests until stdin ends."""
+    """Serve the side that the first argument names."""
     name, settings = sys.argv[1], SideSettings(**json.loads(sys.argv[2]))
+    serve(_opened(name, settings))
+
+
+def serve(opening: contextlib.AbstractContextManager[Side]) -> None:
+    """Open a side, then answer requests until stdin ends."""
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # what libraries print must not get between the answers
         try:
-            with _opened(name, settings) as side, contextlib.suppress(EOFError):
+            with opening as side, contextlib.suppress(EOFError):
                 send(answers, {"setup": side.setup})
                 while True:
                     send(answers, _run(side, **pickle.load(sys.stdin.buffer)))
