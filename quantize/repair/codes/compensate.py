@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +152,11 @@ class Compensation:
 
     def _groups(self, exact: Rows, near: Rows) -> Groups:
         """What gives the inputs of products with matrices of a type and with or without a bias."""
-        fits, judged = ~self._judged, self._judged
 
         @cache
         def of_rounding(is_k: bool, has_bias: bool) -> _Group:
             rounded = as_multiplied(near, "Q8_K" if is_k else "Q8_0")
-            return _Group(exact[fits], rounded[fits], exact[judged], rounded[judged], self._token_weights, has_bias)
+            return _Group.of(exact, rounded, self._judged, self._token_weights, has_bias=has_bias)
 
         return lambda kind, has_bias: of_rounding(kind.endswith("_K"), has_bias)
 
@@ -205,53 +204,41 @@ class Compensation:
 
 @dataclass(frozen=True)
 class _Group:
-    """The inputs of products, in the exact model, and in the one that is being quantised as llama.cpp rounds them.
+    """What feedback needs of the inputs of products: in the exact model, and in the one that is being quantised.
 
-    The rounding counts where some channels are far stronger than others in their block: a weak one would lose there
-    what it makes up for.
+    The latter are rounded as llama.cpp rounds them. That counts where some channels are far stronger than others in
+    their block: a weak one would lose there what it makes up for.
     """
 
-    exact: Rows  # (n_tokens, n_cols) of the texts that choose
-    near: Rows
-    judged_exact: Rows
+    moments: Moments | None
+    shift: Floats | None  # what `rows @ shift` adds to a matrix, (n_cols, n_cols); None where the models do not differ
+    means: tuple[Floats, Floats] | None  # of the inputs, (n_cols,), where a bias can take up the mean of the error
+    judged_exact: Rows  # (n_tokens, n_cols) of the texts that judge
     judged_near: Rows
-    token_weights: Floats  # (n_tokens,), of mean 1
-    has_bias: bool  # which can take up the mean of the error
 
-    @cached_property
-    def _means(self) -> tuple[Floats, Floats]:
-        weights: Floats = self.token_weights / np.float32(len(self.token_weights))
-        exact: Floats = weights @ self.exact
-        near: Floats = weights @ self.near
-        return exact, near
-
-    @cached_property
-    def _centred(self) -> tuple[Rows, Rows]:
-        if not self.has_bias:
-            return self.exact, self.near
-        return self.exact - self._means[0], self.near - self._means[1]
-
-    @cached_property
-    def _weighted(self) -> Rows:
-        """(n_cols, n_tokens)."""
-        return (self._centred[1] * (self.token_weights[:, None] / np.float32(len(self.near)))).T
-
-    @cached_property
-    def moments(self) -> Moments | None:
-        return factor(product(self._weighted, self._centred[1]))
-
-    @cached_property
-    def shift(self) -> Floats | None:
-        """What `rows @ shift` adds to a matrix, (n_cols, n_cols); None where the two models do not differ."""
-        if self.near is self.exact or np.array_equal(self.near, self.exact):
-            return None
-        assert self.moments is not None
-        exact, near = self._centred
-        return (SHIFT * self.moments.solve(product(self._weighted, exact - near))).T
+    @classmethod
+    def of(cls, exact: Rows, near: Rows, judged: NDArray[np.bool_], token_weights: Floats, *, has_bias: bool) -> _Group:
+        """The group of inputs (n_tokens, n_cols); `token_weights` of the texts that choose have the mean 1."""
+        own, rounded = exact[~judged], near[~judged]
+        weights: Floats = token_weights / np.float32(len(token_weights))
+        differ, means = not np.array_equal(own, rounded), None
+        if has_bias:
+            exact_mean: Floats = weights @ own
+            near_mean: Floats = weights @ rounded
+            means = exact_mean, near_mean
+            own -= exact_mean  # in place: no array is larger
+            rounded -= near_mean
+        for part in (own, rounded):
+            part *= np.sqrt(weights)[:, None]
+        moments, shift = factor(product(rounded.T, rounded)), None
+        if differ and moments:
+            own -= rounded
+            shift = (SHIFT * moments.solve(product(rounded.T, own))).T
+        return cls(moments, shift, means, exact[judged], near[judged])
 
     def bias_change(self, rows: Rows, values: Rows) -> Floats | np.float32:
         """What keeps the mean of the products `rows` give when `values` take their place, (n_rows,)."""
-        return self._means[0] @ rows.T - self._means[1] @ values.T if self.has_bias else np.float32(0)
+        return self.means[0] @ rows.T - self.means[1] @ values.T if self.means else np.float32(0)
 
 
 def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
