@@ -1,9 +1,14 @@
-"""The bytes of a text file become text: UTF-8, or what a byte order mark states. All else is an error."""
+"""The bytes of a text file become blocks of text: UTF-8, or what a byte order mark states. All else is an error."""
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Iterator
+from typing import BinaryIO
+
 from f2gguf.runtime.errors import InputError
 
+_BLOCK_BYTES = 1 << 18
 PACKED = {  # ending -> how such a file begins, and what unpacks it
     ".gz": (b"\x1f\x8b", "gunzip --keep"),
     ".bz2": (b"BZh91AY&SY", "bunzip2 --keep"),
@@ -11,6 +16,7 @@ PACKED = {  # ending -> how such a file begins, and what unpacks it
     ".zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
     ".zip": (b"PK\x03\x04", "unzip"),
 }
+_N_BEGINNING = max(len(beginning) for beginning, _ in PACKED.values())
 _MARKS = {  # byte order mark -> encoding; the longer ones first
     b"\xff\xfe\0\0": "UTF-32LE",
     b"\0\0\xfe\xff": "UTF-32BE",
@@ -20,26 +26,38 @@ _MARKS = {  # byte order mark -> encoding; the longer ones first
 }
 
 
-def decoded(name: str, data: bytes) -> str:
-    """Text in UTF-8, or in the encoding that the byte order mark at its beginning states."""
-    for ending, (beginning, command) in PACKED.items():
-        if data.startswith(beginning):
+def decoded(name: str, file: BinaryIO) -> Iterator[str]:
+    """The text of a file in blocks: UTF-8, or the encoding that the byte order mark at its beginning states."""
+    file.seek(0)
+    beginning = file.read(_N_BEGINNING)
+    for ending, (first, command) in PACKED.items():
+        if beginning.startswith(first):
             raise InputError(f"{name}: is no text, but packed as {ending} files are. Unpack it first ({command}).")
-    mark = next(filter(data.startswith, _MARKS), b"")
-    encoding, data = _MARKS.get(mark, "UTF-8"), data[len(mark) :]
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, errors="ignore").count("\n") + 1
-        flaw = f"is not {encoding} ({error.reason})"
-    else:
-        if "\0" not in text:
-            return text
-        line = text[: text.index("\0")].count("\n") + 1
-        flaw = "holds NUL characters, as UTF-16 without a byte order mark does, or what is no text"
-    raise InputError(
+    mark = next(filter(beginning.startswith, _MARKS), b"")
+    file.seek(len(mark))
+    encoding, n_lines, is_last = _MARKS.get(mark, "UTF-8"), 1, False
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while not is_last:
+        is_last = not (data := file.read(_BLOCK_BYTES))
+        try:
+            text = decoder.decode(data, is_last)
+        except UnicodeDecodeError as error:
+            n_lines += error.object[: error.start].decode(encoding, errors="ignore").count("\n")
+            raise _other_encoding(name, n_lines, f"is not {encoding} ({error.reason})", error.object) from error
+        if "\0" in text:
+            n_lines += text[: text.index("\0")].count("\n")
+            flaw = "holds NUL characters, as UTF-16 without a byte order mark does, or what is no text"
+            raise _other_encoding(name, n_lines, flaw, data)
+        n_lines += text.count("\n")
+        if text:
+            yield text
+
+
+def _other_encoding(name: str, line: int, flaw: str, data: bytes) -> InputError:
+    encoding = _likely_encoding(data)
+    return InputError(
         f"{name}, line {line}: {flaw}. Convert it to UTF-8, from the encoding that it has. It may be "
-        f"{_likely_encoding(data)}: iconv -f {_likely_encoding(data)} -t UTF-8"
+        f"{encoding}: iconv -f {encoding} -t UTF-8"
     )
 
 

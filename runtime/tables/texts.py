@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from f2gguf.runtime.calls import described
 from f2gguf.runtime.console import say
@@ -23,6 +23,7 @@ Fields = Mapping[str, object]
 Found = tuple[str, Fields]  # where a row stands ("x.csv, line 3"), and what it holds
 
 USED = ("id", "_id", "title", "kind", "language")  # what is read of a row besides its text
+_BATCH_ROWS = 1024  # of a .parquet file at a time
 
 
 class Row(NamedTuple):
@@ -73,6 +74,13 @@ def read_texts(source: str, *, column: str | None = None) -> Texts:
     as in BEIR's and mteb's corpora. Rows may have an id ("id", or "_id" as in BEIR), a "kind" and a "language". Says on
     stderr what of that was done. Raises `InputError` with file and line for what does not parse.
     """
+    rows = list(iter_texts(source, column=column))
+    _tell("stdin" if source == "-" else source, rows)
+    return Texts.of(rows)
+
+
+def iter_texts(source: str, *, column: str | None = None) -> Iterator[Row]:
+    """What `read_texts` reads, row by row: only a .json file is in memory as a whole. Says nothing."""
     path, name = Path(source), "stdin" if source == "-" else source
     ending = ".txt" if source == "-" else path.suffix.lower()
     if ending in PACKED:
@@ -80,12 +88,11 @@ def read_texts(source: str, *, column: str | None = None) -> Texts:
     if ending not in READERS:
         raise UnknownName("input format", path.suffix or path.name, READERS, " The file's ending decides (--input).")
     try:
-        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+        with io.BytesIO(sys.stdin.buffer.read()) if source == "-" else path.open("rb") as file:
+            for where, fields in READERS[ending](name, file, column or "text"):
+                yield _row(where, fields, column)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-    rows = [_row(where, fields, column) for where, fields in READERS[ending](name, data, column or "text")]
-    _tell(name, rows)
-    return Texts.of(rows)
 
 
 def _row(where: str, fields: Fields, column: str | None) -> Row:
@@ -145,26 +152,37 @@ def _tell(name: str, rows: Sequence[Row]) -> None:
         say(f"{name}: {len(repeated)} ids belong to several rows, {repeated[0]!r} for one")
 
 
-def _read_lines(name: str, data: bytes, column: str) -> Iterator[Found]:
+def _read_lines(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
     # only real line ends: str.splitlines would split at U+2028 and form feeds, which are part of a text
-    for number, line in enumerate(io.StringIO(decoded(name, data), newline=None), start=1):
-        yield f"{name}, line {number}", {column: line.rstrip("\n")}
+    for number, line in enumerate(_lines(name, file, newline=""), start=1):
+        yield f"{name}, line {number}", {column: line.rstrip("\r\n")}
 
 
-def _read_jsonl(name: str, data: bytes, column: str) -> Iterator[Found]:
-    for number, line in enumerate(decoded(name, data).split("\n"), start=1):
+def _read_jsonl(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
+    for number, line in enumerate(_lines(name, file, newline="\n"), start=1):
         if line.strip():
             where = f"{name}, line {number}"
             yield where, _fields(where, _parsed(where, line), column)
 
 
-def _read_json(name: str, data: bytes, column: str) -> Iterator[Found]:
-    rows = _parsed(name, decoded(name, data), " If each line is an object, call the file .jsonl.")
+def _read_json(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
+    rows = _parsed(name, "".join(decoded(name, file)), " If each line is an object, call the file .jsonl.")
     if not isinstance(rows, list):
         raise InputError(f"{name}: holds {described(rows)}, and no list of strings or objects.")
     for number, row in enumerate(rows, start=1):
         where = f"{name}, item {number}"
         yield where, _fields(where, row, column)
+
+
+def _lines(name: str, file: BinaryIO, *, newline: str) -> Iterator[str]:
+    """Lines with their ends, which `newline` tells as `open` does: "" is any of them."""
+    rest = ""
+    for block in decoded(name, file):
+        lines = list(io.StringIO(rest + block, newline=newline))
+        rest = lines.pop()  # it may go on in the next block, or end in the first half of a line end
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _parsed(where: str, text: str, hint: str = "") -> object:
@@ -183,24 +201,25 @@ def _fields(where: str, row: object, column: str) -> Fields:
     return row
 
 
-def _read_csv(name: str, data: bytes, column: str) -> Iterator[Found]:
-    return _read_delimited(name, decoded(name, data), column, ",;\t|")
+def _read_csv(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
+    return _read_delimited(name, file, column, ",;\t|")
 
 
-def _read_tsv(name: str, data: bytes, column: str) -> Iterator[Found]:
-    return _read_delimited(name, decoded(name, data), column, "\t")
+def _read_tsv(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
+    return _read_delimited(name, file, column, "\t")
 
 
-def _read_delimited(name: str, content: str, column: str, delimiters: str) -> Iterator[Found]:
+def _read_delimited(name: str, file: BinaryIO, column: str, delimiters: str) -> Iterator[Found]:
     """Rows below a header row. The delimiter is the one that splits the header row into most columns."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
-    delimiter = max(delimiters, key=lambda it: len(_header(content, it)))
-    names = _header(content, delimiter)
+    csv.field_size_limit(max(csv.field_size_limit(), file.seek(0, io.SEEK_END)))
+    headers = {delimiter: _header(name, file, delimiter) for delimiter in delimiters}
+    delimiter = max(delimiters, key=lambda it: len(headers[it]))
+    names = headers[delimiter]
     if not names:
         return
     _require_column(name, column, names)
     record: list[str] = []  # the lines of the current row
-    rows = csv.reader(_noted(io.StringIO(content, newline=""), record), delimiter=delimiter, strict=True)
+    rows = csv.reader(_noted(_lines(name, file, newline=""), record), delimiter=delimiter, strict=True)
     next(row for row in rows if row)  # the header row
     while True:
         record.clear()
@@ -227,11 +246,11 @@ def _read_delimited(name: str, content: str, column: str, delimiters: str) -> It
         yield where, dict(zip(names, values, strict=True))
 
 
-def _header(content: str, delimiter: str) -> list[str]:
+def _header(name: str, file: BinaryIO, delimiter: str) -> list[str]:
     """The names in the first row that is not empty; [] where there is none, or it does not parse."""
-    rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(_lines(name, file, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [name.strip() for name in next((row for row in rows if row), [])]
+        return [it.strip() for it in next((row for row in rows if row), [])]
     except csv.Error:
         return []
 
@@ -251,25 +270,26 @@ def _require_column(name: str, column: str, names: Sequence[str]) -> None:
         raise InputError(f"{name}: {names.count(twice[0])} columns are called {twice[0]!r}. Rename all but one.")
 
 
-def _read_parquet(name: str, data: bytes, column: str) -> Iterator[Found]:
+def _read_parquet(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
     if not find_spec("pyarrow"):
         raise ExtraMissing(f"{name}: pyarrow is not installed, which reads Parquet. Run: pip install 'f2gguf[parquet]'")
-    from pyarrow import ArrowException, BufferReader
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(BufferReader(data)) as file:
-            names = file.schema_arrow.names
+        with ParquetFile(file) as table:
+            names = table.schema_arrow.names
             _require_column(name, column, names)
-            batches = file.iter_batches(columns=[it for it in names if it in (column, *USED)])
+            used = [it for it in names if it in (column, *USED)]
+            batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=used)
             for number, fields in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
                 yield f"{name}, row {number}", fields
     except (ArrowException, OSError) as error:
         raise InputError(f"{name}: cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
 
 
-# By the file's ending: each takes the file's name, its bytes and the name of the text's column.
-READERS: dict[str, Callable[[str, bytes, str], Iterator[Found]]] = {
+# By the file's ending: each takes the file's name, the file and the name of the text's column.
+READERS: dict[str, Callable[[str, BinaryIO, str], Iterator[Found]]] = {
     ".txt": _read_lines,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
