@@ -8,7 +8,7 @@ from pathlib import Path
 
 from f2gguf.evals.conversion import can_check
 from f2gguf.evals.texts import EvalText, texts_sha256
-from f2gguf.quantize.repair.calibration import load_calibration
+from f2gguf.quantize.repair.calibration import Calibration
 from f2gguf.quantize.repair.recipe import made_with
 from f2gguf.quantize.report.report import (
     FILE_NAME,
@@ -36,7 +36,7 @@ class Job:
     force: bool = False
     stock: bool = False  # llama.cpp's plain recipes, whatever they drift
     max_size: int | None = None  # bytes of each variant
-    calibration: Path | None = None  # texts of the user's own
+    calibration: Path | None = None  # a corpus of the user's own
     imatrix: Path | None = None  # an importance matrix of the user's own
     compensate: bool = True  # choose codes that compensate for each other's errors
     tune: bool | None = None  # train scales and vectors; None: where torch is there and it takes minutes
@@ -123,21 +123,27 @@ def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]
     return Report(job.name, made_with(), source, judged, job.max_drift)
 
 
-def variant_inputs(job: Job, report: Report) -> VariantInputs:
-    """What this run makes variants from."""
-    f16 = report.files["F16"].sha256
-    if job.stock:
-        return VariantInputs(f16, job.max_drift, job.max_size, stock=True)
-    texts = load_calibration(job.calibration, job.facts.entry.languages)
-    imatrix = sha256_file(job.imatrix) if job.imatrix else None
-    calibration = texts_sha256(texts)
-    return VariantInputs(f16, job.max_drift, job.max_size, False, calibration, imatrix, job.compensate, job.tune)
+def variant_inputs(job: Job, report: Report, calibration: Calibration | None) -> VariantInputs:
+    """What this run makes variants from; `calibration` is None for llama.cpp's plain recipes."""
+    inputs = VariantInputs(report.files["F16"].sha256, job.max_drift, job.max_size, stock=job.stock)
+    if calibration is None:
+        return inputs
+    corpus = calibration.corpus
+    return replace(
+        inputs,
+        calibration_sha256=texts_sha256(calibration.texts),
+        imatrix_sha256=sha256_file(job.imatrix) if job.imatrix else None,
+        compensate=job.compensate,
+        tune=job.tune,
+        held_out_sha256=texts_sha256(corpus.held_out) if corpus else None,
+    )
 
 
 def keep_current(job: Job, report: Report, names: Sequence[str], inputs: VariantInputs) -> Report:
     """Without the variants that are gone, that are to be made again, and that no longer compare with the others.
 
-    llama.cpp's own recipes stay: their drift does not depend on the bound, only the verdict does.
+    llama.cpp's own recipes stay, if they were measured on the same texts: their drift does not depend on the bound,
+    only the verdict does.
     """
     dropped = set()
     for name, verdict in report.variants.items():
@@ -154,6 +160,7 @@ def keep_current(job: Job, report: Report, names: Sequence[str], inputs: Variant
         name: replace(verdict, max_drift=inputs.max_drift)
         for name, verdict in report.stock.items()
         if verdict.inputs.f16_sha256 == inputs.f16_sha256
+        and (name not in names or verdict.inputs.held_out_sha256 == inputs.held_out_sha256)
     }
     return replace(report.without_variants(dropped), stock=stock)
 

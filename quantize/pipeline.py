@@ -23,9 +23,10 @@ from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
 from f2gguf.quantize.release.write import copy_legal_files, write_release
+from f2gguf.quantize.repair.calibration import Calibration, load_calibration
 from f2gguf.quantize.repair.plan import DEFAULT_VARIANTS, plan_variant, require_variant
 from f2gguf.quantize.repair.recipe import Recipe
-from f2gguf.quantize.repair.search import Evaluation, Made, make_measured, make_within_bound
+from f2gguf.quantize.repair.search import Evaluation, Made, embed_held_out, make_measured, make_within_bound
 from f2gguf.quantize.repair.study import Study, study_source
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.quantize.report.report import (
@@ -87,13 +88,14 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
     with locked(job.folder):
         texts = load_texts()
         claimed = claimed_texts(texts, job.facts.entry.languages)
+        calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages)
         report = start_report(job, texts, claimed)
         if "F16" not in report.files:
             report = _make_f16(job, report, texts, claimed)
-        inputs = variant_inputs(job, report)
+        inputs = variant_inputs(job, report, calibration)
         report = keep_current(job, report, variants, inputs)
         if missing := [name for name in variants if name not in report.variants]:
-            report = _make_variants(job, report, missing, claimed, inputs)
+            report = _make_variants(job, report, missing, claimed, calibration, inputs)
         copy_legal_files(job.facts.checkpoint.folder, job.folder)
         report = _saved(job, drop_lost_recipes(report))
         write_release(job.folder, report)
@@ -141,11 +143,17 @@ def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequ
 
 
 def _make_variants(
-    job: Job, report: Report, names: Sequence[str], texts: Sequence[EvalText], inputs: VariantInputs
+    job: Job,
+    report: Report,
+    names: Sequence[str],
+    texts: Sequence[EvalText],
+    calibration: Calibration | None,
+    inputs: VariantInputs,
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
-    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device)
-    study = None if job.stock else _study(job)
+    held_out = embed_held_out(job.file("F16"), calibration.corpus if calibration else None, job.device)
+    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out)
+    study = _study(job, calibration) if calibration else None
     if study:
         report = replace(report, imatrix=described(job.imatrix_path))
     for name in names:
@@ -163,13 +171,18 @@ def _make_variant(
         lines = tuple(made.recipe.lines(plan_variant(weights.header.path, name)))
         size_bytes = path.stat().st_size
         return Measured(
-            **vars(made.verdict), size_bytes=size_bytes, recipe=made.recipe, recipe_lines=lines, inputs=inputs
+            **vars(made.verdict),
+            size_bytes=size_bytes,
+            recipe=made.recipe,
+            recipe_lines=lines,
+            inputs=inputs,
+            corpus=made.corpus,
         )
 
     with writing(target) as part:
         made = None
         if study is None or name not in report.stock:
-            made = Made(stock, make_measured(weights, part, stock, {}, {}, evaluation=evaluation))
+            made = make_measured(weights, part, stock, {}, {}, evaluation=evaluation)
             report = _saved(job, replace(report, stock={**report.stock, name: measured(part, made)}))
         if study:
             made = make_within_bound(study, name, part, evaluation=evaluation, max_size=job.max_size, there=made)
@@ -182,12 +195,12 @@ def _make_variant(
     return report
 
 
-def _study(job: Job) -> Study:
+def _study(job: Job, calibration: Calibration) -> Study:
     return study_source(
         job.file("F16"),
         imatrix_path=job.imatrix_path,
         work=job.work,
-        calibration=job.calibration,
+        texts=calibration.texts,
         own_imatrix=job.imatrix,
         device=job.device,
         compensate=job.compensate,

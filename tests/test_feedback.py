@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes_on_other_cores(
 
 
 def test_texts_that_judge_are_not_those_that_choose(nano_f16: Path) -> None:
-    texts = load_calibration(None, ())
+    texts = load_calibration(None, ()).texts
     assert len(texts) >= 1500
     both = judging(texts), fitting(texts)
     short, long = (

@@ -12,11 +12,11 @@ from conftest import Run
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import EvalText, load_texts
 from f2gguf.quantize.repair import imatrix as module
-from f2gguf.quantize.repair.calibration import MAX_TOKENS, MIN_TEXTS, PATH, load_calibration
+from f2gguf.quantize.repair.calibration import MAX_TOKENS, PATH
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import InputError, NonFiniteActivations, WrongImatrix, WrongUsage
+from f2gguf.runtime.errors import NonFiniteActivations, WrongImatrix
 from gguf import GGUFReader
 
 TEXTS = load_texts(PATH)[:40]
@@ -146,33 +146,6 @@ def test_imatrix_of_another_model_is_refused(other_imatrix: Path, minilm_f16: Pa
         read_imatrix(other_imatrix, Weights(minilm_f16))
     with pytest.raises(WrongImatrix, match="is no importance matrix"):
         read_imatrix(nano_f16, Weights(nano_f16))
-
-
-def test_too_few_empty_or_overlapping_texts_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"text": "one"}\n' * 200)
-    with pytest.raises(WrongUsage, match=f"holds 1 different texts; calibration needs {MIN_TEXTS}"):
-        load_calibration(path, ())
-    path.write_text("")
-    with pytest.raises(WrongUsage, match="holds 0 different texts"):
-        load_calibration(path, ())
-    judged = next(text for text in load_texts() if text.kind == "document")
-    rows = [f'{{"id": "own-{i}", "text": "a text of my own, number {i}"}}\n' for i in range(MIN_TEXTS)]
-    path.write_text("".join(rows) + f'{{"id": "bad", "text": "as it says: {judged.text[5:60]}"}}\n')
-    with pytest.raises(WrongUsage, match=f"bad shares a passage with the evaluation text {judged.id}"):
-        load_calibration(path, ())
-    path.write_text("".join(rows) + "no json\n")
-    with pytest.raises(InputError, match=r"mine\.jsonl, line 65"):
-        load_calibration(path, ())
-
-
-def test_kinds_of_ones_own_texts_are_kept(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(f'{{"text": "text {i}", "kind": "query", "language": "en"}}\n' for i in range(MIN_TEXTS)))
-    assert {(text.kind, text.language) for text in load_calibration(path, ())} == {("query", "en")}
-    path.write_text(path.read_text() + '{"text": "x", "kind": "quarry"}\n')
-    with pytest.raises(WrongUsage, match="of the kind 'quarry'"):
-        load_calibration(path, ())
 
 
 def test_command_writes_the_file_and_no_more(nano_f16: Path, tmp_path: Path, run: Run) -> None:

@@ -20,7 +20,7 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair import search, study
-from f2gguf.quantize.repair.calibration import PATH
+from f2gguf.quantize.repair.calibration import PATH, Calibration
 from f2gguf.quantize.repair.codes.compensate import Compensation
 from f2gguf.quantize.repair.plan import plan_variant
 from f2gguf.quantize.repair.promote import Choice, fill, noise, promote, total_noise, total_size
@@ -40,9 +40,7 @@ Studied = Callable[[Path], Study]
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
     """The study of a .gguf file, on some of the calibration texts."""
-    calibration = tmp_path_factory.mktemp("calibration") / "some.jsonl"
-    rows = [{"text": text.text, "kind": text.kind, "language": text.language} for text in load_texts(PATH)[::6]]
-    calibration.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = load_texts(PATH)[::6]
 
     def study(source: Path) -> Study:
         work = tmp_path_factory.mktemp("work")
@@ -50,7 +48,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             source,
             imatrix_path=work / "x.imatrix.gguf",
             work=work,
-            calibration=calibration,
+            texts=texts,
             device="auto",
         )
 
@@ -164,9 +162,9 @@ def test_a_verdict_over_the_bound_makes_the_search_stricter(
     verdicts = [SimpleNamespace(holds=False, highest=0.03), SimpleNamespace(holds=True, highest=0.001)]
     tried: list[Recipe] = []
 
-    def make_measured(_weights: Weights, _path: Path, recipe: Recipe, *_: object, **__: object) -> SimpleNamespace:
+    def make_measured(_weights: Weights, _path: Path, recipe: Recipe, *_: object, **__: object) -> search.Made:
         tried.append(recipe)
-        return verdicts[len(tried) - 1]
+        return search.Made(recipe, verdicts[len(tried) - 1])  # type: ignore[arg-type]
 
     monkeypatch.setattr(search, "make_measured", make_measured)
     nano_study = replace(nano_study, compensate=False)  # quicker, and the search is the same
@@ -212,7 +210,7 @@ def test_a_stopped_command_leaves_no_codes_to_another_recipe(
     monkeypatch.setattr(study, "sampled", lambda *_: nano_study.texts)
     recipe = replace(nano_study.recipe("Q4_0"), compensated="tried")
     for tried in (recipe, replace(recipe, types={"blk.0.attn_v.weight": "Q5_0"}), recipe):
-        study.compensated(nano_study.weights, tried, nano_study.imatrix, None, tmp_path, tmp_path / "x.gguf")
+        study.compensated(nano_study.weights, tried, nano_study.imatrix, Calibration(()), tmp_path, tmp_path / "x.gguf")
     assert folders[0] == folders[2] != folders[1]
 
 

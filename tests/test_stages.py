@@ -18,11 +18,15 @@ from f2gguf.quantize import pipeline
 from f2gguf.quantize.convert import gate
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.pipeline import make_release
+from f2gguf.quantize.release.check import read_release
+from f2gguf.quantize.release.write import write_release
 from f2gguf.quantize.repair import search
 from f2gguf.quantize.report import picture
-from f2gguf.quantize.report.report import Report
+from f2gguf.quantize.report.report import Report, read_report, write_report
 from f2gguf.quantize.source.facts import Facts
-from f2gguf.runtime.errors import OutputError, WrongUsage
+from f2gguf.runtime.errors import OutputError, UnfitRelease, WrongUsage
+from f2gguf.runtime.gguf.describe import describe
+from f2gguf.runtime.gguf.header import read_header
 
 SOME = {
     "repo": "org/tiny",
@@ -154,6 +158,76 @@ def test_calibration_and_importance_matrix_are_inputs_of_variants(runs: Runs, tm
     report = runs(stock=False, variants=("Q4_0",), imatrix=Path(imatrix))
     assert runs.stages == {"make Q4_0"}
     assert report.variants["Q4_0"].inputs.imatrix_sha256
+
+
+def corpus_of(path: Path, n_texts: int = 100, *, first: str = "A") -> Path:
+    texts = [f"{first} text of our own, number {i}." for i in range(n_texts)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_header_report_and_card_state_the_drift_on_the_held_out_texts_of_a_corpus(runs: Runs, tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path / "our own.jsonl")
+    report = runs(stock=False, variants=("Q4_0",), calibration=corpus)
+    of_file, of_stock = report.variants["Q4_0"].corpus, report.stock["Q4_0"].corpus
+    assert of_file
+    assert of_stock
+    assert (of_file.name, of_file.n, of_stock.n) == ("our own.jsonl", 25, 25)
+    assert 0 < of_file.mean < of_stock.mean
+    folder = runs.out / "tiny"
+    header = read_header(folder / "tiny-Q4_0.gguf")
+    assert header.values["f2gguf.drift.corpus.name"] == "our own.jsonl"
+    assert header.values["f2gguf.drift.corpus.n_texts"] == 25
+    assert header.values["f2gguf.drift.corpus.mean"] == pytest.approx(of_file.mean, abs=1e-6)
+    assert header.values["f2gguf.drift.corpus.upper"] == pytest.approx(of_file.upper, abs=1e-6)
+    words = "over 25 held-out texts of our own.jsonl"
+    assert f"mean {of_file.mean:.3%}, at most {of_file.upper:.3%} with 95% confidence, {words}" in describe(header)
+    for name in ("README.md", "report.html"):
+        assert "Drift on your corpus (25 held-out texts of our own.jsonl)" in (folder / name).read_text()
+    card = (folder / "README.md").read_text()
+    assert write_release(folder, read_report(folder))
+    assert (folder / "README.md").read_text() == card, "quantize card makes it again from drift.json"
+    assert read_release(folder).report == report
+    runs(stock=False, variants=("Q4_0",), calibration=corpus)
+    assert runs.stages == set()
+
+
+def test_a_push_compares_the_drift_on_the_corpus_as_well(runs: Runs, tmp_path: Path) -> None:
+    runs(stock=False, variants=("Q4_0",), calibration=corpus_of(tmp_path / "own.jsonl"))
+    folder = runs.out / "tiny"
+    report = read_report(folder)
+    verdict = report.variants["Q4_0"]
+    assert verdict.corpus
+    for changed in (replace(verdict.corpus, mean=0.0), replace(verdict.corpus, name="other.jsonl"), None):
+        write_report(folder, replace(report, variants={**report.variants, "Q4_0": replace(verdict, corpus=changed)}))
+        write_release(folder, read_report(folder))
+        with pytest.raises(UnfitRelease, match=r"tiny-Q4_0\.gguf: states f2gguf\.drift\.corpus\.\w+ = "):
+            read_release(folder)
+
+
+def test_another_corpus_repeats_the_variant_and_its_stock_recipe(runs: Runs, tmp_path: Path) -> None:
+    runs(stock=False, variants=("Q4_0",), calibration=corpus_of(tmp_path / "own.jsonl"))
+    report = runs(stock=False, variants=("Q4_0",), calibration=corpus_of(tmp_path / "other.jsonl", first="Another"))
+    verdicts = [report.variants["Q4_0"], report.stock["Q4_0"]]
+    assert {verdict.corpus.name for verdict in verdicts if verdict.corpus} == {"other.jsonl"}
+    report = runs(stock=False, variants=("Q4_0",))
+    assert (report.variants["Q4_0"].corpus, report.stock["Q4_0"].corpus) == (None, None)
+
+
+def test_a_run_for_a_corpus_that_was_stopped_ends_in_the_same_bytes(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"stock": False, "variants": ("Q4_0", "Q8_0"), "calibration": corpus_of(tmp_path / "own.jsonl")}
+    runs(**options, force=True)
+    folder = runs.out / "tiny"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shutil.rmtree(folder)
+    for module, name in ((search, "embed_texts"), (search, "fill_in"), (pipeline, "write_release")):
+        with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+            stopped.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            runs(**options)
+    runs(**options)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == whole
 
 
 def test_another_bound_leaves_no_variant_of_the_old_one_in_the_list(runs: Runs) -> None:

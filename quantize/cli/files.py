@@ -23,15 +23,17 @@ from f2gguf.runtime.errors import OverBound, WrongUsage
 @shared.DEVICE
 def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
     """Write the importance matrix of the F16 file SOURCE, as llama-quantize reads it."""
+    from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.study import study_source
     from f2gguf.runtime.files import require_absent
     from f2gguf.runtime.gguf.header import read_header
 
-    read_header(source)
+    languages = read_header(source).languages
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        study_source(source, imatrix_path=path, work=work, calibration=calibration, device=device)
+        texts = load_calibration(calibration, languages).texts
+        study_source(source, imatrix_path=path, work=work, texts=texts, device=device)
     click.echo(str(path))
 
 
@@ -72,11 +74,11 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
         require_absent(imatrix_path, force=force or options["imatrix"] == imatrix_path)
     with _work_folder(path) as work, writing(path) as part:
         make = _searched if needs_search else _by_recipe
-        verdict = make(weights, name, part, imatrix_path, work, **options)
-    _show_verdict(path, verdict, as_json)
+        made = make(weights, name, part, imatrix_path, work, **options)
+    _show_verdict(path, made.verdict, as_json, made.corpus)
     for written in [imatrix_path, path] if needs_search else [path]:
         click.echo(str(written), err=as_json)
-    _require_bound(path, verdict)
+    _require_bound(path, made.verdict)
 
 
 @click.command()
@@ -194,26 +196,29 @@ def _work_folder(path: Path) -> Iterator[Path]:
 
 
 def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: Path, **options: Any) -> Any:
-    """Make `path` by the recipe that a search chooses; gives the verdict."""
+    """Make `path` by the recipe that a search chooses; gives it and what was measured."""
+    from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.search import make_within_bound
     from f2gguf.quantize.repair.study import study_source
 
+    calibration = load_calibration(options["calibration"], weights.header.languages)
     study = study_source(
         weights.header.path,
         imatrix_path=imatrix_path,
         work=work,
-        calibration=options["calibration"],
+        texts=calibration.texts,
         own_imatrix=options["imatrix"],
         device=options["device"],
         compensate=options["compensate"],
         tune=options["tune"],
     )
-    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
-    return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"]).verdict
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"], calibration.corpus)
+    return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"])
 
 
 def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work: Path, **options: Any) -> Any:
-    """Make `path` by the recipe of a file, or by llama.cpp's own; gives the verdict."""
+    """Make `path` by the recipe of a file, or by llama.cpp's own; gives it and what was measured."""
+    from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.imatrix import read_imatrix
     from f2gguf.quantize.repair.recipe import Recipe, read_recipe, require_inputs
     from f2gguf.quantize.repair.search import make_measured
@@ -222,28 +227,28 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work
     recipe = Recipe(variant)
     imatrix: Any = {}
     ready: Any = {}
+    calibration = load_calibration(options["calibration"], weights.header.languages)
     if options["recipe"]:
         recipe = read_recipe(options["recipe"])
         require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])
         imatrix = read_imatrix(options["imatrix"], weights) if recipe.imatrix_sha256 else {}
         if recipe.compensated:
-            calibration, device = options["calibration"], options["device"]
-            ready = compensated(weights, recipe, imatrix, calibration, work, options["recipe"], device)
-    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"])
+            ready = compensated(weights, recipe, imatrix, calibration, work, options["recipe"], options["device"])
+    evaluation = _evaluation(weights.header.path, options["max_drift"], options["device"], calibration.corpus)
     return make_measured(weights, path, recipe, imatrix, ready, evaluation=evaluation)
 
 
-def _evaluation(source: Path, max_drift: float, device: str) -> Any:
-    """The evaluation texts that the model answers for, and the F16 file's vectors of them."""
+def _evaluation(source: Path, max_drift: float, device: str, corpus: Any) -> Any:
+    """The evaluation texts that the model answers for, the held-out ones of a corpus, and the F16 file's vectors."""
     from f2gguf.evals.texts import claimed_texts, embed_texts, load_texts
-    from f2gguf.quantize.repair.search import Evaluation
+    from f2gguf.quantize.repair.search import Evaluation, embed_held_out
     from f2gguf.runtime import Embedder
 
     with Embedder(source, device=device) as model:
         texts = claimed_texts(load_texts(), model.header.languages)
         with progress(f"measure {source.name}", len(texts)) as advance:
             reference = embed_texts(model, texts, advance)
-    return Evaluation(texts, reference, max_drift, device)
+    return Evaluation(texts, reference, max_drift, device, embed_held_out(source, corpus, device))
 
 
 def _require_bound(path: Path, verdict: Any) -> None:
@@ -253,10 +258,14 @@ def _require_bound(path: Path, verdict: Any) -> None:
         raise OverBound(f"{path}: over the bound of {format_bound(verdict.max_drift)}: {'; '.join(verdict.over[:5])}.")
 
 
-def _show_verdict(path: Path, verdict: Any, as_json: bool) -> None:
-    from f2gguf.evals.drift import json_text
-    from f2gguf.quantize.report.tables import COLUMNS, verdict_cells
+def _show_verdict(path: Path, verdict: Any, as_json: bool, on_corpus: Any = None) -> None:
+    from f2gguf.evals.drift import json_text, rounded
+    from f2gguf.quantize.report.tables import COLUMNS, corpus_line, verdict_cells
     from f2gguf.runtime.files import format_size
 
+    if as_json:
+        of_corpus = {"corpus": rounded(vars(on_corpus))} if on_corpus else {}
+        click.echo(json_text({**verdict.as_dict(), **of_corpus}))
+        return
     row = [path.name, format_size(path.stat().st_size), *verdict_cells(verdict)]
-    click.echo(json_text(verdict.as_dict()) if as_json else text_table(COLUMNS, [row]))
+    click.echo("\n".join([text_table(COLUMNS, [row]), *([corpus_line(on_corpus)] if on_corpus else [])]))

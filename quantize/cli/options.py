@@ -29,7 +29,7 @@ def _require_size(_context: click.Context, _option: click.Parameter, text: str |
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-CALIBRATION = click.option("--calibration", type=PATH, help="File of your own texts to choose recipes with.")
+CALIBRATION = click.option("--calibration", type=PATH, help="Corpus of your own that files are made for, of any size.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, metal or cuda.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 IMATRIX = click.option("--imatrix", type=PATH, help="Importance matrix of your own (a GGUF file).")

@@ -22,6 +22,7 @@ from gguf import GGUFWriter
 
 UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
 VERDICT = {keys.KEY_MEAN_DRIFT: 0.0, keys.KEY_UPPER_DRIFT: 0.0, keys.KEY_HOLDS: False}  # until it is measured
+CORPUS_DRIFT = {keys.KEY_CORPUS_MEAN: 0.0, keys.KEY_CORPUS_UPPER: 0.0}
 # (name of the prompt, text). Texts without a prompt show which has changed, a prompt or the tokenizer. The last three
 # texts begin with tokens whose ffn_down input is beyond F16's 65504 in Qwen3-Embedding-8B, so that some devices give
 # NaN. These tokens must be at position 0, and the last text must have 64 tokens or more:

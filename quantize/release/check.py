@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from f2gguf.quantize.report.report import FILE_NAME, Measured, Report, read_report
 from f2gguf.runtime.errors import HashMismatch, InputError, OverBound, UnfitRelease, UnknownName, parsing
@@ -25,6 +26,13 @@ _SAME = {
     keys.KEY_MEAN_DRIFT: "mean",
     keys.KEY_UPPER_DRIFT: "upper",
     keys.KEY_MAX_DRIFT: "max_drift",
+}
+# The same of the corpus that a file was made for; header and drift.json have all of it, or nothing
+_SAME_OF_CORPUS = {
+    keys.KEY_CORPUS: "name",
+    keys.KEY_CORPUS_N_TEXTS: "n",
+    keys.KEY_CORPUS_MEAN: "mean",
+    keys.KEY_CORPUS_UPPER: "upper",
 }
 
 
@@ -162,10 +170,18 @@ def _require_verdict(header: Header, variant: str, report: Report) -> Measured:
     _require(is_same_source, path, f"is of another checkpoint than {REPORT}")
     verdict = report.variants[variant]
     for key, name in _SAME.items():
-        reported = getattr(verdict, name)
-        is_same = math.isclose(values[key], reported, rel_tol=1e-6, abs_tol=_REPORT_DIGITS)
-        _require(is_same, path, f"states {key} = {values[key]}, and {REPORT} {name} = {reported}")
+        _require_same(header, key, getattr(verdict, name), name)
+    for key, name in _SAME_OF_CORPUS.items():
+        _require_same(header, key, getattr(verdict.corpus, name, None), f"corpus.{name}")
     return verdict
+
+
+def _require_same(header: Header, key: str, reported: Any, name: str) -> None:
+    stated = header.values.get(key)
+    is_same = stated == reported
+    if isinstance(stated, float) and isinstance(reported, float):
+        is_same = math.isclose(stated, reported, rel_tol=1e-6, abs_tol=_REPORT_DIGITS)
+    _require(is_same, header.path, f"states {key} = {stated}, and {REPORT} {name} = {reported}")
 
 
 def _require(condition: bool, path: Path, otherwise: str) -> None:

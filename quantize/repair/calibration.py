@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from f2gguf.evals.texts import KINDS, EvalText, claimed_texts, load_texts, prompted
-from f2gguf.runtime.errors import WrongUsage
+from f2gguf.evals.texts import EvalText, claimed_texts, load_texts, prompted
+from f2gguf.quantize.repair.corpus import MIN_TEXTS, Corpus, sample_corpus
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.tables.texts import read_texts
 
 PATH = Path(__file__).with_name("calibration.jsonl")
-# With fewer texts, columns of a wide matrix would get no weight. 64 texts of 100 tokens give twice as many rows as the
-# 1.7B model has columns.
-MIN_TEXTS = 64
 MAX_TOKENS = 64  # of a text: more of them take most of the time, and the long texts stand for what is longer
 LONG_TOKENS = 256  # of a long text
-PASSAGE_CHARS = 40  # characters in a row that two texts must not share
 N_SPLICED = 2  # texts that are made of each text that chooses
 HELD_OUT = 5  # every fifth text judges what the others have chosen
 _MEAN_TOKENS = 60  # of a shipped text, its share of the long ones included
@@ -32,19 +27,21 @@ _SEED = 0
 _DOCUMENTS_A_LONG_TEXT, _LONG_CHARS = 8, 2000
 
 
-def load_calibration(path: Path | None, languages: Sequence[str]) -> tuple[EvalText, ...]:
-    """The texts of `path`, which `read_texts` reads, or f2gguf's own in the model's `languages`.
+@dataclass(frozen=True)
+class Calibration:
+    """The texts that recipes are chosen with, and the corpus that some of them are of."""
 
-    Rows may state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage`
-    for too few texts, or one with a passage of an evaluation text; `InputError` for a file that does not parse.
-    """
-    texts = _read(path) if path else claimed_texts(load_texts(PATH), languages)
-    if len(texts) < MIN_TEXTS:
-        n_texts = f"{len(texts)} different texts"
-        raise WrongUsage(f"{path or PATH}: holds {n_texts}; calibration needs {MIN_TEXTS} (--calibration).")
-    if path:
-        _refuse_overlap(path, texts)
-    return texts
+    texts: tuple[EvalText, ...]
+    corpus: Corpus | None = None
+
+
+def load_calibration(path: Path | None, languages: Sequence[str]) -> Calibration:
+    """f2gguf's own texts in the model's `languages`, and those that `sample_corpus` takes of the file `path`."""
+    own = claimed_texts(load_texts(PATH), languages)
+    if path is None:
+        return Calibration(own)
+    corpus = sample_corpus(path)
+    return Calibration((*own, *corpus.texts), corpus)
 
 
 def sampled(texts: Sequence[EvalText], header: Header) -> tuple[EvalText, ...]:
@@ -124,33 +121,3 @@ def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:
             joined = " ".join(text.text for text in some[first:] + some[:first])[:_LONG_CHARS]
             long.append(EvalText(f"{some[first].id}-long", "long", language, joined))
     return [*texts, *long]
-
-
-def _passages(text: str) -> set[str]:
-    """Every run of PASSAGE_CHARS characters of `text`, with white space folded; the whole of a shorter text."""
-    plain = " ".join(text.split())
-    return {plain[i : i + PASSAGE_CHARS] for i in range(max(1, len(plain) - PASSAGE_CHARS + 1))}
-
-
-def _read(path: Path) -> tuple[EvalText, ...]:
-    rows = read_texts(str(path))
-    texts: dict[str, EvalText] = {}
-    for i, text in enumerate(rows.texts):
-        row_id, kind, language = rows.ids[i], rows.kinds[i] or "document", rows.languages[i] or "und"
-        if kind not in KINDS:
-            raise WrongUsage(f"{path}: {row_id} is of the kind {kind!r}; there are {', '.join(KINDS)}.")
-        texts.setdefault(text, EvalText(str(row_id), kind, language, text))
-    return tuple(texts[text] for text in texts if text.strip())
-
-
-def _refuse_overlap(path: Path, texts: Sequence[EvalText]) -> None:
-    judged = load_texts()
-    whole = {" ".join(text.text.split()): text.id for text in judged}
-    parts = {passage: text.id for text in judged if text.kind != "edge" for passage in _passages(text.text)}
-    for text in texts:
-        in_part = (parts[part] for part in _passages(text.text) if len(part) == PASSAGE_CHARS and part in parts)
-        if shared := whole.get(" ".join(text.text.split())) or next(in_part, None):
-            raise WrongUsage(
-                f"{path}: text {text.id} shares a passage with the evaluation text {shared}. A verdict over texts that "
-                "the file was fitted to proves nothing: take it out (--calibration)."
-            )

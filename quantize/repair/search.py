@@ -6,27 +6,30 @@ bound, the search learns only by how much, and is repeated with a bound that is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from f2gguf.evals.drift import Verdict, judge
+from f2gguf.evals.drift import Verdict, distribution, drift, judge
 from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, embed_texts
-from f2gguf.quantize.convert.reserved import VERDICT, fill_in, golden_stamps
+from f2gguf.quantize.convert.reserved import CORPUS_DRIFT, VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
 from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix, Ready
 from f2gguf.quantize.repair.codes.tune import tuning_arithmetic
+from f2gguf.quantize.repair.corpus import Corpus, CorpusDrift
 from f2gguf.quantize.repair.promote import LADDER, Choice, Choices, noise, total_noise, total_size
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
 from f2gguf.quantize.repair.study import Candidate, Study
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import OutOfReach
+from f2gguf.runtime.errors import OutOfReach, TruncationWarning
 from f2gguf.runtime.files import format_bound, format_size
 from f2gguf.runtime.gguf import header as keys
+from f2gguf.runtime.gguf.entries import Value
 
 MARGIN = 0.9  # of the bound is allowed on calibration texts, as the verdict is on other texts
 MAX_VERDICTS = 3
@@ -43,14 +46,24 @@ class Evaluation:
     reference: Vectors  # the F16 file's vectors of `texts`, (n_texts, n_embd)
     max_drift: float
     device: str
+    held_out: HeldOut | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The texts of a corpus that chose nothing."""
+
+    corpus: Corpus
+    reference: Vectors  # the F16 file's vectors of `corpus.held_out`, (n_texts, n_embd)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A recipe, and the verdict on its file."""
+    """A recipe, and what was measured of its file."""
 
     recipe: Recipe
     verdict: Verdict
+    corpus: CorpusDrift | None = None
 
 
 def make_within_bound(
@@ -72,8 +85,7 @@ def make_within_bound(
         recipe = search.tuned(search.within_size(max_size, allowed) if max_size else search.under(allowed))
         if there is None or there.recipe != recipe:
             ready = study.ready(recipe)
-            verdict = make_measured(study.weights, path, recipe, study.imatrix, ready, evaluation=evaluation)
-            there = Made(recipe, verdict)
+            there = make_measured(study.weights, path, recipe, study.imatrix, ready, evaluation=evaluation)
         if there.verdict.holds or max_size:
             break
         highest, bound = there.verdict.highest, evaluation.max_drift
@@ -85,10 +97,13 @@ def make_within_bound(
 
 def make_measured(
     weights: Weights, path: Path, recipe: Recipe, imatrix: Imatrix, ready: Ready, *, evaluation: Evaluation
-) -> Verdict:
+) -> Made:
     """Make the file of `recipe` at `path`, measure it, and fill the verdict into its header."""
-    texts, max_drift = evaluation.texts, float(evaluation.max_drift)
-    header = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
+    texts, held_out, max_drift = evaluation.texts, evaluation.held_out, float(evaluation.max_drift)
+    header: dict[str, Value] = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
+    if held_out:
+        header |= {keys.KEY_CORPUS: held_out.corpus.name, keys.KEY_CORPUS_N_TEXTS: len(held_out.reference)}
+        header |= CORPUS_DRIFT
     with progress(f"quantise {recipe.variant}", len(weights.infos)) as advance:
         make(weights, path, recipe, imatrix, ready=ready, header=header, on_progress=advance)
     with Embedder(path, device=evaluation.device) as model:
@@ -97,8 +112,33 @@ def make_measured(
         verdict = judge(vectors, evaluation.reference, texts, dims=model.header.dims, max_drift=max_drift)
         golden = golden_stamps(model)
     drifts = {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper}
+    on_corpus = _on_corpus(path, held_out, evaluation.device) if held_out else None
+    if on_corpus:
+        drifts |= {keys.KEY_CORPUS_MEAN: on_corpus.mean, keys.KEY_CORPUS_UPPER: on_corpus.upper}
     fill_in(path, {**drifts, keys.KEY_HOLDS: verdict.holds, **golden})
-    return verdict
+    return Made(recipe, verdict, on_corpus)
+
+
+def _on_corpus(path: Path, held_out: HeldOut, device: str) -> CorpusDrift:
+    texts = held_out.corpus.held_out
+    drifts = drift(embed_sample(path, texts, device), held_out.reference)
+    return CorpusDrift(held_out.corpus.name, **distribution(drifts, [text.id for text in texts]))
+
+
+def embed_held_out(source: Path, corpus: Corpus | None, device: str) -> HeldOut | None:
+    """The held-out texts of a corpus with the vectors of the 16-bit file `source`; None without a corpus."""
+    return HeldOut(corpus, embed_sample(source, corpus.held_out, device)) if corpus else None
+
+
+def embed_sample(path: Path, texts: Sequence[EvalText], device: str) -> Vectors:
+    """Vectors of texts of a corpus, (n_texts, n_embd): as a user gets them, who is not told here what is cut."""
+    with (
+        Embedder(path, device=device) as model,
+        progress("measure held-out texts", len(texts)) as advance,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", TruncationWarning)
+        return embed_texts(model, texts, advance)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.assemble import Imatrix, Ready
 from f2gguf.quantize.repair.calibration import (
     LONG_TOKENS,
+    Calibration,
     fitting,
     judging,
-    load_calibration,
     sampled,
     spliced,
     token_ids,
@@ -145,17 +145,18 @@ class Study:
 
 
 def compensated(
-    weights: Weights, recipe: Recipe, imatrix: Imatrix, calibration: Path | None, work: Path, path: Path, device: str
+    weights: Weights, recipe: Recipe, imatrix: Imatrix, calibration: Calibration, work: Path, path: Path, device: str
 ) -> Ready:
     """The tensors of a compensated `recipe` of the file `path`, made again from the same calibration texts.
 
     Raises `WrongRecipe` for other texts.
     """
-    texts = sampled(load_calibration(calibration, weights.header.languages), weights.header)
+    texts, corpus = sampled(calibration.texts, weights.header), calibration.corpus
     if texts_sha256(texts) != recipe.calibration_sha256:
+        here = corpus.path if corpus else "those that f2gguf ships"
         raise WrongRecipe(
-            f"{path}: was made with other calibration texts than {calibration or 'those that f2gguf ships'}: their "
-            f"SHA-256 is {recipe.calibration_sha256} (--calibration)."
+            f"{path}: was made with other calibration texts than {here}: their SHA-256 is {recipe.calibration_sha256} "
+            "(--calibration)."
         )
     if recipe.compensated != (here := arithmetic()):
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
@@ -229,18 +230,18 @@ def study_source(
     *,
     imatrix_path: Path,
     work: Path,
-    calibration: Path | None,
+    texts: Sequence[EvalText],
     device: str,
     own_imatrix: Path | None = None,
     compensate: bool = True,
     tune: bool | None = None,
 ) -> Study:
-    """Run the calibration texts through `source`, and write the importance matrix to `imatrix_path`.
+    """Run `texts`, or so many as the size of `source` allows, through it; write the importance matrix.
 
     `own_imatrix` is a file of the user that is used instead. A run that was stopped goes on from `work`.
     """
     weights = Weights(source)
-    texts = sampled(load_calibration(calibration, weights.header.languages), weights.header)
+    texts = sampled(texts, weights.header)
     if own_imatrix:
         read_imatrix(own_imatrix, weights)  # refuses a wrong file before the work
     work.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from f2gguf.evals.conversion import ConversionCheck
 from f2gguf.evals.drift import Verdict, json_text, rounded
+from f2gguf.quantize.repair.corpus import CorpusDrift
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.runtime.errors import InputError, parsing
 from f2gguf.runtime.files import sha256_file, write_text
@@ -77,6 +78,7 @@ class VariantInputs:
     imatrix_sha256: str | None = None  # of an importance matrix of the user's own
     compensate: bool = False  # whether codes are chosen that compensate for each other's errors
     tune: bool | None = None  # whether scales and vectors are trained; None: where torch is there and it takes minutes
+    held_out_sha256: str | None = None  # of the texts of the user's corpus that variants are measured on too
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Measured(Verdict):
     recipe: Recipe
     recipe_lines: tuple[str, ...]  # the recipe in words
     inputs: VariantInputs
+    corpus: CorpusDrift | None = None  # where the file was made for a corpus
 
     def as_dict(self) -> dict[str, Any]:
         document = super().as_dict()
@@ -190,10 +193,13 @@ def read_report(folder: Path) -> Report:
 
 
 def _first_difference(document: Any, derived: Any) -> str | None:
-    """Where two JSON documents differ first, such as 'variants.Q8_0.holds'; None where they are the same."""
+    """Where two JSON documents differ first, such as 'variants.Q8_0.holds'; None where they are the same.
+
+    A key that is missing says null: an older version may not have known it.
+    """
     if not (isinstance(document, dict) and isinstance(derived, dict)):
         return None if document == derived else ""
     for key in [*derived, *document]:
-        if (place := _first_difference(document.get(key, ...), derived.get(key, ...))) is not None:
+        if (place := _first_difference(document.get(key), derived.get(key))) is not None:
             return f"{key}.{place}".rstrip(".")
     return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from f2gguf.quantize.repair.corpus import MAX_CHARS
 from f2gguf.quantize.report.report import Measured, Report
 from f2gguf.quantize.report.tables import (
     Table,
     conversion_sentence,
+    corpus_tables,
     dims_table,
     files_table,
     groups_table,
@@ -20,6 +22,10 @@ from f2gguf.runtime.files import format_bound
 PICTURE = "Drift of every text, size against drift, and mean drift by dimension and language"
 _DEVICES_GB = (0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 128)
 _MODEL_SHARE = 0.8  # of a device's memory
+_CORPUS_NOTE = (
+    "Other texts of the corpus were used to choose how the files are made. The held-out ones were only measured. They "
+    f"are a uniform sample, each cut at {MAX_CHARS:,} characters. The bound is about the evaluation texts."
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ def sections(report: Report) -> Iterator[Block]:
     yield Paragraph(_files_note(report))
     yield Paragraph(_measurement(report))
     yield from (Paragraph(f"{line}.", is_warning=True) for line in over_lines(report))
+    if on_corpus := corpus_tables(report):
+        yield from on_corpus
+        yield Paragraph(_CORPUS_NOTE)
     if report.variants:
         yield Picture()
         yield Heading("Where it drifts")

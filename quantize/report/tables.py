@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from f2gguf.evals.conversion import MIN_COSINE
 from f2gguf.evals.drift import Verdict, percent
+from f2gguf.quantize.repair.corpus import CorpusDrift
 from f2gguf.quantize.report.report import Measured, Report
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.files import format_size
@@ -74,6 +75,33 @@ def dims_table(report: Report) -> Table:
     return Table("Mean drift by Matryoshka dimension", ("dimensions", *verdicts), rows)
 
 
+def corpus_tables(report: Report) -> list[Table]:
+    """Drift on the held-out texts of the corpus that files were made for, a table for each corpus."""
+    drifts = {name: verdict.corpus for name, verdict in report.named_verdicts.items() if verdict.corpus}
+    corpora = dict.fromkeys((corpus.n, corpus.name) for corpus in drifts.values())
+    header = ("file", "mean drift", "95% interval", "p99", "worst", "worst text")
+    return [
+        Table(
+            f"Drift on your corpus ({n} held-out texts of {corpus_name})",
+            header,
+            [[name, *corpus_cells(it)] for name, it in drifts.items() if (it.n, it.name) == (n, corpus_name)],
+        )
+        for n, corpus_name in corpora
+    ]
+
+
+def corpus_cells(drift: CorpusDrift) -> list[str]:
+    """The measured cells of one file on a corpus."""
+    interval = f"{percent(drift.lower)} to {percent(drift.upper)}"
+    return [percent(drift.mean), interval, percent(drift.p99), percent(drift.worst), drift.worst_text]
+
+
+def corpus_line(drift: CorpusDrift) -> str:
+    """One file on a corpus, in one line."""
+    mean, interval, *_ = corpus_cells(drift)
+    return f"on your corpus: mean drift {mean} ({interval}) over {drift.n} held-out texts of {drift.name}"
+
+
 def worst_texts(report: Report, name: str) -> Table:
     """The ids and drifts of the texts that drift most in one variant."""
     ranked = sorted(zip(report.variants[name].drifts, report.texts.ids, strict=True), key=lambda item: -item[0])
@@ -95,8 +123,10 @@ def verdict_cells(verdict: Verdict) -> list[str]:
 
 def report_lines(report: Report) -> list[str]:
     """The whole report for a terminal."""
-    table = text_table(COLUMNS, drift_rows(report))
-    return [table, "", f"conversion: {conversion_sentence(report)}", *over_lines(report)]
+    lines = [text_table(COLUMNS, drift_rows(report)), ""]
+    for table in corpus_tables(report):
+        lines += [f"{table.caption}:", text_table(table.header, table.rows), ""]
+    return [*lines, f"conversion: {conversion_sentence(report)}", *over_lines(report)]
 
 
 def conversion_sentence(report: Report) -> str:

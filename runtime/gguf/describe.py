@@ -15,6 +15,7 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.gguf.reader import LongArray
 
 _DRIFT_KEYS = (keys.KEY_MEAN_DRIFT, keys.KEY_UPPER_DRIFT, keys.KEY_MAX_DRIFT, keys.KEY_HOLDS, keys.KEY_N_TEXTS)
+_CORPUS_KEYS = (keys.KEY_CORPUS_MEAN, keys.KEY_CORPUS_UPPER, keys.KEY_CORPUS_N_TEXTS, keys.KEY_CORPUS)
 _LAST_TOKEN_PATH = "last-token path: outputs for last tokens only, the LM head is never run"
 
 
@@ -49,6 +50,14 @@ def describe_drift(header: Header) -> str:
         f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over {drift.n_texts} texts: "
         f"{'under' if drift.holds else 'OVER'} the bound of {format_bound(drift.max_drift)}"
     )
+
+
+def describe_corpus_drift(header: Header) -> str | None:
+    """What was measured on a corpus, in one line; None where the file was made for none."""
+    if not all(key in header.values for key in _CORPUS_KEYS):
+        return None
+    mean, upper, n_texts, name = (header.values[key] for key in _CORPUS_KEYS)
+    return f"mean {mean:.3%}, at most {upper:.3%} with 95% confidence, over {n_texts} held-out texts of {name}"
 
 
 def describe(header: Header) -> str:
@@ -92,6 +101,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("licence", values.get("general.license", "not stated")),
         ("weights", f"{header.file_type}: " + ", ".join(f"{n} {kind}" for kind, n in types.most_common())),
         ("drift", describe_drift(header)),
+        *([("drift on corpus", on_corpus)] if (on_corpus := describe_corpus_drift(header)) else []),
         ("recipe", _recipe(header)),
         ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),

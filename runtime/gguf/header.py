@@ -33,6 +33,10 @@ KEY_UPPER_DRIFT = "f2gguf.drift.upper"
 KEY_MAX_DRIFT = "f2gguf.drift.bound"
 KEY_HOLDS = "f2gguf.drift.holds"
 KEY_N_TEXTS = "f2gguf.drift.n_texts"
+KEY_CORPUS = "f2gguf.drift.corpus.name"  # the file whose held-out texts were measured too, besides the evaluation texts
+KEY_CORPUS_MEAN = "f2gguf.drift.corpus.mean"
+KEY_CORPUS_UPPER = "f2gguf.drift.corpus.upper"
+KEY_CORPUS_N_TEXTS = "f2gguf.drift.corpus.n_texts"
 KEY_SEAL = "f2gguf.header_sha256"  # of the header itself: runtime/gguf/entries.py
 KEY_MENDED = "f2gguf.mended"  # what `f2gguf repair-header` changed, a sentence each
 KEY_LOWERCASE = "tokenizer.ggml.normalizer.lowercase"
@@ -302,6 +306,10 @@ _CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     KEY_MEAN_DRIFT: _DRIFT,
     KEY_UPPER_DRIFT: _DRIFT,
     KEY_MAX_DRIFT: _DRIFT,
+    KEY_CORPUS: _TEXT,
+    KEY_CORPUS_MEAN: _DRIFT,
+    KEY_CORPUS_UPPER: _DRIFT,
+    KEY_CORPUS_N_TEXTS: _COUNT,
     KEY_MENDED: _TEXTS,
     "split.count": (int, lambda value: 0 <= value < 1 << 16),
     "split.no": (int, lambda value: 0 <= value < 1 << 16),
