@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from conftest import QUICK, Run
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.repair import corpus as module
 from f2gguf.quantize.repair.calibration import PATH, load_calibration
 from f2gguf.quantize.repair.corpus import MAX_CHARS, MIN_TEXTS, sample_corpus
 from f2gguf.runtime.errors import InputError, WrongUsage
+from f2gguf.runtime.gguf.header import read_header
 
 
 def write(path: Path, texts: Iterable[str], **fields: str) -> Path:
@@ -133,3 +135,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, ending: str) -> No
         tracemalloc.stop()
     assert len(sample) == 120
     assert peak_bytes < 5e6 < sum(map(len, texts))
+
+
+def test_a_variant_for_a_corpus_says_so_and_its_recipe_makes_the_same_bytes(
+    own: Path, tmp_path: Path, run: Run
+) -> None:
+    path, made, again = write(tmp_path / "x.jsonl", numbered(100)), tmp_path / "made.gguf", tmp_path / "again.gguf"
+    variant = ("quantize", "variant", own, "Q4_0", "--calibration", path, "--max-drift", "1.9")
+    process = run(*variant, "-o", made, prelude=QUICK)
+    assert process.returncode == 0, process.stderr
+    drift = read_header(made).values["f2gguf.drift.corpus.mean"]
+    assert f"on your corpus: mean drift {drift:.3%} (" in process.stdout
+    assert "over 25 held-out texts of x.jsonl" in process.stdout
+    options = ("--recipe", made, "--imatrix", made.with_suffix(".imatrix.gguf"), "--json")
+    process = run(*variant, *options, "-o", again, prelude=QUICK)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["corpus"]["mean"] == pytest.approx(drift, abs=1e-6)
+    assert again.read_bytes() == made.read_bytes()

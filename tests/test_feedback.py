@@ -61,7 +61,7 @@ def test_feedback_halves_the_error_of_the_products(kind: str) -> None:
     plain = unpack(quantize_rows(rows, kind, np.diagonal(moments.matrix).copy()), kind)
     chosen = choose_codes(rows, plain, moments)
     assert error(rows, chosen.values(), judge) < 0.5 * error(rows, plain.values(), judge)
-    assert np.array_equal(chosen.steps, plain.steps)
+    assert (np.abs(chosen.steps - plain.steps) <= 0.5001 * np.abs(plain.steps)).all()
     assert pack(chosen).nbytes == pack(plain).nbytes
 
 

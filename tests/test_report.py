@@ -18,6 +18,7 @@ from f2gguf.evals.conversion import NOT_CHECKED
 from f2gguf.evals.drift import Group, drift, judge
 from f2gguf.evals.texts import EvalText
 from f2gguf.quantize.release.write import write_release
+from f2gguf.quantize.repair.corpus import CorpusDrift
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.quantize.report import picture as report_plot
 from f2gguf.quantize.report.card import model_card
@@ -34,7 +35,15 @@ from f2gguf.quantize.report.report import (
     read_report,
     write_report,
 )
-from f2gguf.quantize.report.tables import drift_rows, files_table, groups_table, worst_texts
+from f2gguf.quantize.report.tables import (
+    corpus_line,
+    corpus_tables,
+    drift_rows,
+    files_table,
+    groups_table,
+    report_lines,
+    worst_texts,
+)
 from f2gguf.runtime.errors import InputError
 
 LANGUAGES = ("de", "en", "ja")
@@ -227,6 +236,26 @@ def test_a_report_is_read_as_it_was_written(report: Report, tmp_path: Path) -> N
     assert stored.as_dict() == report.as_dict()
     assert (stored.source, stored.texts, stored.files) == (report.source, report.texts, report.files)
     assert stored.variants["Q4_0"].recipe == RECIPE
+
+
+def test_a_report_of_a_version_that_knew_no_corpus_is_read(report: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    document = json.loads((tmp_path / "drift.json").read_text())
+    for verdict in (*document["variants"].values(), *document["stock"].values()):
+        del verdict["corpus"], verdict["inputs"]["held_out_sha256"]
+    (tmp_path / "drift.json").write_text(json.dumps(document))
+    assert read_report(tmp_path).as_dict() == report.as_dict()
+
+
+def test_tables_of_a_corpus_name_it(report: Report) -> None:
+    drift = CorpusDrift("my|own.jsonl", 300, 0.00912, 0.0088, 0.0095, 0.02, 0.03, 0.04, "row|7")
+    report = replace(report, variants={**report.variants, "Q4_0": replace(report.variants["Q4_0"], corpus=drift)})
+    (table,) = corpus_tables(report)
+    assert table.caption == "Drift on your corpus (300 held-out texts of my|own.jsonl)"
+    assert table.rows == [["Q4_0", "0.912%", "0.880% to 0.950%", "3.000%", "4.000%", "row|7"]]
+    assert "| 4.000% | row\\|7 |" in model_card(report)
+    assert f"{table.caption}:" in report_lines(report)
+    assert corpus_line(drift).startswith("on your corpus: mean drift 0.912% (0.880% to 0.950%) over 300 held-out texts")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "null", '{"model": 1}', '{"model": "x", "variants": {"Q8_0": []}}', ""])

@@ -13,7 +13,9 @@ from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.tables.texts import iter_texts
 
-N_TEXTS = 3200  # that recipes are chosen with
+# That recipes are chosen with. They are added to f2gguf's own: without those, what is not of the corpus drifts more.
+# Codes take some MB of memory for each text in a model such as MiniLM (scripts/bench-corpus).
+N_TEXTS = 800
 N_HELD_OUT = 300  # that choose nothing; or a quarter of all, if that is less
 _HELD_OUT_SHARE = 4
 # With fewer texts, columns of a wide matrix would get no weight. 64 texts of 100 tokens give twice as many rows as the
@@ -88,29 +90,19 @@ def _texts(path: Path) -> Iterator[EvalText]:
 
 def _with_smallest_hashes(texts: Iterator[EvalText], n_texts: int) -> list[EvalText]:
     """Those of the different texts, by hash. No more than `n_texts` are in memory."""
-    kept: dict[bytes, EvalText] = {}
-    largest_first: list[_Reversed] = []
+    kept: dict[int, EvalText] = {}
+    negated: list[int] = []  # the hashes of `kept`, so that the first of the heap is the largest
     for text in texts:
         if not (plain := " ".join(text.text.split()).casefold()):
             continue
-        key = hashlib.blake2b(plain.encode(), digest_size=16).digest()
-        if key in kept or (len(kept) == n_texts and key > largest_first[0].key):
+        key = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=16).digest(), "big")
+        if key in kept or (len(kept) == n_texts and key > -negated[0]):
             continue
         kept[key] = text
-        heapq.heappush(largest_first, _Reversed(key))
+        heapq.heappush(negated, -key)
         if len(kept) > n_texts:
-            del kept[heapq.heappop(largest_first).key]
+            del kept[-heapq.heappop(negated)]
     return [kept[key] for key in sorted(kept)]
-
-
-@dataclass(frozen=True)
-class _Reversed:
-    """A hash that is smaller than another if it is larger: `heapq` knows the smallest."""
-
-    key: bytes
-
-    def __lt__(self, other: _Reversed) -> bool:
-        return self.key > other.key
 
 
 class _Passages:

@@ -95,11 +95,16 @@ def _markdown(blocks: Iterable[Block]) -> Iterator[str]:
             case Table(caption, header, rows):
                 yield f"{caption}:"
                 lines = [header, ["---"] * len(header), *rows]
-                yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+                yield "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
             case Bullets(title, lines):
                 yield "\n".join([f"{title}:\n"] * bool(title) + [f"- {line}" for line in lines])
             case Details(summary, inner):
                 yield "\n\n".join([f"<details><summary>{summary}</summary>", *_markdown(inner), "</details>"])
+
+
+def _cell(text: str) -> str:
+    """Text of a user's own, such as a row's id, in a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _usage(report: Report) -> str:
