@@ -53,12 +53,17 @@ def test_these_rows_give_this_sample_on_every_machine(tmp_path: Path) -> None:
     assert [text.id for text in sample.held_out[:4]] == ["row 927", "row 547", "row 41", "row 211"]
 
 
+def test_a_large_corpus_gives_as_many_texts_as_are_promised(tmp_path: Path) -> None:
+    sample = sample_corpus(write(tmp_path / "x.jsonl", numbered(2000)))
+    assert (len(sample.texts), len(sample.held_out)) == (800, 300)
+
+
 def test_texts_that_differ_in_case_and_white_space_count_once(tmp_path: Path) -> None:
     texts = numbered(80)
     others = [text.upper().replace(" ", "\n  ") for text in texts]
     sample = sample_corpus(write(tmp_path / "x.jsonl", [*texts, *others, "", " \n"]))
     assert sorted(text.text for text in (*sample.texts, *sample.held_out)) == sorted(texts)
-    assert len(sample.held_out) == 20, "a quarter of a small corpus"
+    assert len(sample.held_out) == 26, "a third of a small corpus"
 
 
 def test_a_text_counts_as_far_as_it_is_read(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_a_corpus_is_added_to_our_own_texts(tmp_path: Path) -> None:
     assert calibration.corpus is not None
     assert calibration.texts == (*own.texts, *calibration.corpus.texts)
     assert {(text.kind, text.language) for text in calibration.corpus.texts} == {("query", "fr")}
-    assert len(calibration.corpus.texts) == 75
+    assert len(calibration.corpus.texts) == 67
     assert len(own.texts) < len(load_texts(PATH)), "those in the model's languages"
 
 
@@ -146,7 +151,7 @@ def test_a_variant_for_a_corpus_says_so_and_its_recipe_makes_the_same_bytes(
     assert process.returncode == 0, process.stderr
     drift = read_header(made).values["f2gguf.drift.corpus.mean"]
     assert f"on your corpus: mean drift {drift:.3%} (" in process.stdout
-    assert "over 25 held-out texts of x.jsonl" in process.stdout
+    assert "over 33 held-out texts of x.jsonl" in process.stdout
     options = ("--recipe", made, "--imatrix", made.with_suffix(".imatrix.gguf"), "--json")
     process = run(*variant, *options, "-o", again, prelude=QUICK)
     assert process.returncode == 0, process.stderr

@@ -172,18 +172,18 @@ def test_header_report_and_card_state_the_drift_on_the_held_out_texts_of_a_corpu
     of_file, of_stock = report.variants["Q4_0"].corpus, report.stock["Q4_0"].corpus
     assert of_file
     assert of_stock
-    assert (of_file.name, of_file.n, of_stock.n) == ("our own.jsonl", 25, 25)
+    assert (of_file.name, of_file.n, of_stock.n) == ("our own.jsonl", 33, 33)
     assert 0 < of_file.mean < of_stock.mean
     folder = runs.out / "tiny"
     header = read_header(folder / "tiny-Q4_0.gguf")
     assert header.values["f2gguf.drift.corpus.name"] == "our own.jsonl"
-    assert header.values["f2gguf.drift.corpus.n_texts"] == 25
+    assert header.values["f2gguf.drift.corpus.n_texts"] == 33
     assert header.values["f2gguf.drift.corpus.mean"] == pytest.approx(of_file.mean, abs=1e-6)
     assert header.values["f2gguf.drift.corpus.upper"] == pytest.approx(of_file.upper, abs=1e-6)
-    words = "over 25 held-out texts of our own.jsonl"
+    words = "over 33 held-out texts of our own.jsonl"
     assert f"mean {of_file.mean:.3%}, at most {of_file.upper:.3%} with 95% confidence, {words}" in describe(header)
     for name in ("README.md", "report.html"):
-        assert "Drift on your corpus (25 held-out texts of our own.jsonl)" in (folder / name).read_text()
+        assert "Drift on your corpus (33 held-out texts of our own.jsonl)" in (folder / name).read_text()
     card = (folder / "README.md").read_text()
     assert write_release(folder, read_report(folder))
     assert (folder / "README.md").read_text() == card, "quantize card makes it again from drift.json"
