@@ -40,6 +40,7 @@ def find_spec(name, *rest, find=importlib.util.find_spec):
     return None if name in ("torch", "transformers") else find(name, *rest)
 importlib.util.find_spec = find_spec
 """
+NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0"  # which takes minutes
 # Where measuring is not the subject: with few texts, and gate 1 is left to the releases of nano and MiniLM
 QUICK = f"""{NO_TRANSFORMERS}
 import f2gguf.evals.texts as texts
@@ -225,7 +226,7 @@ def nano_release(release_of: Callable[..., Release]) -> Release:
 
 @pytest.fixture(scope="session")
 def minilm_release(release_of: Callable[..., Release]) -> Release:
-    return release_of("all-MiniLM-L6-v2", is_real=True, timeout_s=1800)
+    return release_of("all-MiniLM-L6-v2", is_real=True, timeout_s=1800, prelude=NO_TRAINING)
 
 
 @pytest.fixture(scope="session")

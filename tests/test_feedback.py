@@ -10,7 +10,7 @@ import pytest
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts, prompted
 from f2gguf.quantize.repair.calibration import fitting, judging, load_calibration, sampled
-from f2gguf.quantize.repair.codes import parallel
+from f2gguf.quantize.repair.codes import feedback, parallel
 from f2gguf.quantize.repair.codes.blocks import FORMATS, pack, unpack
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.feedback import choose_codes, factor
@@ -50,6 +50,22 @@ def test_ggmls_own_blocks_come_out_bit_for_bit(kind: str, weighed: bool) -> None
     assert np.array_equal(blocks.values(), dequantized(data, kind))
     blocks.codes = RNG.integers(0, len(FORMATS[kind].levels), blocks.codes.shape, dtype=np.uint8)
     assert np.array_equal(dequantized(pack(blocks), kind), blocks.values()), "any codes, not only ggml's"
+
+
+@pytest.mark.parametrize("kind", COMPENSATED)
+def test_scales_refitted_to_their_codes_lower_the_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, rows = correlated(6000, 512), matrix(64, 512)
+    moments = factor(inputs.T @ inputs / len(inputs))
+    assert moments is not None
+    plain = unpack(quantize_rows(rows, kind, np.diagonal(moments.matrix).copy()), kind)
+    errors = []
+    for n_refits in (0, 1, 2):
+        monkeypatch.setattr(feedback, "N_REFITS", n_refits)
+        chosen = choose_codes(rows, plain, moments)
+        assert np.array_equal(unpack(pack(chosen), kind).values(), chosen.values())
+        assert not chosen.values()[1].any(), "a row of zeros stays one"
+        errors.append(error(rows, chosen.values(), inputs))
+    assert errors[2] < 1.001 * errors[1] < 0.995 * errors[0]
 
 
 @pytest.mark.parametrize("kind", COMPENSATED)

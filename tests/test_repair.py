@@ -50,6 +50,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             work=work,
             texts=texts,
             device="auto",
+            tune=False,  # test_tune.py is about that
         )
 
     return study

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +33,8 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     source = folder / "tiny-F16.gguf"
     convert(facts_of(WRITERS[request.param](folder / "tiny")), source)
-    texts = folder / "texts.jsonl"
-    some = [json.dumps({"text": text.text}) for text in load_texts(PATH)[::16]]
-    texts.write_text("\n".join(some), encoding="utf-8")
-    return study_source(
-        source, imatrix_path=folder / "x.imatrix.gguf", work=folder / "work", calibration=texts, device="cpu"
-    )
+    texts = load_texts(PATH)[::16]
+    return study_source(source, imatrix_path=folder / "x.imatrix.gguf", work=folder / "work", texts=texts, device="cpu")
 
 
 @pytest.fixture(scope="module", params=["Q4_0", "Q4_K_M"])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 OnProgress = Callable[[int], None]  # is called with the number of things that are done now
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS, _STEP_ROWS = 1 << 22, 1024
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 libggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]
@@ -89,6 +89,11 @@ def row_slices(info: TensorInfo, n_elements: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, n_rows, step)]
 
 
+def slices(n_rows: int) -> list[slice]:
+    """Blocks of rows small enough for arithmetic in many steps."""
+    return [slice(first, first + _STEP_ROWS) for first in range(0, n_rows, _STEP_ROWS)]
+
+
 def row_bytes(kind: str, n_cols: int) -> int:
     """Bytes of one row of `n_cols` values in the GGML type `kind`."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -140,7 +145,11 @@ def as_multiplied(rows: Rows, kind: str) -> Rows:
     """
     if kind in DTYPES:
         return rows
-    blocks = rows.reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
-    scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
-    rounded = np.round(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)) * scales
-    return np.asarray(rounded, dtype=np.float32).reshape(rows.shape)
+    width = 256 if kind.endswith("_K") else 32
+    rounded = np.empty_like(rows)
+    for part in slices(len(rows)):
+        blocks = rows[part].reshape(-1, rows.shape[1] // width, width)
+        scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
+        whole = np.round(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0))
+        rounded[part] = (whole * scales).reshape(-1, rows.shape[1])
+    return rounded

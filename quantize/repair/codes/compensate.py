@@ -148,6 +148,7 @@ class Compensation:
             names, inputs = zip(*side_by_side(_go_on, zip(layers, sent, strict=True)), strict=True)
             if not names[0]:
                 return list(inputs)
+            sent = ()  # the last products are as large as the inputs
             sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
 
     def _groups(self, exact: Rows, near: Rows) -> Groups:

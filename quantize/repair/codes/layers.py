@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored
+from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored, slices
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
 
@@ -84,8 +84,9 @@ def _qwen3(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape
     states = states + mixed
     normed = _rms_norm(states, weights["ffn_norm.weight"], epsilon)
     gate, up = yield ("ffn_gate", "ffn_up"), normed
-    tanh = _library(gate).tanh  # in SiLU, where a power could overflow
-    (down,) = yield ("ffn_down",), gate / 2 * (1 + tanh(gate / 2)) * up
+    gate = _by_rows(_silu_times, gate, up)
+    del up
+    (down,) = yield ("ffn_down",), gate
     yield (), states + down
 
 
@@ -96,8 +97,8 @@ def _bert(weights: Mapping[str, Rows], states: Rows, texts: Texts, shape: Shape)
     (mixed,) = yield ("attn_output",), _attention(query, key, value, texts, shape.header.is_causal)
     states = _layer_norm(states + mixed, weights, "attn_output_norm", epsilon)
     (up,) = yield ("ffn_up",), states
-    tanh = _library(up).tanh
-    (down,) = yield ("ffn_down",), up / 2 * (1 + tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
+    up = _by_rows(_gelu, up)
+    (down,) = yield ("ffn_down",), up
     yield (), _layer_norm(states + down, weights, "layer_output_norm", epsilon)
 
 
@@ -144,6 +145,28 @@ def pooled(states: Rows, texts: Texts, pooling: str) -> Rows:
     rows = [part[:, places[pooling]] if pooling in places else part.mean(axis=1) for part in parts]
     joined: Rows = _library(states).concatenate(rows)
     return joined
+
+
+def _silu_times(gate: Rows, up: Rows) -> Rows:
+    tanh = _library(gate).tanh  # a power could overflow
+    product: Rows = gate / 2 * (1 + tanh(gate / 2)) * up
+    return product
+
+
+def _gelu(up: Rows) -> Rows:
+    tanh = _library(up).tanh
+    result: Rows = up / 2 * (1 + tanh(0.7978845608028654 * up * (1 + 0.044715 * up * up)))
+    return result
+
+
+def _by_rows(function: Callable[..., Rows], *values: Rows) -> Rows:
+    """`function` of arrays of one shape, some rows at a time: its steps would each take as much memory as the whole."""
+    if _library(values[0]) is not np:
+        return function(*values)
+    result = np.empty_like(values[0])
+    for part in slices(len(result)):
+        result[part] = function(*(value[part] for value in values))
+    return result
 
 
 def _library(values: Any) -> Any:
