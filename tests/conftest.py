@@ -40,7 +40,7 @@ def find_spec(name, *rest, find=importlib.util.find_spec):
     return None if name in ("torch", "transformers") else find(name, *rest)
 importlib.util.find_spec = find_spec
 """
-NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0"  # which takes minutes
+NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0\n"  # as it takes minutes
 # Where measuring is not the subject: with few texts, and gate 1 is left to the releases of nano and MiniLM
 QUICK = f"""{NO_TRANSFORMERS}
 import f2gguf.evals.texts as texts

@@ -55,7 +55,7 @@ COMPENSATE = click.option(
 TUNE = click.option(
     "--tune/--no-tune",
     default=None,
-    help="Train scales, norms and biases on the drift, which takes torch.  [default: where it takes minutes]",
+    help="Train scales, norms and biases on the drift, which takes torch; without either, where it takes minutes.",
 )
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 
