@@ -211,7 +211,8 @@ def test_a_stopped_command_leaves_no_codes_to_another_recipe(
     monkeypatch.setattr(study, "sampled", lambda *_: nano_study.texts)
     recipe = replace(nano_study.recipe("Q4_0"), compensated="tried")
     for tried in (recipe, replace(recipe, types={"blk.0.attn_v.weight": "Q5_0"}), recipe):
-        study.compensated(nano_study.weights, tried, nano_study.imatrix, Calibration(()), tmp_path, tmp_path / "x.gguf")
+        path = tmp_path / "x.gguf"
+        study.compensated(nano_study.weights, tried, nano_study.imatrix, Calibration(()), tmp_path, path, "auto")
     assert folders[0] == folders[2] != folders[1]
 
 

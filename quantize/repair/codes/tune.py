@@ -18,7 +18,7 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
 from numpy.typing import NDArray
 
-MAX_MINUTES = 10  # that training may take where nobody asked for it
+MAX_MINUTES = 5  # that training may take where nobody asked for it
 
 
 @dataclass(frozen=True)
