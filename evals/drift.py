@@ -22,8 +22,8 @@ N_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """Drift of the texts that were judged, and its bound. Drifts are fractions: 0.02 is 2%."""
+class Drifts:
+    """The drift of some texts in a few figures. Drifts are fractions: 0.02 is 2%."""
 
     n: int
     mean: float
@@ -33,6 +33,12 @@ class Distribution:
     p99: float
     worst: float
     worst_text: str
+
+
+@dataclass(frozen=True)
+class Distribution(Drifts):
+    """Drift of the texts that were judged, and its bound."""
+
     max_drift: float
 
     @property
@@ -167,7 +173,7 @@ def _array(name: str, vectors: Any) -> NDArray[Any]:
 
 
 def distribution(drifts: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
-    """The fields of `Distribution`, without the bound."""
+    """The fields of `Drifts`."""
     lower, upper = bootstrap_interval(drifts)
     p95, p99 = np.percentile(drifts, (95, 99)).tolist()
     figures = {"n": len(drifts), "mean": float(drifts.mean()), "lower": lower, "upper": upper, "p95": p95, "p99": p99}

@@ -248,7 +248,7 @@ def test_a_report_of_a_version_that_knew_no_corpus_is_read(report: Report, tmp_p
 
 
 def test_tables_of_a_corpus_name_it(report: Report) -> None:
-    drift = CorpusDrift("my|own.jsonl", 300, 0.00912, 0.0088, 0.0095, 0.02, 0.03, 0.04, "row|7")
+    drift = CorpusDrift(300, 0.00912, 0.0088, 0.0095, 0.02, 0.03, 0.04, "row|7", "my|own.jsonl")
     report = replace(report, variants={**report.variants, "Q4_0": replace(report.variants["Q4_0"], corpus=drift)})
     (table,) = corpus_tables(report)
     assert table.caption == "Drift on your corpus (300 held-out texts of my|own.jsonl)"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from f2gguf.evals.drift import Drifts
 from f2gguf.evals.texts import KINDS, EvalText, load_texts
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import WrongUsage
@@ -40,18 +41,10 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class CorpusDrift:
-    """The drift of a file on the held-out texts of a corpus, which no bound is about. Drifts are fractions."""
+class CorpusDrift(Drifts):
+    """The drift of a file on the held-out texts of a corpus, which no bound is about."""
 
     name: str  # of the corpus
-    n: int
-    mean: float
-    lower: float  # bootstrap 95% interval of the mean
-    upper: float
-    p95: float
-    p99: float
-    worst: float
-    worst_text: str
 
 
 def sample_corpus(path: Path, *, n_texts: int = N_TEXTS) -> Corpus:

@@ -122,7 +122,7 @@ def make_measured(
 def _on_corpus(path: Path, held_out: HeldOut, device: str) -> CorpusDrift:
     texts = held_out.corpus.held_out
     drifts = drift(embed_sample(path, texts, device), held_out.reference)
-    return CorpusDrift(held_out.corpus.name, **distribution(drifts, [text.id for text in texts]))
+    return CorpusDrift(name=held_out.corpus.name, **distribution(drifts, [text.id for text in texts]))
 
 
 def embed_held_out(source: Path, corpus: Corpus | None, device: str) -> HeldOut | None:

@@ -104,12 +104,13 @@ class Blocks:
             shapes.append(ones if minima is None else -np.repeat(minima.astype(np.float32), width, 1))
         return shapes
 
-    def scales(self) -> list[NDArray[np.float16]]:
-        """The halves of the blocks, (n_rows, n_blocks) each: steps, and offsets where the type has them."""
-        return [self.d] if self.minimum is None else [self.d, self.minimum]
+    def scales(self) -> Floats:
+        """The halves of a row's blocks, (n_rows, n_scales): all steps, then all offsets where the type has them."""
+        halves = self.d if self.minimum is None else np.concatenate([self.d, self.minimum], axis=1)
+        return halves.astype(np.float32)
 
     def with_scales(self, scales: Floats) -> Blocks:
-        """The same codes under other `scales`, side by side (n_rows, n_scales), which are rounded to halves."""
+        """The same codes under other `scales`, (n_rows, n_scales), which are rounded to halves."""
         halves = scales.astype(np.float16)
         d, minimum = np.split(halves, 2, axis=1) if self.minimum is not None else (halves, None)
         return replace(self, d=d, minimum=minimum)

@@ -139,8 +139,7 @@ def _refitted(blocks: Blocks, weights: Floats, moments: Moments) -> Blocks:
     Those of a row stay where the solution changes one by more than half.
     """
     shapes, n_rows, width = blocks.shapes(), len(weights), blocks.format.block
-    scales = np.concatenate([part.astype(np.float32) for part in blocks.scales()], axis=1)  # (n_rows, n_scales)
-    n_blocks = blocks.d.shape[1]
+    scales, n_blocks = blocks.scales(), blocks.d.shape[1]
     system = np.empty((n_rows, scales.shape[1], scales.shape[1]), dtype=np.float32)
     for i in range(scales.shape[1]):
         shape, begin = shapes[i // n_blocks], i % n_blocks * width
@@ -152,7 +151,7 @@ def _refitted(blocks: Blocks, weights: Floats, moments: Moments) -> Blocks:
     wanted = np.concatenate([(aimed * shape).reshape(n_rows, n_blocks, width).sum(axis=2) for shape in shapes], axis=1)
     diagonal = np.einsum("rii->ri", system)
     diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
-    solved = np.linalg.solve(system, wanted[..., None])[..., 0]
+    solved: Floats = np.linalg.solve(system, wanted[..., None])[..., 0]
     sane = (np.isfinite(solved) & (np.abs(solved - scales) <= np.abs(scales) / 2)).all(axis=1)
     return blocks.with_scales(np.where(sane[:, None], solved, scales))
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from f2gguf.quantize.repair.assemble import Ready
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
+from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.codes.tune import Objective
 from f2gguf.quantize.repair.tensors import OnProgress, Weights, dequantized
@@ -31,7 +32,6 @@ PATIENCE = 2  # epochs in a row that are no better than the best
 STEP_RATE, VECTOR_RATE = 5e-4, 2e-4  # of Adam, as a part of the value
 DECAY = 0.75  # of both rates after each epoch
 BATCH_TOKENS = 1024  # of texts of like length
-TABLE = "token_embd.weight"
 _SEED = 0
 _PASSES = 6  # products with a matrix in a step: there, and twice on the way back, and two operations each
 _SHARE = 0.4  # of the speed of large products that a step comes to
@@ -130,12 +130,8 @@ class _Matrix:
         return self._codes + self._levels[0] if self._is_even else self._levels[self._codes.int()]
 
     def as_bytes(self) -> Codes:
-        d, minimum = self.blocks.d, self.blocks.minimum
-        factors = [1 + part.detach().cpu().numpy() for part in self.parts]
-        d = (d.astype(np.float32) * factors[0]).astype(np.float16)
-        if minimum is not None:
-            minimum = (minimum.astype(np.float32) * factors[1]).astype(np.float16)
-        return pack(replace(self.blocks, d=d, minimum=minimum))
+        factors = 1 + torch.cat(self.parts, dim=1).detach().cpu().numpy()
+        return pack(self.blocks.with_scales(self.blocks.scales() * factors))
 
 
 class _Product(torch.autograd.Function):
@@ -166,7 +162,7 @@ class _Model:
     """The layers with what is trained of them: factors of scales, and changes of vectors, which all begin at zero."""
 
     def __init__(self, weights: Weights, types: Mapping[str, str], ready: Ready, vectors: Mapping[str, Floats]) -> None:
-        self.weights, self.shape, self.table = weights, Shape(weights.header), {TABLE: types[TABLE]}
+        self.weights, self.shape, self.table = weights, Shape(weights.header), {TOKEN_TABLE: types[TOKEN_TABLE]}
         matrices = {name: data for name, data in ready.items() if name not in vectors}
         self.matrices = {name: _Matrix(data, types[name]) for name, data in matrices.items() if types[name] in FORMATS}
         others = matrices.keys() - self.matrices.keys()

@@ -44,13 +44,13 @@ def tuning_arithmetic() -> str:
 
 def should_tune(wanted: bool | None, header: Header, fitting: Sequence[Ids]) -> bool:
     """Whether to train: as `wanted`, or for None where torch is there and it takes at most MAX_MINUTES."""
-    if wanted is False or (wanted is None and find_spec("torch") is None):
-        return False
+    if wanted is not None or find_spec("torch") is None:
+        return bool(wanted)
     from f2gguf.quantize.repair.codes.training import estimated_seconds
 
     n_weights = sum(math.prod(t.shape) for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk."))
     minutes = estimated_seconds(n_weights, sum(map(len, fitting))) / 60
-    if wanted or minutes <= MAX_MINUTES:
+    if minutes <= MAX_MINUTES:
         return True
     say(f"  scales are not trained, which would take about {minutes:,.0f} minutes here (--tune)")
     return False
