@@ -19,9 +19,9 @@ from f2gguf.runtime.errors import OverBound, WrongUsage
 @click.argument("source", type=shared.PATH)
 @click.option("-o", "--output", type=shared.PATH, help="File to write [default: beside SOURCE].")
 @shared.FORCE
-@shared.CALIBRATION
+@shared.calibration_options
 @shared.DEVICE
-def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
+def imatrix(source: Path, output: Path | None, force: bool, device: str, **options: Any) -> None:
     """Write the importance matrix of the F16 file SOURCE, as llama-quantize reads it."""
     from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.study import study_source
@@ -32,7 +32,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        texts = load_calibration(calibration, languages).texts
+        texts = load_calibration(options["calibration"], languages, options["column"]).texts
         study_source(source, imatrix_path=path, work=work, texts=texts, device=device)
     click.echo(str(path))
 
@@ -46,7 +46,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @shared.MAX_DRIFT
 @shared.MAX_SIZE
 @shared.STOCK
-@shared.CALIBRATION
+@shared.calibration_options
 @shared.IMATRIX
 @shared.COMPENSATE
 @shared.TUNE
@@ -63,7 +63,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
         flag = "--no-compensate" if not options["compensate"] else "--tune" if options["tune"] else "--no-tune"
         raise WrongUsage(f"--recipe and {flag}: choose one. The recipe says how codes and scales are chosen.")
     shared.require_tune(options)
-    shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.refuse_together(options, "stock", "max_size", "calibration", "column", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
@@ -201,7 +201,7 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
     from f2gguf.quantize.repair.search import make_within_bound
     from f2gguf.quantize.repair.study import study_source
 
-    calibration = load_calibration(options["calibration"], weights.header.languages)
+    calibration = load_calibration(options["calibration"], weights.header.languages, options["column"])
     study = study_source(
         weights.header.path,
         imatrix_path=imatrix_path,
@@ -227,7 +227,7 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work
     recipe = Recipe(variant)
     imatrix: Any = {}
     ready: Any = {}
-    calibration = load_calibration(options["calibration"], weights.header.languages)
+    calibration = load_calibration(options["calibration"], weights.header.languages, options["column"])
     if options["recipe"]:
         recipe = read_recipe(options["recipe"])
         require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])

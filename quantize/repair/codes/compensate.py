@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,23 @@ class Compensation:
         self._judged = np.repeat(judged, self.texts.lengths)
         self._token_weights = _token_weights(self.texts, weights.header)[~self._judged]
 
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """About how long each matrix takes: products of numbers, for the tokens and for columns with each other."""
+        shapes = {name: self.weights.infos[name].shape for name in self.matrices}
+        n_tokens = len(self.texts.ids)
+        return {name: n_rows * n_cols * (4 * n_tokens + 16 * n_cols) for name, (n_rows, n_cols) in shapes.items()}
+
     def run(
         self, types: Mapping[str, str], folder: Path, on_progress: OnProgress = lambda _: None
     ) -> dict[str, NDArray[np.uint8]]:
         """Every matrix of the layers in its type, (n_rows, n_bytes), and every bias that changed, as bytes.
 
-        They are kept in `folder`, and a run that was stopped goes on from there.
+        They are kept in `folder`, and a run that was stopped goes on from there. Progress is in units of `costs`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if all(_path(folder, name).exists() for name in self.matrices):
-            on_progress(len(self.matrices))
+            on_progress(sum(self.costs.values()))
         else:
             self._fit(types, folder, on_progress)
         ready: dict[str, NDArray[np.uint8]] = {}
@@ -104,7 +111,7 @@ class Compensation:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
                 both[1].append(near)
-                on_progress(1)
+                on_progress(self.costs[name])
             return both
 
         table = {TOKEN_TABLE: types[TOKEN_TABLE]}
@@ -129,7 +136,7 @@ class Compensation:
                 some = rows[:: max(1, len(rows) // N_ROWS)]
                 found[name] = {kind: self._error(name, some, groups, kind) for kind in types.get(name, ())}
                 sent.append(product(inputs[0], rows.T) + (0 if bias is None else bias))
-                on_progress(1)
+                on_progress(self.costs[name])
             return [sent]
 
         with all_cores():
