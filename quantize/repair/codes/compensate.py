@@ -19,7 +19,15 @@ from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, un
 from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, first_states, run_layer
 from f2gguf.quantize.repair.codes.parallel import all_cores, product, side_by_side
-from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, dequantized, quantize_rows
+from f2gguf.quantize.repair.tensors import (
+    OnProgress,
+    Rows,
+    Weights,
+    as_multiplied,
+    dequantized,
+    quantize_rows,
+    rounding_width,
+)
 from f2gguf.runtime.files import writing
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
@@ -162,11 +170,11 @@ class Compensation:
         """What gives the inputs of products with matrices of a type and with or without a bias."""
 
         @cache
-        def of_rounding(is_k: bool, has_bias: bool) -> _Group:
-            rounded = as_multiplied(near, "Q8_K" if is_k else "Q8_0")
+        def of_rounding(width: int, has_bias: bool) -> _Group:
+            rounded = as_multiplied(near, "Q8_K" if width == 256 else "Q8_0")
             return _Group.of(exact, rounded, self._judged, self._token_weights, has_bias=has_bias)
 
-        return lambda kind, has_bias: of_rounding(kind.endswith("_K"), has_bias)
+        return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
 
     def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str) -> Fitted:
         group = groups(kind, bias is not None)
