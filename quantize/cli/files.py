@@ -53,7 +53,10 @@ def imatrix(source: Path, output: Path | None, force: bool, device: str, **optio
 @shared.DEVICE
 @shared.JSON
 def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Make one VARIANT (Q8_0, Q4_K_M, Q4_0, IQ4_NL, IQ4_XS, Q5_K_M, Q6_K) of the F16 file SOURCE, held to the bound, and measured."""
+    """Make one VARIANT of the F16 file SOURCE, held to the bound, and measured.
+
+    There are Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL and IQ4_XS.
+    """
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.repair.tensors import Weights
     from f2gguf.runtime.files import require_absent, writing
