@@ -131,8 +131,8 @@ def unpack(data: Codes, kind: str) -> Blocks:
         sub_steps, sub_minima = (part.reshape(n_rows, -1) for part in _read_k_scales(stored["scales"]))
         return Blocks(kind, codes, stored["d"], stored["dmin"], sub_steps, sub_minima)
     if kind in ("Q6_K", "IQ4_XS"):
-        sub_steps = stored["scales"] if kind == "Q6_K" else _read_xs_scales(stored["scales_l"], stored["scales_h"])
-        return Blocks(kind, codes, stored["d"], None, sub_steps.reshape(n_rows, -1))
+        steps = stored["scales"] if kind == "Q6_K" else _read_xs_scales(stored["scales_l"], stored["scales_h"])
+        return Blocks(kind, codes, stored["d"], None, steps.reshape(n_rows, -1))
     return Blocks(kind, codes, stored["d"], stored["m"] if form.has("m") else None)
 
 
