@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class ConfigKeys:
     carried: frozenset[str]  # their values are in the file: in its header, or in the shapes of its tensors
     required: Mapping[str, tuple[Any, ...]]  # the values that llama.cpp computes, the default first
     classes: frozenset[str]  # classes of transformers in `architectures` that compute this
+    # files of repositories' own code that compute this too -> keys that must be stated for it
+    own_code: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, allowed: Collection[str] = ()) -> None:
@@ -75,6 +77,8 @@ def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, 
             raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; {supported}.")
     unknown = {key: config[key] for key in config.keys() - known_keys(keys) - set(allowed)}
     doubtful = {key: value for key, value in unknown.items() if value not in (None, {}, []) and _may_compute(key)}
+    if _is_known_code(config, keys):
+        doubtful.pop("auto_map", None)
     if "architectures" not in allowed and (others := set(config.get("architectures") or []) - keys.classes):
         doubtful["architectures"] = sorted(others)
     for key, value in sorted(doubtful.items()):
@@ -83,6 +87,15 @@ def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, 
     if unknown:
         names = ", ".join(sorted(unknown))
         warnings.warn(f"{path}: f2gguf does not know {names}; taken to be without effect.", ConfigKeyWarning, 2)
+
+
+def _is_known_code(config: Mapping[str, Any], keys: ConfigKeys) -> bool:
+    """Whether auto_map names only code that is known to compute what transformers' own class does."""
+    named = config.get("auto_map")
+    if not isinstance(named, dict) or not all(isinstance(place, str) for place in named.values()):
+        return False
+    files = {place.rsplit("--", 1)[-1].split(".")[0] for place in named.values()}  # org/name--file.Class
+    return all(file in keys.own_code and config.keys() >= set(keys.own_code[file]) for file in files)
 
 
 def _may_compute(key: str) -> bool:
