@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from checkpoints import NANO, edit_json
+from checkpoints import MINILM, NANO, edit_json
 from conftest import facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import transformers_vectors
@@ -29,7 +29,7 @@ from f2gguf.quantize.repair.rescale import places, scales
 from f2gguf.quantize.repair.tensors import Rows, Weights
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import CheckpointError
+from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 
 pytestmark = pytest.mark.slow
 TEXTS = [text.text for text in load_texts()[::48]]
@@ -46,12 +46,14 @@ class Family:
     config: Mapping[str, Any]
 
 
-DECODER = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
-DECODER |= {"num_key_value_heads": 2, "vocab_size": 16384, "max_position_embeddings": 4096}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
+DECODER = {**SIZES, "num_key_value_heads": 2, "vocab_size": 16384, "max_position_embeddings": 4096}
+ENCODER = {**SIZES, "vocab_size": 30528, "max_position_embeddings": 2048}  # some rows more than tokens
 FAMILIES = {
     "qwen2": Family("qwen2", NANO, "last", DECODER),
     "qwen2 both ways": Family("qwen2", NANO, "mean", {**DECODER, "is_causal": False}),
     "qwen3 both ways": Family("qwen3", NANO, "mean", {**DECODER, "head_dim": 32, "is_causal": False}),
+    "nomic-bert": Family("nomic_bert", MINILM, "mean", ENCODER),
 }
 
 
@@ -190,7 +192,8 @@ def test_every_size_must_be_that_of_the_tensors(kind: str, make: Callable[[str],
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     for key in sizes:
         changed = replace(checkpoint, config={**checkpoint.config, key: checkpoint.config[key] + 1})
-        with pytest.raises(CheckpointError, match=r"implies|no part of|missing|do not divide"):
+        with pytest.raises(CheckpointError, match=r"implies|no part of|missing|do not divide|head_dim is"):
+            ARCHITECTURES[kind].facts(changed)
             match_tensors(changed, ARCHITECTURES[kind])
 
 
@@ -204,3 +207,46 @@ def test_every_tensor_is_missed_and_of_one_shape(kind: str, make: Callable[[str]
         turned = replace(tensor, shape=tensor.shape[::-1] if len(set(tensor.shape)) > 1 else (*tensor.shape, 1))
         with pytest.raises(CheckpointError, match=f"{name} has the shape"):
             match_tensors(replace(checkpoint, tensors={**others, name: turned}), ARCHITECTURES[kind])
+
+
+OLD_NOMIC = {
+    "model_type": "nomic_bert",
+    "architectures": ["NomicBertModel"],
+    "auto_map": {"AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel"},
+    **{"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 8192, "vocab_size": 30528},
+    **{"type_vocab_size": 2, "layer_norm_epsilon": 1e-12, "rotary_emb_base": 1000, "rotary_scaling_factor": None},
+    **{"activation_function": "swiglu", "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False},
+    **{"qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "prenorm": False, "causal": False},
+    **{"pad_vocab_size_multiple": 64, "use_rms_norm": False, "summary_type": "cls_index", "use_flash_attn": True},
+}
+
+
+def test_nomics_own_form_of_the_configuration_states_the_same(make: Callable[[str], Made]) -> None:
+    facts = make("nomic-bert").facts
+    old = replace(facts.checkpoint, config=OLD_NOMIC)
+    architecture = architecture_of(old)
+    assert architecture.facts(old) == facts.shape
+    assert match_tensors(old, architecture) == facts.tensors
+
+
+@pytest.mark.parametrize("key", ["n_inner", "rotary_emb_fraction", "mlp_fc1_bias", "rotary_emb_base"])
+def test_nomics_own_form_lacks_no_key(key: str, make: Callable[[str], Made]) -> None:
+    config = {name: value for name, value in OLD_NOMIC.items() if name != key}
+    with pytest.raises(BrokenCheckpoint, match=f"has no {key!r}"):
+        ARCHITECTURES["nomic_bert"].facts(replace(make("nomic-bert").facts.checkpoint, config=config))
+
+
+@pytest.mark.parametrize("code", ["modeling_other.NomicBertModel", {"a": 1}, 3])
+def test_other_code_of_the_repository_is_refused(code: Any, make: Callable[[str], Made]) -> None:
+    config = {**OLD_NOMIC, "auto_map": {"AutoModel": code}}
+    with pytest.raises(UnsupportedCheckpoint, match="does not know auto_map"):
+        architecture_of(replace(make("nomic-bert").facts.checkpoint, config=config))
+
+
+def test_qwen2s_code_of_its_own_must_say_whether_it_attends_both_ways(make: Callable[[str], Made]) -> None:
+    checkpoint = make("qwen2").facts.checkpoint
+    config = {**checkpoint.config, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}
+    with pytest.raises(UnsupportedCheckpoint, match="does not know auto_map"):
+        architecture_of(replace(checkpoint, config=config))
+    config["is_causal"] = False
+    assert architecture_of(replace(checkpoint, config=config)).facts(checkpoint) == make("qwen2").facts.shape

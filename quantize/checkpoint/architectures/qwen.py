@@ -122,8 +122,9 @@ ARCHITECTURES = {
             carried=_CARRIED,
             required=_REQUIRED,
             classes=frozenset({"Qwen2Model", "Qwen2ForCausalLM"}),
-            # gte-Qwen2's, which attends both ways: as is_causal says to transformers' own class
-            own_code={"modeling_qwen": ("is_causal",)},
+            # gte-Qwen2's, which attends both ways: as is_causal says to transformers' own class. Its tokenizer closes
+            # texts, as tokenizer.json does, or lock and user must say
+            own_code={"modeling_qwen": ("is_causal",), "tokenization_qwen": ()},
         ),
     ),
 }
