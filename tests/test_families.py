@@ -22,6 +22,8 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import transformers_vectors
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.vocabulary import PRE_TOKENIZERS
+from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
 from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
@@ -44,16 +46,55 @@ class Family:
     tokenizer: Path
     pooling: str
     config: Mapping[str, Any]
+    edit: Callable[[Path], None] = lambda _: None  # of the tokenizer's files
+
+
+def as_modernbert(folder: Path) -> None:
+    """f2llm-nano's byte-level BPE with ModernBERT's special tokens, runs of blanks, and split."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "rstrip": False, "lstrip": False, "normalized": False, "special": True}
+    names = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+    special = [{"content": name, **flags, "lstrip": name == "[MASK]"} for name in names]
+    blanks = [{"content": " " * n, **flags, "normalized": True, "special": False} for n in range(2, 9)]
+    spec["added_tokens"] += [{"id": 16384 + i, **token} for i, token in enumerate([*special, *blanks])]
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    spec["post_processor"] = around("[CLS]", 16385, "[SEP]", 16386)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    named = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": ...}
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", mask_token="[MASK]", **named)
+
+
+def as_granite_97m(folder: Path) -> None:
+    """The same with the split of GPT-4o, whole words before merges, and no normaliser."""
+    as_modernbert(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    pattern = next(pattern for pattern, name in PRE_TOKENIZERS.items() if name == "gpt-4o")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {**spec["pre_tokenizer"], "use_regex": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    spec["model"]["ignore_merges"] = True
+    (folder / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": None}))
+
+
+def around(first: str, first_id: int, last: str, last_id: int) -> dict[str, Any]:
+    """A post-processor that puts one token before and one after a text."""
+    template = [{"SpecialToken": {"id": first, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template.append({"SpecialToken": {"id": last, "type_id": 0}})
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ((first, first_id), (last, last_id))}
+    return {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens}
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
 DECODER = {**SIZES, "num_key_value_heads": 2, "vocab_size": 16384, "max_position_embeddings": 4096}
 ENCODER = {**SIZES, "vocab_size": 30528, "max_position_embeddings": 2048}  # some rows more than tokens
+MODERN = {**ENCODER, "num_hidden_layers": 5, "vocab_size": 16448, "local_attention": 32, "norm_eps": 1e-4}
 FAMILIES = {
     "qwen2": Family("qwen2", NANO, "last", DECODER),
     "qwen2 both ways": Family("qwen2", NANO, "mean", {**DECODER, "is_causal": False}),
     "qwen3 both ways": Family("qwen3", NANO, "mean", {**DECODER, "head_dim": 32, "is_causal": False}),
     "nomic-bert": Family("nomic_bert", MINILM, "mean", ENCODER),
+    "modernbert": Family("modernbert", NANO, "cls", MODERN, as_modernbert),
+    "granite-97m": Family("modernbert", NANO, "cls", {**MODERN, "hidden_activation": "silu"}, as_granite_97m),
 }
 
 
@@ -101,6 +142,7 @@ def write(family: Family, folder: Path) -> None:
     model.save_pretrained(folder)
     unwanted = shutil.ignore_patterns("*.safetensors", "config.json", "README.md")
     shutil.copytree(family.tokenizer, folder, ignore=unwanted, dirs_exist_ok=True)
+    family.edit(folder)
     mode = {"last": "lasttoken"}.get(family.pooling, family.pooling)
     pooling = {"embedding_dimension": config.hidden_size, "pooling_mode": mode}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
@@ -118,6 +160,12 @@ def test_vectors_are_those_of_transformers(name: str, make: Callable[[str], Made
     wanted = transformers_vectors(made.facts.checkpoint.folder, ids, pooling=made.facts.pooling)
     assert drift(found["f32"], wanted).max() < 1e-5
     assert drift(found["f16"], wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_those_of_the_checkpoint(name: str, make: Callable[[str], Made]) -> None:
+    """Of hostile strings and added tokens too, by transformers' AutoTokenizer as well."""
+    read_back(make(name).paths["f16"], make(name).facts, load_texts()[::10])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -192,7 +240,9 @@ def test_every_size_must_be_that_of_the_tensors(kind: str, make: Callable[[str],
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     for key in sizes:
         changed = replace(checkpoint, config={**checkpoint.config, key: checkpoint.config[key] + 1})
-        with pytest.raises(CheckpointError, match=r"implies|no part of|missing|do not divide|head_dim is"):
+        with pytest.raises(
+            CheckpointError, match=r"implies|no part of|missing|do not divide|head_dim is|layer_types has"
+        ):
             ARCHITECTURES[kind].facts(changed)
             match_tensors(changed, ARCHITECTURES[kind])
 

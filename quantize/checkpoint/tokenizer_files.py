@@ -109,8 +109,10 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     model = spec.get("model")
     if not isinstance(model, dict):
         raise BrokenCheckpoint(f"{checkpoint.tokenizer_path}: is no working tokenizer: it has no model. {FETCH_AGAIN}")
-    default = ARCHITECTURES[checkpoint.model_type].tokenizer_class
-    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
+    architecture = ARCHITECTURES[checkpoint.model_type]
+    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
+    if not stated or architecture.tokenizer_class_is_fixed:
+        stated = architecture.tokenizer_class
     where = checkpoint.folder / (CONFIG if settings.get("tokenizer_class") else "config.json")
     name = str(stated).removesuffix("Fast")
     if name == "PreTrainedTokenizer" or (name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(spec)):

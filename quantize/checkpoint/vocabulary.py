@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
 from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, build_tokenizer
@@ -22,6 +23,9 @@ PRE_TOKENIZERS = {
     r"|\s+": "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "qwen35",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",
 }
 NO_EOS = ""  # stated in the place of a closing token: texts have none
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
@@ -97,8 +101,8 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
-    if opening:
-        raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
+    if len(opening) > 1:
+        raise UnsupportedCheckpoint(f"{path}: puts {len(opening)} tokens before every text; one is supported.")
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
@@ -106,15 +110,22 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
     if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
         raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
     named = {
+        "bos": opening[0] if opening else None,
         "eos": eos_token or _named_token(checkpoint, "eos_token"),
+        "seperator": eos_token if opening else None,
         "padding": _named_token(checkpoint, "pad_token"),
     }
+    pre = _pre_tokenizer(spec, checkpoint)
     return Family(
         model="gpt2",
-        pre=_pre_tokenizer(spec, checkpoint),
+        pre=ARCHITECTURES[checkpoint.model_type].pre_names.get(pre, pre),
         merges=[" ".join(merge) for merge in merges],
         special={role: token for role, token in named.items() if token},
-        flags={"add_bos_token": False, "add_eos_token": eos_token != NO_EOS},
+        flags={
+            "add_bos_token": bool(opening),
+            "add_eos_token": eos_token != NO_EOS,
+            **({"add_sep_token": False} if opening else {}),  # of two texts, which is true of modern-bert otherwise
+        },
     )
 
 

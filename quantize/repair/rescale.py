@@ -71,11 +71,12 @@ def places(header: Header) -> list[Place]:
     n_head = int(values[f"{architecture}.attention.head_count"])
     n_head_kv = int(values.get(f"{architecture}.attention.head_count_kv", n_head))
     heads = n_head, n_head_kv, int(values.get(f"{architecture}.attention.value_length", header.n_embd // n_head))
-    result = []
+    result, tensors = [], {tensor.name for tensor in header.tensors}
     for i in range(int(values.get(f"{architecture}.block_count", 0))):
         for name, sides in LAYERS[architecture].places.items():
             writers, readers = (tuple(f"blk.{i}.{tensor}" for tensor in side) for side in sides)
-            result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
+            if tensors.issuperset(writers):  # ModernBERT's first layer has no norm before its attention
+                result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
     return result
 
 

@@ -95,6 +95,7 @@ def _architecture(name: str, *, default_head_dim: int | None, keys: ConfigKeys) 
         targets=partial(_targets, default_head_dim=default_head_dim),
         facts=partial(_facts, default_head_dim=default_head_dim),
         tokenizer_class="Qwen2Tokenizer",
+        tokenizer_class_is_fixed=name == "qwen2",
     )
 
 
