@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
@@ -113,7 +114,7 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     model = spec.get("model")
     if not isinstance(model, dict):
         raise BrokenCheckpoint(f"{checkpoint.tokenizer_path}: is no working tokenizer: it has no model. {FETCH_AGAIN}")
-    default = _DEFAULT_CLASSES.get(checkpoint.model_type, _AS_IT_IS)
+    default = ARCHITECTURES[checkpoint.model_type].tokenizer_class
     stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
     where = checkpoint.folder / (CONFIG if settings.get("tokenizer_class") else "config.json")
     name = str(stated).removesuffix("Fast")
@@ -364,5 +365,3 @@ _CLASSES = {
         second="{last} $B {last}",
     ),
 }
-# The class of a `model_type` where no file names one
-_DEFAULT_CLASSES = {"bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer", "xlm-roberta": "XLMRobertaTokenizer"}

@@ -64,6 +64,13 @@ class StoredTensor:
             yield np.memmap(self.file, dtype=dtype, mode="r", offset=self.begin + start * dtype.itemsize, shape=(n,))
 
 
+def as_float32(dtype: str, chunk: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored values of `dtype`, widened."""
+    if dtype == "BF16":
+        return (chunk.astype(np.uint32) << 16).view(np.float32)
+    return chunk.astype(np.float32)
+
+
 def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Every tensor of the files that transformers would load.
 

@@ -1,0 +1,85 @@
+"""What one family is to a conversion, and what most families state alike.
+
+Names and keys are those of llama.cpp (gguf-py, tensor_mapping.py and constants.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.transforms import Transform, as_stored
+from f2gguf.runtime.errors import BrokenCheckpoint
+
+Shape = tuple[int, ...]
+SIZES = frozenset(
+    {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+    | {"max_position_embeddings"}
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the file, and the stored one that it is made from; several may be parts of one stored tensor."""
+
+    stored: str  # its name in the checkpoint
+    name: str  # its name in GGUF
+    shape: Shape  # of the stored tensor, as config.json implies it
+    transform: Transform = as_stored  # from the stored tensor to the written one
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one `model_type` of transformers becomes a GGUF architecture."""
+
+    name: str
+    prefix: str  # some exports put it before every tensor name
+    renames: Mapping[str, str]  # ending of a name in old exports -> today's ending
+    dropped: re.Pattern[str]  # tensors that no vector depends on
+    keys: ConfigKeys  # what config.json may say
+    targets: Callable[[Checkpoint], list[Target]]  # in GGUF order
+    facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
+    tokenizer_class: str  # the class of transformers that builds the tokenizer where no file names one
+    tokenizer_facts: Callable[[Checkpoint], dict[str, Any]] = lambda _: {}  # header keys below "tokenizer.ggml."
+
+
+def with_bias(stored: str, name: str, shape: Shape, transform: Transform = as_stored) -> list[Target]:
+    """The targets of a module's weight and of its bias, which has a value for each row of the weight."""
+    return [
+        Target(f"{stored}.weight", f"{name}.weight", shape, transform),
+        Target(f"{stored}.bias", f"{name}.bias", shape[:1], transform),
+    ]
+
+
+def in_every_layer(checkpoint: Checkpoint, prefix: str, block: Iterable[Target]) -> list[Target]:
+    """The targets of `block` in every layer N: stored as `prefix`N.*, written as blk.N.*"""
+    return [
+        Target(f"{prefix}{i}.{target.stored}", f"blk.{i}.{target.name}", target.shape, target.transform)
+        for i in range(checkpoint.count("num_hidden_layers"))
+        for target in block
+    ]
+
+
+def shared_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The header keys of sizes, for a config.json that calls them as most do."""
+    return {
+        "block_count": checkpoint.count("num_hidden_layers"),
+        "context_length": checkpoint.count("max_position_embeddings"),
+        "embedding_length": checkpoint.count("hidden_size"),
+        "feed_forward_length": checkpoint.count("intermediate_size"),
+        "attention.head_count": checkpoint.count("num_attention_heads"),
+    }
+
+
+def head_dim(checkpoint: Checkpoint, *, default: int | None = None) -> int:
+    """Width of a head; `default` is that of transformers where the configuration leaves it out."""
+    if default:
+        return checkpoint.count("head_dim") if "head_dim" in checkpoint.config else default
+    n_embd, n_head = checkpoint.count("hidden_size"), checkpoint.count("num_attention_heads")
+    if n_embd % n_head:
+        raise BrokenCheckpoint(f"{checkpoint.folder}/config.json: {n_head} heads do not divide hidden_size {n_embd}.")
+    return n_embd // n_head
