@@ -238,7 +238,8 @@ def _frame(checkpoint: Checkpoint, tokenizer: Any, kind: _Class, settings: Setti
     first, last = (_text(settings[key]) if settings[key] is not None else "" for key in kind.frames_by)
     ids = [(text, tokenizer.token_to_id(text)) for text in (first, last)]
     if lacking := [key for key, (_, i) in zip(kind.frames_by, ids, strict=True) if i is None]:
-        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {lacking[0]} is not in {checkpoint.tokenizer_path}.")
+        names = ", ".join(lacking)
+        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {names} is not in {checkpoint.tokenizer_path}.")
     single = f"{first}:0 $A:0 {last}:0"
     with _library(checkpoint):
         tokenizer.post_processor = TemplateProcessing(single, f"{single} {kind.second.format(last=last)}", ids)

@@ -84,7 +84,7 @@ class Vocabulary:
 
     def numbers(self, key: str) -> NDArray[Any] | None:
         """An array of numbers; None where the header has none of a known type."""
-        kind, length, at = self._array(key) or (0, 0, 0)
+        kind, length, at = self._array(key) or (_STRING, 0, 0)
         return np.frombuffer(self._data, _LAYOUTS[kind], length, at) if kind in _LAYOUTS else None
 
 

@@ -77,7 +77,9 @@ def carried_tokenizer(header: Header) -> Any:
     unused = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
     try:
         for step in charsmap_steps(spec["normalizer"]):
-            step["precompiled_charsmap"] = base64.b64encode(_numbers(header, KEY_CHARSMAP)).decode()
+            step["precompiled_charsmap"] = base64.b64encode(
+                _numbers(header, KEY_CHARSMAP).astype(np.uint8).tobytes()
+            ).decode()
         frame = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
         tokenizer = Tokenizer.from_str(
             json.dumps({"version": "1.0", **unused, **frame, "added_tokens": [], "model": empty})
