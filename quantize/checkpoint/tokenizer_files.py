@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
+from f2gguf.quantize.checkpoint.config_keys import is_known_code
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
@@ -93,7 +94,8 @@ def _require_tokenizer_json(checkpoint: Checkpoint) -> None:
 def _require_plain_settings(checkpoint: Checkpoint, settings: Settings) -> None:
     path = checkpoint.folder / CONFIG
     own_code = settings.get("auto_map")
-    if own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code:
+    own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code
+    if own_code and not is_known_code(own_code, checkpoint.config, ARCHITECTURES[checkpoint.model_type].keys):
         raise UnsupportedCheckpoint(f"{path}: auto_map names a tokenizer of the repository's own code.")
     if settings.get("fast_tokenizer_files"):
         raise UnsupportedCheckpoint(f"{path}: fast_tokenizer_files names other files than tokenizer.json.")

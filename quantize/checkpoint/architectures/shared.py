@@ -13,7 +13,7 @@ from typing import Any
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.transforms import Transform, as_stored
-from f2gguf.runtime.errors import BrokenCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
 Shape = tuple[int, ...]
 SIZES = frozenset(
@@ -83,3 +83,13 @@ def head_dim(checkpoint: Checkpoint, *, default: int | None = None) -> int:
     if n_embd % n_head:
         raise BrokenCheckpoint(f"{checkpoint.folder}/config.json: {n_head} heads do not divide hidden_size {n_embd}.")
     return n_embd // n_head
+
+
+def plain_rope_base(checkpoint: Checkpoint) -> float:
+    """The base of RoPE's frequencies. Raises `UnsupportedCheckpoint` for positions that are scaled."""
+    config = checkpoint.config
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers takes the first
+    plain = {"rope_type": "default", "type": "default", "rope_theta": None}
+    if not isinstance(rope, dict) or any(plain.get(key, ...) not in (None, value) for key, value in rope.items()):
+        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: RoPE scaling is not supported: {rope!r}.")
+    return checkpoint.real("rope_theta", rope if "rope_theta" in rope else None)
