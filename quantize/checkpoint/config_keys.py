@@ -32,7 +32,7 @@ _NAMES = """
     _attn_implementation_internal _attn_implementation_autoset use_flash_attn experts_implementation
     _experts_implementation_internal chunk_size_feed_forward pretraining_tp output_attentions output_hidden_states
     return_dict bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix tf_legacy_loss
+    output_past decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix tf_legacy_loss
 """
 _WRITING = """
     max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups

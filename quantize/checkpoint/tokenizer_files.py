@@ -27,6 +27,8 @@ Settings = dict[str, Any]  # tokenizer_config.json, and what other files add to 
 Spec = dict[str, Any]  # tokenizer.json
 
 CONFIG = "tokenizer_config.json"
+METASPACE = "\u2581"  # SentencePiece's blank
+_NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _QWEN2_SPLIT = (
@@ -44,6 +46,7 @@ class _Class:
     defaults: dict[str, str]  # its named tokens
     rebuild: Callable[[Spec, Settings], None]  # puts what it makes itself in the place of tokenizer.json's
     frames_by: tuple[str, str] | None = None  # names of the tokens around a text, whatever the post-processor
+    second: str = "$B:1 {last}:1"  # what follows such a text, if another one does
 
 
 def build_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -59,12 +62,16 @@ def build_tokenizer(checkpoint: Checkpoint) -> Any:
     from tokenizers import Tokenizer
 
     with _library(checkpoint):  # which checks the shape of all but the model: from here on it can be relied on
-        Tokenizer.from_str(json.dumps({**spec, "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}))
+        Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
     _require_sane(checkpoint, spec)
     listed = _read_tokens(checkpoint, spec, settings)
     kind.rebuild(spec, settings)
     with _library(checkpoint):
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        if kind.model == "Unigram":  # the library reads scores from JSON a step off, and transformers' class does not
+            tokenizer = Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
+            tokenizer.model = _unigram(**spec["model"])
+        else:
+            tokenizer = Tokenizer.from_str(json.dumps(spec))
         _add_tokens(tokenizer, listed, kind, settings)
     _frame(checkpoint, tokenizer, kind, settings)
     tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
@@ -235,10 +242,11 @@ def _frame(checkpoint: Checkpoint, tokenizer: Any, kind: _Class, settings: Setti
     first, last = (_text(settings[key]) if settings[key] is not None else "" for key in kind.frames_by)
     ids = [(text, tokenizer.token_to_id(text)) for text in (first, last)]
     if lacking := [key for key, (_, i) in zip(kind.frames_by, ids, strict=True) if i is None]:
-        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {lacking[0]} is not in {checkpoint.tokenizer_path}.")
+        names = ", ".join(lacking)
+        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {names} is not in {checkpoint.tokenizer_path}.")
     single = f"{first}:0 $A:0 {last}:0"
     with _library(checkpoint):
-        tokenizer.post_processor = TemplateProcessing(single, f"{single} $B:1 {last}:1", ids)
+        tokenizer.post_processor = TemplateProcessing(single, f"{single} {kind.second.format(last=last)}", ids)
 
 
 def _as_it_is(_spec: Spec, _settings: Settings) -> None:
@@ -284,6 +292,28 @@ def _qwen2(spec: Spec, settings: Settings) -> None:
     spec["added_tokens"] = []
 
 
+def _xlm_roberta(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {"unk_id": 3, "byte_fallback": False}
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    spec["normalizer"] = next((step for step in steps if step.get("type") == "Precompiled"), None)
+    scheme = "always" if settings.get("add_prefix_space", True) else "never"
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": METASPACE, "prepend_scheme": scheme, "split": True},
+        ],
+    }
+    spec["added_tokens"] = []
+
+
+def _unigram(vocab: list[tuple[str, float]], unk_id: int, byte_fallback: bool, **_: object) -> Any:
+    from tokenizers import models
+
+    return models.Unigram([(piece, score) for piece, score in vocab], unk_id, byte_fallback)
+
+
 @contextlib.contextmanager
 def _library(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what the library `tokenizers` raises, bare Exceptions among it, into `BrokenCheckpoint`."""
@@ -323,5 +353,20 @@ _CLASSES = {
         model="BPE",
         defaults=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
         rebuild=_qwen2,
+    ),
+    "XLMRobertaTokenizer": _Class(
+        model="Unigram",
+        defaults={
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "sep_token": "</s>",
+            "pad_token": "<pad>",
+            "cls_token": "<s>",
+            "mask_token": "<mask>",
+        },
+        rebuild=_xlm_roberta,
+        frames_by=("bos_token", "eos_token"),
+        second="{last} $B {last}",
     ),
 }
