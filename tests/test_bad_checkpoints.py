@@ -193,11 +193,11 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "tokenizer of another kind": (
         lambda f: (
-            edit_json(f / "tokenizer.json", model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+            edit_json(f / "tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
             edit_json(f / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
         ),
         UnsupportedCheckpoint,
-        "the tokenizer 'Unigram' is not supported",
+        "the tokenizer 'WordLevel' is not supported",
     ),
     "tokenizer.json of another class": (
         edit("tokenizer.json", model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}),
