@@ -137,7 +137,12 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "fewer layers than tensors": (edit("config.json", num_hidden_layers=1), BrokenCheckpoint, "no part of a qwen3"),
     "no weights": (remove("model.safetensors"), BrokenCheckpoint, "model.safetensors: no such file"),
-    "pickle only": (pickle_only, UnsupportedCheckpoint, "only pickle or foreign weights"),
+    "pickle only": (pickle_only, UnsupportedCheckpoint, "pytorch_model.bin: is a pickle, but no archive of torch"),
+    "foreign weights only": (
+        lambda f: (f / "model.safetensors").rename(f / "model.h5"),
+        UnsupportedCheckpoint,
+        "only foreign weights",
+    ),
     "weights cut in the data": (cut_file("model.safetensors", 0.9), BrokenCheckpoint, "model.safetensors: truncated: "),
     "weights cut in the header": (cut_file("model.safetensors", 0.0001), BrokenCheckpoint, "cut off in its header"),
     "weights empty": (cut_file("model.safetensors", 0), BrokenCheckpoint, "cut off in its header"),
