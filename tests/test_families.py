@@ -21,7 +21,9 @@ from conftest import facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import transformers_vectors
 from f2gguf.evals.texts import load_texts
-from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, REFUSED, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.checkpoint.vocabulary import PRE_TOKENIZERS
 from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.write import convert
@@ -317,3 +319,10 @@ def test_qwen2s_code_of_its_own_must_say_whether_it_attends_both_ways(make: Call
         architecture_of(replace(checkpoint, config=config))
     config["is_causal"] = False
     assert architecture_of(replace(checkpoint, config=config)).facts(checkpoint) == make("qwen2").facts.shape
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_llama_cpp_cannot_run_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, tmp_path, {"model_type": kind}, {}, Modules(), Prompts(), None)
+    with pytest.raises(UnsupportedCheckpoint, match=f"model_type '{kind}' cannot be converted: llama.cpp ha"):
+        architecture_of(checkpoint)

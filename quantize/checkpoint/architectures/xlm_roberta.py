@@ -30,7 +30,7 @@ def _n_skipped(checkpoint: Checkpoint) -> int:
     return pad + 1
 
 
-def _architecture(*, classes: str, tokenizer_class: str) -> Architecture:
+def _architecture(*, classes: str, tokenizer_class: str, examples: str) -> Architecture:
     return Architecture(
         name="bert",
         prefix="roberta.",
@@ -48,12 +48,21 @@ def _architecture(*, classes: str, tokenizer_class: str) -> Architecture:
         targets=_targets,
         facts=_facts,
         tokenizer_class=tokenizer_class,
+        examples=examples,
         pre_names={"gpt-2": "roberta-bpe"},
         tokenizer_facts=bert.tokenizer_facts,
     )
 
 
 ARCHITECTURES = {
-    "xlm-roberta": _architecture(classes="XLMRoberta", tokenizer_class="XLMRobertaTokenizer"),
-    "roberta": _architecture(classes="Roberta", tokenizer_class="RobertaTokenizer"),
+    "xlm-roberta": _architecture(
+        classes="XLMRoberta",
+        tokenizer_class="XLMRobertaTokenizer",
+        examples="bge-m3, multilingual-e5-base and -large, arctic-embed-l-v2.0",
+    ),
+    "roberta": _architecture(
+        classes="Roberta",
+        tokenizer_class="RobertaTokenizer",
+        examples="all-distilroberta-v1, all-roberta-large-v1",
+    ),
 }
