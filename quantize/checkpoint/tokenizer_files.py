@@ -292,6 +292,13 @@ def _qwen2(spec: Spec, settings: Settings) -> None:
     spec["added_tokens"] = []
 
 
+def _roberta(spec: Spec, settings: Settings) -> None:
+    _qwen2(spec, settings)
+    blank = bool(settings.get("add_prefix_space"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": blank, "trim_offsets": True, "use_regex": True}
+    spec |= {"normalizer": None, "pre_tokenizer": byte_level}
+
+
 def _xlm_roberta(spec: Spec, settings: Settings) -> None:
     spec["model"] |= {"unk_id": 3, "byte_fallback": False}
     normalizer = spec.get("normalizer") or {}
@@ -335,6 +342,15 @@ def _shapes(path: Path) -> Iterator[None]:
 
 
 _AS_IT_IS = "TokenizersBackend"
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
 _CLASSES = {
     _AS_IT_IS: _Class(model=None, defaults={}, rebuild=_as_it_is),
     "BertTokenizer": _Class(
@@ -354,17 +370,16 @@ _CLASSES = {
         defaults=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
         rebuild=_qwen2,
     ),
+    "RobertaTokenizer": _Class(
+        model="BPE",
+        defaults=_ROBERTA_TOKENS,
+        rebuild=_roberta,
+        frames_by=("cls_token", "sep_token"),
+        second="{last} $B {last}",
+    ),
     "XLMRobertaTokenizer": _Class(
         model="Unigram",
-        defaults={
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "sep_token": "</s>",
-            "pad_token": "<pad>",
-            "cls_token": "<s>",
-            "mask_token": "<mask>",
-        },
+        defaults=_ROBERTA_TOKENS,
         rebuild=_xlm_roberta,
         frames_by=("bos_token", "eos_token"),
         second="{last} $B {last}",

@@ -80,6 +80,7 @@ ARCHITECTURES = {
         targets=targets,
         facts=facts,
         tokenizer_class="BertTokenizer",
+        examples="all-MiniLM, bge v1.5, arctic-embed, multilingual-e5-small, paraphrase-multilingual-MiniLM",
         tokenizer_facts=tokenizer_facts,
     ),
 }

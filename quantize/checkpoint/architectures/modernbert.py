@@ -114,6 +114,7 @@ ARCHITECTURES = {
         targets=_targets,
         facts=_facts,
         tokenizer_class="TokenizersBackend",
+        examples="gte-modernbert, modernbert-embed, granite-embedding r2",
         tokenizer_class_is_fixed=True,
         pre_names={"gpt-2": "modern-bert", "gpt-4o": "granite-embed-multi-97m"},
     ),

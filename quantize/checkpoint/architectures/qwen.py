@@ -85,7 +85,7 @@ def _facts(checkpoint: Checkpoint, *, default_head_dim: int | None) -> dict[str,
     }
 
 
-def _architecture(name: str, *, default_head_dim: int | None, keys: ConfigKeys) -> Architecture:
+def _architecture(name: str, *, examples: str, default_head_dim: int | None, keys: ConfigKeys) -> Architecture:
     return Architecture(
         name=name,
         prefix="model.",
@@ -96,6 +96,7 @@ def _architecture(name: str, *, default_head_dim: int | None, keys: ConfigKeys) 
         facts=partial(_facts, default_head_dim=default_head_dim),
         tokenizer_class="Qwen2Tokenizer",
         tokenizer_class_is_fixed=name == "qwen2",
+        examples=examples,
     )
 
 
@@ -109,6 +110,7 @@ _REQUIRED = {"hidden_act": ("silu",), "use_sliding_window": (False, None)}
 ARCHITECTURES = {
     "qwen3": _architecture(
         "qwen3",
+        examples="F2LLM-v2, Qwen3-Embedding, harrier-oss-v1-0.6b",
         default_head_dim=_QWEN3_HEAD_DIM,
         keys=ConfigKeys(
             carried=_CARRIED,
@@ -118,6 +120,7 @@ ARCHITECTURES = {
     ),
     "qwen2": _architecture(
         "qwen2",
+        examples="gte-Qwen2, jina-code-embeddings, KaLM-embedding-mini",
         default_head_dim=None,
         keys=ConfigKeys(
             carried=_CARRIED,

@@ -45,6 +45,7 @@ class Architecture:
     facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
     tokenizer_class: str  # the class of transformers that builds the tokenizer where no file names one
     tokenizer_class_is_fixed: bool = False  # transformers takes no other class, whatever the files name
+    examples: str = ""  # models of this type that people know
     pre_names: Mapping[str, str] = field(default_factory=dict)  # split -> what llama.cpp calls it for this family
     tokenizer_facts: Callable[[Checkpoint], dict[str, Any]] = lambda _: {}  # header keys below "tokenizer.ggml."
 

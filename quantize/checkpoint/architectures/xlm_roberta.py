@@ -1,4 +1,4 @@
-"""XLM-RoBERTa: a BERT that counts positions from the one behind its padding token's."""
+"""RoBERTa and XLM-RoBERTa: a BERT that counts positions from the one behind its padding token's."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _n_skipped(checkpoint: Checkpoint) -> int:
     return pad + 1
 
 
-ARCHITECTURES = {
-    "xlm-roberta": Architecture(
+def _architecture(*, classes: str, tokenizer_class: str, examples: str) -> Architecture:
+    return Architecture(
         name="bert",
         prefix="roberta.",
         renames={},
@@ -43,11 +43,26 @@ ARCHITECTURES = {
                 "position_embedding_type": ("absolute", None),
                 "is_causal": (None, False),
             },
-            classes=frozenset({"XLMRobertaModel", "XLMRobertaForMaskedLM"}),
+            classes=frozenset({f"{classes}Model", f"{classes}ForMaskedLM"}),
         ),
         targets=_targets,
         facts=_facts,
-        tokenizer_class="XLMRobertaTokenizer",
+        tokenizer_class=tokenizer_class,
+        examples=examples,
+        pre_names={"gpt-2": "roberta-bpe"},
         tokenizer_facts=bert.tokenizer_facts,
+    )
+
+
+ARCHITECTURES = {
+    "xlm-roberta": _architecture(
+        classes="XLMRoberta",
+        tokenizer_class="XLMRobertaTokenizer",
+        examples="bge-m3, multilingual-e5-base and -large, arctic-embed-l-v2.0",
+    ),
+    "roberta": _architecture(
+        classes="Roberta",
+        tokenizer_class="RobertaTokenizer",
+        examples="all-distilroberta-v1, all-roberta-large-v1",
     ),
 }
