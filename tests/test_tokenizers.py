@@ -302,6 +302,17 @@ def test_folder_with_vocab_txt_alone_names_the_command_that_makes_tokenizer_json
     assert build_tokenizer(checkpoint_of(bert)).encode("Paris").ids == right.encode("Paris").ids
 
 
+def frame(folder: Path, *, before: list[str], behind: list[str]) -> None:
+    """Let tokenizer.json put these tokens around a text."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
+    pieces = [{"SpecialToken": {"id": text, "type_id": 0}} for text in (*before, *behind)]
+    pieces.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
+    special = {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in (*before, *behind)}
+    post = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    edit_json(folder / "tokenizer.json", post_processor=post)
+
+
 @pytest.mark.parametrize(("stated", "last"), [("<|im_end|>", 16383), ("<|im_start|>", 16382), (NO_EOS, None)])
 def test_header_forces_the_closing_token_that_is_stated(tiny: Path, stated: str, last: int | None) -> None:
     edit_json(tiny / "tokenizer.json", post_processor=None)
@@ -309,6 +320,15 @@ def test_header_forces_the_closing_token_that_is_stated(tiny: Path, stated: str,
     ids = ids_of(path, "a")
     assert ids[-1] == last if last else len(ids) == 1
     assert read_header(path).values["tokenizer.ggml.add_eos_token"] is bool(last)
+
+
+def test_token_before_a_text_is_kept_by_a_byte_level_bpe(tiny: Path) -> None:
+    frame(tiny, before=["<|im_start|>"], behind=["<|im_end|>"])
+    path = converted(tiny)
+    assert ids_of(path, "a") == [16382, *ids_of(path, "a")[1:-1], 16383]
+    assert read_header(path).values["tokenizer.ggml.add_bos_token"] is True
+    with Model(path, device="cpu", vocab_only=True) as stock:
+        assert stock.tokenize("a").tolist() == ids_of(path, "a")
 
 
 def test_no_closing_token_is_refused_where_the_checkpoint_has_one(tiny: Path) -> None:

@@ -97,8 +97,6 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
     path = checkpoint.tokenizer_path
-    if opening:
-        raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
@@ -106,6 +104,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
     if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
         raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
     named = {
+        "bos": opening[0] if opening else None,
         "eos": eos_token or _named_token(checkpoint, "eos_token"),
         "padding": _named_token(checkpoint, "pad_token"),
     }
@@ -114,7 +113,7 @@ def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_t
         pre=_pre_tokenizer(spec, checkpoint),
         merges=[" ".join(merge) for merge in merges],
         special={role: token for role, token in named.items() if token},
-        flags={"add_bos_token": False, "add_eos_token": eos_token != NO_EOS},
+        flags={"add_bos_token": bool(opening), "add_eos_token": eos_token != NO_EOS},
     )
 
 
@@ -193,7 +192,7 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
 
 
 def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int]) -> tuple[list[str], list[str]]:
-    """The special tokens that the post-processor puts before and after a single text, at most one behind."""
+    """The special tokens that the post-processor puts before and after a single text, at most one each."""
     post, path = spec.get("post_processor") or {}, checkpoint.tokenizer_path
     processors = post["processors"] if post.get("type") == "Sequence" else [post]
     steps = [step for step in processors if step.get("type") not in (None, "ByteLevel")]  # which changes offsets alone
@@ -205,10 +204,10 @@ def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int])
     if not steps:
         return [], []
     opening, closing = _around(steps[0], checkpoint)
-    if len(closing) > 1:
-        raise UnsupportedCheckpoint(
-            f"{path}: its post-processor puts {len(closing)} tokens behind a text; one is supported."
-        )
+    for where, around in (("before", opening), ("behind", closing)):
+        if len(around) > 1:
+            words = f"its post-processor puts {len(around)} tokens {where} a text; one is supported"
+            raise UnsupportedCheckpoint(f"{path}: {words}.")
     for text, i in [*opening, *closing]:
         if ids.get(text) != i:
             stated = f"its post-processor gives {text} the id {i}"
