@@ -18,6 +18,7 @@ from typing import Any
 
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
+from f2gguf.quantize.checkpoint.spm import BLANK
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 from f2gguf.runtime.llama.carried import raise_unless_rust
 
@@ -30,6 +31,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTE_FALLBACK = {
+    **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+    **{"fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
+}
 # What a folder without tokenizer.json may hold instead
 _OLDER_FILES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -110,7 +115,8 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
     where = checkpoint.folder / (CONFIG if settings.get("tokenizer_class") else "config.json")
     name = str(stated).removesuffix("Fast")
-    if name == "PreTrainedTokenizer" or (name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(spec)):
+    is_plain = name == "PreTrainedTokenizer" or checkpoint.model_type in _ALWAYS_AS_IT_IS
+    if is_plain or (name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(spec)):
         name = _AS_IT_IS
     if name not in _CLASSES:
         known = ", ".join(_CLASSES)
@@ -279,6 +285,23 @@ def _qwen2(spec: Spec, settings: Settings) -> None:
     spec["added_tokens"] = []
 
 
+def _llama(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": None}
+    always = "first" if not settings.get("legacy", False) else "always"
+    scheme = always if settings.get("add_prefix_space") in (True, None) else "never"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": False}
+    spec["added_tokens"] = []
+
+
+def _gemma(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": _text(settings.get("unk_token") or "<unk>")}
+    blank = {"pattern": {"String": " "}}
+    spec["normalizer"] = {"type": "Replace", **blank, "content": BLANK}
+    spec["pre_tokenizer"] = {"type": "Split", **blank, "behavior": "MergedWithPrevious", "invert": False}
+    spec["added_tokens"] = []
+
+
 @contextlib.contextmanager
 def _library(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what the library `tokenizers` raises, bare Exceptions among it, into `BrokenCheckpoint`."""
@@ -319,6 +342,24 @@ _CLASSES = {
         defaults=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
         rebuild=_qwen2,
     ),
+    "LlamaTokenizer": _Class(
+        model="BPE",
+        defaults={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        rebuild=_llama,
+    ),
+    "GemmaTokenizer": _Class(
+        model="BPE",
+        defaults={
+            "unk_token": "<unk>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "mask_token": "<mask>",
+        },
+        rebuild=_gemma,
+    ),
 }
 # The class of a `model_type` where no file names one
-_DEFAULT_CLASSES = {"bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer"}
+_DEFAULT_CLASSES = {"bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer", "gemma3_text": "GemmaTokenizer"}
+# Types whose tokenizer is the one of tokenizer.json, whatever class a file names
+_ALWAYS_AS_IT_IS = ("mistral",)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from f2gguf.quantize.checkpoint import spm
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
 from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, build_tokenizer
@@ -36,6 +38,8 @@ class Family:
     merges: list[str]
     special: dict[str, str]  # role -> token: 'eos', ...
     flags: dict[str, bool]  # 'add_eos_token' -> ...
+    scores: Sequence[float] = ()  # of every id, where llama.cpp joins pieces by them
+    types: Mapping[int, int] = field(default_factory=dict)  # id -> type, where it depends on the kind
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     spec = json.loads(tokenizer.to_str())
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
-        known = "byte-level BPE and WordPiece"
+        known = "BPE and WordPiece"
         raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
     ids = tokenizer.get_vocab(with_added_tokens=True)
     opening, closing = _template(spec, checkpoint, ids)
@@ -81,6 +85,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     tokens, token_types = _tokens(checkpoint, spec)
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
+    token_types = [family.types.get(i, kind) for i, kind in enumerate(token_types)]
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
@@ -96,24 +101,39 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
-    path = checkpoint.tokenizer_path
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]]
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
-        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
+        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a BPE writes it as 'Ġ' or '▁'.")
     named = {
         "bos": opening[0] if opening else None,
         "eos": eos_token or _named_token(checkpoint, "eos_token"),
         "padding": _named_token(checkpoint, "pad_token"),
     }
-    return Family(
-        model="gpt2",
-        pre=_pre_tokenizer(spec, checkpoint),
-        merges=[" ".join(merge) for merge in merges],
-        special={role: token for role, token in named.items() if token},
-        flags={"add_bos_token": bool(opening), "add_eos_token": eos_token != NO_EOS},
+    flags = {"add_bos_token": bool(opening), "add_eos_token": eos_token != NO_EOS}
+    family = Family("gpt2", "", [" ".join(m) for m in merges], {r: t for r, t in named.items() if t}, flags)
+    if spm.is_spm(model):
+        return _spm(spec, checkpoint, family)
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
+    return replace(family, pre=_pre_tokenizer(spec, checkpoint))
+
+
+def _spm(spec: dict[str, Any], checkpoint: Checkpoint, family: Family) -> Family:
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    unknown = model["unk_token"] or _named_token(checkpoint, "unk_token") or "<unk>"
+    ids = model["vocab"] | {added["content"]: added["id"] for added in spec["added_tokens"]}
+    if unknown not in ids:
+        raise BrokenCheckpoint(f"{path}: lacks the unknown token {unknown}. Fetch the model again.")
+    return replace(
+        family,
+        model="llama",
+        pre="default",
+        special={**family.special, "unknown": unknown},
+        flags={**family.flags, "add_space_prefix": spm.has_prefix(path, spec)},
+        scores=spm.scores(model, family.merges, checkpoint.count("vocab_size")),
+        types=spm.types(path, model, ids, unknown),
     )
 
 

@@ -224,6 +224,8 @@ def _add_vocabulary(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_tokenizer_model(family.model)
     writer.add_tokenizer_pre(family.pre)
     writer.add_token_list(vocabulary.tokens)
+    if family.scores:
+        writer.add_token_scores(family.scores)
     writer.add_token_types(vocabulary.token_types)
     if family.merges:
         writer.add_token_merges(family.merges)
