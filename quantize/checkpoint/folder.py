@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.quantize.checkpoint.modules import (
+    DENSE_WEIGHTS,
     PROMPTS_FILE,
     TRANSFORMER_FILES,
     Modules,
@@ -24,6 +25,7 @@ from f2gguf.quantize.checkpoint.modules import (
 from f2gguf.quantize.checkpoint.weights import (
     INDEX,
     StoredTensor,
+    read_dense,
     read_tensors,
     refuse_adapter,
     refuse_quantized,
@@ -42,6 +44,7 @@ _OF_TRANSFORMER = (
 NEEDED = (
     *_OF_TRANSFORMER,
     *("*.safetensors", "modules.json", PROMPTS_FILE, "*/config.json"),
+    f"*_Dense/{DENSE_WEIGHTS}",
     *(f"*_Transformer/{name}" for name in ("*.safetensors", *_OF_TRANSFORMER)),
 )
 
@@ -109,7 +112,12 @@ def read_checkpoint(root: Path) -> Checkpoint:
     """
     settings = read_settings(root)
     warn_of_similarity(root, is_normalized=settings.modules.is_normalized)
-    return replace(settings, tensors=read_tensors(settings.folder, settings.config))
+    tensors = read_tensors(settings.folder, settings.config)
+    for dense in settings.modules.dense:
+        tensors |= {
+            f"{dense.path}.{name}": tensor for name, tensor in read_dense(root / dense.path / DENSE_WEIGHTS).items()
+        }
+    return replace(settings, tensors=tensors)
 
 
 def read_settings(root: Path) -> Checkpoint:

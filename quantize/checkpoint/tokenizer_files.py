@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.quantize.checkpoint.spm import BLANK
@@ -111,11 +112,11 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     model = spec.get("model")
     if not isinstance(model, dict):
         raise BrokenCheckpoint(f"{checkpoint.tokenizer_path}: is no working tokenizer: it has no model. {FETCH_AGAIN}")
-    default = _DEFAULT_CLASSES.get(checkpoint.model_type, _AS_IT_IS)
-    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
+    registered = ARCHITECTURES[checkpoint.model_type].tokenizer_class
+    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or registered or _AS_IT_IS
     where = checkpoint.folder / (CONFIG if settings.get("tokenizer_class") else "config.json")
     name = str(stated).removesuffix("Fast")
-    is_plain = name == "PreTrainedTokenizer" or checkpoint.model_type in _ALWAYS_AS_IT_IS
+    is_plain = name == "PreTrainedTokenizer" or registered == _AS_IT_IS
     if is_plain or (name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(spec)):
         name = _AS_IT_IS
     if name not in _CLASSES:
@@ -359,7 +360,3 @@ _CLASSES = {
         rebuild=_gemma,
     ),
 }
-# The class of a `model_type` where no file names one
-_DEFAULT_CLASSES = {"bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer", "gemma3_text": "GemmaTokenizer"}
-# Types whose tokenizer is the one of tokenizer.json, whatever class a file names
-_ALWAYS_AS_IT_IS = ("mistral",)

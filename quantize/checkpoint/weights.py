@@ -64,6 +64,13 @@ class StoredTensor:
             yield np.memmap(self.file, dtype=dtype, mode="r", offset=self.begin + start * dtype.itemsize, shape=(n,))
 
 
+def as_float32(dtype: str, chunk: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored values of `dtype`, widened."""
+    if dtype == "BF16":
+        return (chunk.astype(np.uint32) << 16).view(np.float32)
+    return chunk.astype(np.float32)
+
+
 def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Every tensor of the files that transformers would load.
 
@@ -75,6 +82,19 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     if quantized := next((name for name in tensors if name.endswith(_QUANTIZED_ENDINGS)), None):
         raise _quantized(tensors[quantized].file, f"its tensor {quantized} is of quantised weights")
     return tensors
+
+
+def read_dense(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the file of a Dense module. Raises the errors of `read_tensors`."""
+    if not path.is_file():
+        if there := [
+            other for other in (path.parent.iterdir() if path.parent.is_dir() else ()) if other.suffix in PICKLES
+        ]:
+            raise UnsupportedCheckpoint(
+                f"{there[0]}: is pickle, which runs code when it is read. Save it as {path.name}."
+            )
+        raise BrokenCheckpoint(f"{path}: no such file, but modules.json names its folder. {FETCH_AGAIN}")
+    return _read_safetensors(path)
 
 
 def weights_paths(folder: Path, config: Mapping[str, Any]) -> list[Path]:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
+from f2gguf.quantize.repair.codes.layers import LAYERS
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, as_stored
 from f2gguf.runtime.gguf.header import Header
@@ -59,29 +60,17 @@ class Place:
         return np.repeat(channels.reshape(n_head_kv, 1, width), n_head // n_head_kv, axis=1).ravel()
 
 
-# place -> the tensors that write its channels, and those that read them
-_PLACES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "qwen3": {
-        "attn_norm": (("attn_norm.weight",), ("attn_q.weight", "attn_k.weight", "attn_v.weight")),
-        "value": (("attn_v.weight",), ("attn_output.weight",)),
-        "ffn_norm": (("ffn_norm.weight",), ("ffn_gate.weight", "ffn_up.weight")),
-        "ffn": (("ffn_up.weight",), ("ffn_down.weight",)),
-    },
-    "bert": {"value": (("attn_v.weight", "attn_v.bias"), ("attn_output.weight",))},
-}
-
-
 def places(header: Header) -> list[Place]:
     """Every place of a model; none for an architecture that f2gguf does not convert."""
     architecture, values = header.architecture, header.values
-    if architecture not in _PLACES:
+    if architecture not in LAYERS:
         return []
     n_head = int(values[f"{architecture}.attention.head_count"])
     n_head_kv = int(values.get(f"{architecture}.attention.head_count_kv", n_head))
     heads = n_head, n_head_kv, int(values.get(f"{architecture}.attention.value_length", header.n_embd // n_head))
     result = []
     for i in range(int(values.get(f"{architecture}.block_count", 0))):
-        for name, sides in _PLACES[architecture].items():
+        for name, sides in LAYERS[architecture].places.items():
             writers, readers = (tuple(f"blk.{i}.{tensor}" for tensor in side) for side in sides)
             result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
     return result

@@ -184,7 +184,7 @@ class _Model:
         """1 - cosine of each text, (n_texts,)."""
         states = batch.states
         for i in range(self.shape.n_layers):
-            states = self._through(f"blk.{i}.", states, batch.texts)
+            states = self._through(i, states, batch.texts)
         norm = {name: self._vector(name) for name in self.vectors if name.startswith("output_norm")}
         states = final_norm(norm, states, self.shape)  # type: ignore[arg-type,assignment]
         rows = pooled(states, batch.texts, self.weights.header.require_pooling())  # type: ignore[arg-type]
@@ -208,9 +208,10 @@ class _Model:
         vectors = {name: self._vector(name).detach().cpu().numpy() for name in self.vectors}
         return made | {name: vector.view(np.uint8)[None] for name, vector in vectors.items()}
 
-    def _through(self, prefix: str, states: Tensor, texts: Texts) -> Tensor:
+    def _through(self, i: int, states: Tensor, texts: Texts) -> Tensor:
+        prefix = f"blk.{i}."
         own = self._own(prefix)
-        layer: Layer = run_layer(own, states, texts, self.shape)  # type: ignore[arg-type]
+        layer: Layer = run_layer(own, states, texts, self.shape.at(i))  # type: ignore[arg-type]
         names, inputs = next(layer)
         while names:
             products = [self._product(f"{prefix}{name}", inputs) for name in names]  # type: ignore[arg-type]

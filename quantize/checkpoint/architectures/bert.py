@@ -1,0 +1,76 @@
+"""BERT: learned positions, token types, biases everywhere, and norms after each part."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from f2gguf.quantize.checkpoint.architectures.shared import (
+    SIZES,
+    Architecture,
+    Target,
+    head_dim,
+    in_every_layer,
+    shared_facts,
+    with_bias,
+)
+from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
+from f2gguf.quantize.checkpoint.folder import Checkpoint
+
+
+def _targets(checkpoint: Checkpoint) -> list[Target]:
+    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    n_ctx, n_types = checkpoint.count("max_position_embeddings"), checkpoint.count("type_vocab_size")
+    block = [
+        *with_bias("attention.self.query", "attn_q", (n_embd, n_embd)),
+        *with_bias("attention.self.key", "attn_k", (n_embd, n_embd)),
+        *with_bias("attention.self.value", "attn_v", (n_embd, n_embd)),
+        *with_bias("attention.output.dense", "attn_output", (n_embd, n_embd)),
+        *with_bias("attention.output.LayerNorm", "attn_output_norm", (n_embd,)),
+        *with_bias("intermediate.dense", "ffn_up", (n_ff, n_embd)),
+        *with_bias("output.dense", "ffn_down", (n_embd, n_ff)),
+        *with_bias("output.LayerNorm", "layer_output_norm", (n_embd,)),
+    ]
+    return [
+        Target("embeddings.word_embeddings.weight", "token_embd.weight", (n_vocab, n_embd)),
+        Target("embeddings.position_embeddings.weight", "position_embd.weight", (n_ctx, n_embd)),
+        Target("embeddings.token_type_embeddings.weight", "token_types.weight", (n_types, n_embd)),
+        *with_bias("embeddings.LayerNorm", "token_embd_norm", (n_embd,)),
+        *in_every_layer(checkpoint, "encoder.layer.", block),
+    ]
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    head_dim(checkpoint)  # checked only: llama.cpp divides the width among the heads
+    return {
+        **shared_facts(checkpoint),
+        "attention.layer_norm_epsilon": checkpoint.real("layer_norm_eps"),
+        "attention.causal": False,
+    }
+
+
+def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"token_type_count": checkpoint.count("type_vocab_size")}
+
+
+ARCHITECTURES = {
+    "bert": Architecture(
+        name="bert",
+        prefix="bert.",
+        renames={".gamma": ".weight", ".beta": ".bias"},
+        dropped=re.compile(r"embeddings\.position_ids|pooler\..*|cls\..*"),
+        keys=ConfigKeys(
+            carried=SIZES | {"type_vocab_size", "layer_norm_eps"},
+            required={
+                "hidden_act": ("gelu",),
+                "position_embedding_type": ("absolute", None),
+                "is_causal": (None, False),
+            },
+            classes=frozenset({"BertModel", "BertForMaskedLM", "BertForPreTraining"}),
+        ),
+        targets=_targets,
+        facts=_facts,
+        tokenizer_class="BertTokenizer",
+        tokenizer_facts=_tokenizer_facts,
+    ),
+}
