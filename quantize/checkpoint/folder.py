@@ -70,6 +70,11 @@ class Checkpoint:
         return self.folder / "tokenizer.json"
 
     @property
+    def dense_paths(self) -> tuple[Path, ...]:
+        """Files of the Dense modules' weights, in their order."""
+        return tuple(self.root / dense.path / DENSE_WEIGHTS for dense in self.modules.dense)
+
+    @property
     def n_parameters(self) -> int:
         return sum(tensor.n_elements for tensor in self.tensors.values())
 
@@ -113,10 +118,8 @@ def read_checkpoint(root: Path) -> Checkpoint:
     settings = read_settings(root)
     warn_of_similarity(root, is_normalized=settings.modules.is_normalized)
     tensors = read_tensors(settings.folder, settings.config)
-    for dense in settings.modules.dense:
-        tensors |= {
-            f"{dense.path}.{name}": tensor for name, tensor in read_dense(root / dense.path / DENSE_WEIGHTS).items()
-        }
+    for dense, path in zip(settings.modules.dense, settings.dense_paths, strict=True):
+        tensors |= {f"{dense.path}.{name}": tensor for name, tensor in read_dense(path).items()}
     return replace(settings, tensors=tensors)
 
 

@@ -218,10 +218,10 @@ def _read_dense(root: Path, place: str) -> Dense:
     if unknown := sorted(config.keys() - {"in_features", "out_features", *_PLAIN_DENSE}):
         words = f"f2gguf does not know its key {unknown[0]!r}"
         raise UnsupportedCheckpoint(f"{path}: {words}. Remove it if it has no effect.")
-    widths = [config.get(key) for key in ("in_features", "out_features")]
-    if odd := [width for width in widths if type(width) is not int or not 0 < width < 1 << 31]:
-        raise BrokenCheckpoint(f"{path}: in_features or out_features is {odd[0]!r}, which is no width. {FETCH_AGAIN}")
-    return Dense(PurePosixPath(place).as_posix(), *widths)
+    for key in ("in_features", "out_features"):
+        if type(width := config.get(key)) is not int or not 0 < width < 1 << 31:
+            raise BrokenCheckpoint(f"{path}: {key} is {width!r}, which is no width. {FETCH_AGAIN}")
+    return Dense(PurePosixPath(place).as_posix(), config["in_features"], config["out_features"])
 
 
 def _read_pooling(path: Path) -> str | None:

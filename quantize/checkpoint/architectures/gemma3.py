@@ -1,7 +1,8 @@
 """Gemma 3, as transformers computes it: norms that are stored less 1, norms around both parts, windows, GELU.
 
 A checkpoint that says `use_bidirectional_attention` (EmbeddingGemma) is llama.cpp's gemma-embedding, which has Dense
-modules too; all others see backwards alone, and are its gemma3. llama.cpp's own converter makes gemma-embedding of both.
+modules too; all others see backwards alone, and are its gemma3. llama.cpp's own converter makes gemma-embedding of
+both.
 """
 
 from __future__ import annotations
@@ -119,13 +120,13 @@ def _rope_base(checkpoint: Checkpoint, kind: str) -> float:
     config, path = checkpoint.config, checkpoint.folder / "config.json"
     key, default = _BASES[kind]
     scaling, tables = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    table = tables.get(kind) or {} if isinstance(tables, dict) and tables.keys() <= _BASES.keys() else None
-    for stated in (scaling, table):
-        plain = {"rope_type": "default", "type": "default", "rope_theta": ...}
-        is_plain = isinstance(stated, dict) and all(plain.get(k) in (v, ...) for k, v in stated.items())
-        if not is_plain or (stated is scaling and "rope_theta" in scaling):
-            raise UnsupportedCheckpoint(f"{path}: RoPE scaling is not supported: {stated or tables!r}.")
-    assert table is not None
+    if not isinstance(tables, dict) or not tables.keys() <= _BASES.keys():
+        raise UnsupportedCheckpoint(f"{path}: rope_parameters is {tables!r}; {' and '.join(_BASES)} are supported.")
+    table = tables.get(kind) or {}
+    for stated, plain in ((scaling, {}), (table, {"rope_theta": ...})):
+        known = {"rope_type": "default", "type": "default", **plain}
+        if not isinstance(stated, dict) or any(known.get(name) not in (value, ...) for name, value in stated.items()):
+            raise UnsupportedCheckpoint(f"{path}: RoPE scaling is not supported: {stated!r}.")
     if table.get("rope_theta") is not None:
         return checkpoint.real("rope_theta", table)
     return checkpoint.real(key) if config.get(key) is not None else default
@@ -157,6 +158,6 @@ ARCHITECTURES = {
         targets=_targets,
         facts=_facts,
         tokenizer_class="GemmaTokenizer",
-        base="bf16",
+        fits_f16=False,  # as the cards of the models say
     ),
 }

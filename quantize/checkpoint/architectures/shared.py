@@ -50,7 +50,7 @@ class Architecture:
     tokenizer_facts: Callable[[Checkpoint], dict[str, Any]] = lambda _: {}  # header keys below "tokenizer.ggml."
     name_of: Callable[[Checkpoint], str] | None = None  # for a type that is one of several GGUF architectures
     takes_dense: tuple[str, ...] = ()  # those of them that apply Dense modules to what they pooled
-    base: str = "f16"  # dtype of the file that variants are made from and measured against
+    fits_f16: bool = True  # whether all that enters its matrices stays below F16's 65504
 
 
 def with_bias(stored: str, name: str, shape: Shape, transform: Transform = as_stored) -> list[Target]:
@@ -80,7 +80,8 @@ def dense_targets(checkpoint: Checkpoint) -> list[Target]:
 
 def dense_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Their header keys. Raises `BrokenCheckpoint` where widths do not fit, `UnsupportedCheckpoint` for another one."""
-    facts, width, path = {}, checkpoint.count("hidden_size"), checkpoint.root
+    facts: dict[str, Any] = {}
+    width, path = checkpoint.count("hidden_size"), checkpoint.root
     for i, dense in enumerate(checkpoint.modules.dense, start=2):
         if dense.n_in != width:
             words = f"in_features is {dense.n_in}, and what comes before gives {width}"

@@ -52,6 +52,8 @@ def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Ro
 
     different, index = np.unique(texts.ids, return_inverse=True)
     states = rows("token_embd.weight", different)[index]
+    if LAYERS[weights.header.architecture].scales_tokens:
+        states = states * np.float32(weights.header.n_embd**0.5)
     if "position_embd.weight" in weights.infos:
         states = states + rows("position_embd.weight", texts.positions)
     if "token_types.weight" in weights.infos:

@@ -90,6 +90,12 @@ def gelu(up: Rows) -> Rows:
     return result
 
 
+def gelu_times(gate: Rows, up: Rows) -> Rows:
+    """gelu(gate) * up."""
+    product: Rows = gelu(gate) * up
+    return product
+
+
 def by_rows(function: Callable[..., Rows], *values: Rows) -> Rows:
     """`function` of arrays of one shape, some rows at a time: its steps would each take as much memory as the whole."""
     if library_of(values[0]) is not np:
@@ -136,6 +142,12 @@ def rotated(heads: Rows, texts: Texts, base: float) -> Rows:
     first, second = heads[..., :half], heads[..., half:]
     turned: Rows = library_of(heads).concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned
+
+
+def rotated_pairs(heads: Rows, texts: Texts, base: float) -> Rows:
+    """`rotated`, where value 2i pairs with value 2i + 1. The values come in another order, the same for every head."""
+    in_halves: Rows = library_of(heads).concatenate([heads[..., ::2], heads[..., 1::2]], axis=-1)
+    return rotated(in_halves, texts, base)
 
 
 def attention(query: Rows, key: Rows, value: Rows, texts: Texts, is_causal: bool, *, window: int | None = None) -> Rows:
