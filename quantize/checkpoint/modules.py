@@ -109,13 +109,14 @@ def read_modules(root: Path) -> Modules:
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise BrokenCheckpoint(f"{path}: its path {place!r} leads out of the folder. {FETCH_AGAIN}")
     modules = [(_name(kind), place) for kind, place in stated if _name(kind) not in _WITHOUT_EFFECT]
-    dense = tuple(_read_dense(root, place) for name, place in modules if name == _DENSE)
     order = [name for name, _ in modules]
-    if [name for name in order if name != _DENSE] not in _ORDERS or order[2 : 2 + len(dense)] != [_DENSE] * len(dense):
+    n_dense = order.count(_DENSE)
+    if [name for name in order if name != _DENSE] not in _ORDERS or order[2 : 2 + n_dense] != [_DENSE] * n_dense:
         known = "Transformer, Pooling, Dense, Normalize, in this order"
         raise UnsupportedCheckpoint(f"{path}: has {', '.join(order) or 'no modules'}; f2gguf converts {known}.")
-    if len(dense) > _MOST_DENSE:
-        raise UnsupportedCheckpoint(f"{path}: has {len(dense)} Dense modules; llama.cpp computes {_MOST_DENSE}.")
+    if n_dense > _MOST_DENSE:
+        raise UnsupportedCheckpoint(f"{path}: has {n_dense} Dense modules; llama.cpp computes {_MOST_DENSE}.")
+    dense = tuple(_read_dense(root, place) for name, place in modules if name == _DENSE)
     places = {name: place for name, place in modules if name != _DENSE}
     files = {name: f"{place}/config.json".lstrip("/") for name, place in places.items() if name != "Transformer"}
     of_dense = [f"{one.path}/{file}" for one in dense for file in ("config.json", DENSE_WEIGHTS)]
