@@ -21,6 +21,7 @@ Progress = Callable[[int], None] | None
 # run(folder, token_ids, pooling=..., dense=(), on_progress=None)
 Run = Callable[..., NDArray[np.float32]]
 _TOKEN_TABLE = "embed_tokens.weight"
+_IN_LAYERS = ("qwen2", "qwen3")  # whose classes in transformers call embeddings, layers and norm alike
 
 
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
@@ -33,7 +34,7 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     if needed_bytes < free_bytes:
         return transformers_vectors, TRANSFORMERS
     kind = _read_config(folder).get("model_type")
-    if kind == "qwen3":
+    if kind in _IN_LAYERS:
         return streamed_vectors, LAYER_BY_LAYER
     sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
     layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
@@ -76,7 +77,7 @@ def load_model(folder: Path, **changes: Any) -> Any:
 def streamed_vectors(
     folder: Path, token_ids: Sequence[Ids], *, pooling: str, dense: Sequence[Path] = (), on_progress: Progress = None
 ) -> NDArray[np.float32]:
-    """A `Run` of a qwen3 checkpoint with one layer in memory. All texts go through it, then the next takes its place.
+    """A `Run` with one layer in memory, for `_IN_LAYERS`. All texts go through it, then the next takes its place.
 
     A model of one layer makes masks and positions as the whole one does. Texts whose hidden states do not fit half of
     the free memory go in several rounds.

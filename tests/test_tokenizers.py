@@ -39,6 +39,7 @@ from f2gguf.runtime.gguf.pretokenizers import FLAT, recursive
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.tokenizer import open_tokenizer
 from others import write_other
+from unigram import write_tiny_xlmr
 
 Edit = Callable[[Path], object]
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz-tokenizers"
@@ -83,7 +84,7 @@ def add(*tokens: dict[str, Any]) -> Edit:
 
 
 MASK = token("[MASK]", lstrip=True, normalized=False)
-# What files may state -> how they are changed. Each is tried on BERT's and on Qwen2's tokenizer.
+# What files may state -> how they are changed. Each is tried on the tokenizers of BERT, Qwen2 and XLM-R.
 STATED: dict[str, Edit] = {
     "nothing else": lambda folder: None,
     "cased": settings(do_lower_case=False),
@@ -142,6 +143,8 @@ PADDING = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of
 
 def files_of(source: Path, folder: Path) -> Path:
     """The tokenizer files of a checkpoint with a smaller vocabulary: whole ones take seconds over all cases."""
+    if source.name == "unigram":
+        return write_tiny_xlmr(folder)
     folder.mkdir()
     for name in FILES:
         if (source / name).exists():
@@ -175,10 +178,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         as_spm(n_merges=800)(root / name)
         settings(tokenizer_class=name)(root / name)
         edit_json(root / name / "config.json", model_type=model_type)
-    return {"bert": MINILM, "qwen2": NANO, "llama": root / "LlamaTokenizer", "gemma": root / "GemmaTokenizer"}
+    others = {"llama": root / "LlamaTokenizer", "gemma": root / "GemmaTokenizer", "xlmr": Path("unigram")}
+    return {"bert": MINILM, "qwen2": NANO, **others}
 
 
-@pytest.mark.parametrize("source", ["bert", "qwen2", "llama", "gemma"])
+@pytest.mark.parametrize("source", ["bert", "qwen2", "llama", "gemma", "xlmr"])
 @pytest.mark.parametrize("case", STATED)
 def test_tokenizer_is_the_one_that_transformers_builds(
     case: str, source: str, sources: dict[str, Path], tmp_path: Path
@@ -187,6 +191,10 @@ def test_tokenizer_is_the_one_that_transformers_builds(
 
     folder = files_of(sources[source], tmp_path / "files")
     STATED[case](folder)
+    if (case, source) == ("nulls", "xlmr"):  # on which transformers fails too
+        with pytest.raises(BrokenCheckpoint, match="its bos_token, eos_token is not in"):
+            build_tokenizer(checkpoint_of(folder))
+        return
     theirs = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     assert parts_of(build_tokenizer(checkpoint_of(folder))) == parts_of(theirs)
 
@@ -537,4 +545,4 @@ def test_generated_texts_of_every_kind_have_the_checkpoints_ids_and_end_no_proce
     command = [sys.executable, SCRIPT, "--texts", "150", "--kinds", kinds]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("150 texts: 0 differ, 0 crash") == len(own) == 30
+    assert process.stdout.count("150 texts: 0 differ, 0 crash") == len(own) == 37

@@ -219,11 +219,16 @@ def _add_vocabulary(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_tokenizer_model(family.model)
     writer.add_tokenizer_pre(family.pre)
     writer.add_token_list(vocabulary.tokens)
-    if family.scores:
-        writer.add_token_scores(family.scores)
     writer.add_token_types(vocabulary.token_types)
     if family.merges:
         writer.add_token_merges(family.merges)
+    if family.scores:
+        writer.add_token_scores(family.scores)
+    if family.score_steps:
+        sub_type = GGUFValueType.INT8 if max(map(abs, family.score_steps)) < 1 << 7 else GGUFValueType.INT32
+        writer.add_key_value(keys.KEY_SCORE_STEPS, family.score_steps, GGUFValueType.ARRAY, sub_type)
+    if family.charsmap:
+        writer.add_precompiled_charsmap(family.charsmap)
     for name, token_id in vocabulary.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     for name, flag in family.flags.items():

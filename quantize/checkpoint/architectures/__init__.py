@@ -19,13 +19,27 @@ from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 _FILES = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__) if file.name != "shared"]
 ARCHITECTURES: dict[str, Architecture] = {kind: one for file in _FILES for kind, one in file.ARCHITECTURES.items()}
 
+# model_type -> why stock llama.cpp (of llama-cpp-python 0.3.36) cannot run it
+REFUSED = {
+    "mpnet": "llama.cpp has no MPNet, whose attention adds a learned bias for every distance",
+    "new": "llama.cpp has no 'NewModel', of gte v1.5, gte-multilingual and arctic-embed-m-v2.0",
+    "gte": "llama.cpp has no 'NewModel', of gte v1.5, gte-multilingual and arctic-embed-m-v2.0",
+    "embedding_gemma2": "llama.cpp has it since 2026-10-06, and llama-cpp-python 0.3.36 is older",
+    "deberta": "llama.cpp has no DeBERTa, whose attention takes content and distance apart",
+    "deberta-v2": "llama.cpp has no DeBERTa, whose attention takes content and distance apart",
+    "nvembed": "llama.cpp has no NV-Embed, which pools by attention to latent vectors",
+    "c2llm": "llama.cpp has no C2LLM, which pools by attention (PMA)",
+}
+
 
 def architecture_of(checkpoint: Checkpoint, allowed_keys: Collection[str] = ()) -> Architecture:
-    """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert.
+    """The architecture of a checkpoint. Raises `UnsupportedCheckpoint` for one that f2gguf does not convert, and why.
 
     `allowed_keys` are keys of config.json that the user says are without effect.
     """
     kind, config_path = checkpoint.model_type, checkpoint.folder / "config.json"
+    if why := REFUSED.get(kind):
+        raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} cannot be converted: {why}.")
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} is not supported; {known} are.")

@@ -16,9 +16,11 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
 )
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
 from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.transforms import take_rows
 
 
-def _targets(checkpoint: Checkpoint) -> list[Target]:
+def targets(checkpoint: Checkpoint, *, n_skipped: int = 0) -> list[Target]:
+    """The tensors of a BERT, without the first `n_skipped` rows of its positions."""
     n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
     n_ctx, n_types = checkpoint.count("max_position_embeddings"), checkpoint.count("type_vocab_size")
     block = [
@@ -33,14 +35,20 @@ def _targets(checkpoint: Checkpoint) -> list[Target]:
     ]
     return [
         Target("embeddings.word_embeddings.weight", "token_embd.weight", (n_vocab, n_embd)),
-        Target("embeddings.position_embeddings.weight", "position_embd.weight", (n_ctx, n_embd)),
+        Target(
+            "embeddings.position_embeddings.weight",
+            "position_embd.weight",
+            (n_ctx, n_embd),
+            take_rows(n_skipped, n_ctx),
+        ),
         Target("embeddings.token_type_embeddings.weight", "token_types.weight", (n_types, n_embd)),
         *with_bias("embeddings.LayerNorm", "token_embd_norm", (n_embd,)),
         *in_every_layer(checkpoint, "encoder.layer.", block),
     ]
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The header keys of a BERT."""
     head_dim(checkpoint)  # checked only: llama.cpp divides the width among the heads
     return {
         **shared_facts(checkpoint),
@@ -49,7 +57,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """llama.cpp refuses a BERT that does not state its token types."""
     return {"token_type_count": checkpoint.count("type_vocab_size")}
 
 
@@ -68,9 +77,10 @@ ARCHITECTURES = {
             },
             classes=frozenset({"BertModel", "BertForMaskedLM", "BertForPreTraining"}),
         ),
-        targets=_targets,
-        facts=_facts,
+        targets=targets,
+        facts=facts,
         tokenizer_class="BertTokenizer",
-        tokenizer_facts=_tokenizer_facts,
+        examples="all-MiniLM, bge v1.5, arctic-embed, multilingual-e5-small, paraphrase-multilingual-MiniLM",
+        tokenizer_facts=tokenizer_facts,
     ),
 }

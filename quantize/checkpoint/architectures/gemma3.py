@@ -158,6 +158,7 @@ ARCHITECTURES = {
         targets=_targets,
         facts=_facts,
         tokenizer_class="GemmaTokenizer",
+        examples="EmbeddingGemma 300M, harrier-oss-v1-270m",
         fits_f16=False,  # as the cards of the models say
     ),
 }

@@ -15,12 +15,13 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
     Target,
     head_dim,
     in_every_layer,
+    plain_rope_base,
     shared_facts,
 )
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.transforms import interleave_halves
-from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint
 
 _KEYS = {"num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"}
 
@@ -58,10 +59,6 @@ def _targets(checkpoint: Checkpoint) -> list[Target]:
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     config, config_path = checkpoint.config, checkpoint.folder / "config.json"
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    plain = {"rope_type": "default", "type": "default", "rope_theta": None}
-    if not isinstance(rope, dict) or any(plain.get(key, ...) not in (None, value) for key, value in rope.items()):
-        raise UnsupportedCheckpoint(f"{config_path}: RoPE scaling is not supported: {rope!r}.")
     if type(is_causal := config.get("is_causal", True)) is not bool:
         raise BrokenCheckpoint(f"{config_path}: is_causal is {is_causal!r}, which is not true or false.")
     width, shared = _width(checkpoint), shared_facts(checkpoint)
@@ -74,7 +71,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "attention.value_length": width,
         "attention.layer_norm_rms_epsilon": checkpoint.real("rms_norm_eps"),
         "rope.dimension_count": width,
-        "rope.freq_base": _rope_base(checkpoint, rope),
+        "rope.freq_base": plain_rope_base(checkpoint),
         **({} if is_causal else {"attention.causal": False}),
     }
 
@@ -89,14 +86,8 @@ def _window(checkpoint: Checkpoint) -> int:
     return checkpoint.count("sliding_window") if "sliding_window" in checkpoint.config else 4096
 
 
-def _rope_base(checkpoint: Checkpoint, rope: dict[str, Any]) -> float:
-    if rope.get("rope_theta") is not None:
-        return checkpoint.real("rope_theta", rope)
-    return checkpoint.real("rope_theta") if "rope_theta" in checkpoint.config else 1e4
-
-
 def _architecture(
-    classes: set[str], carried: set[str], required: dict[str, tuple[Any, ...]], tokenizer_class: str | None
+    classes: set[str], carried: set[str], required: dict[str, tuple[Any, ...]], *, is_fixed: bool, examples: str
 ) -> Architecture:
     return Architecture(
         name="llama",
@@ -111,13 +102,19 @@ def _architecture(
         ),
         targets=_targets,
         facts=_facts,
-        tokenizer_class=tokenizer_class,
+        tokenizer_class="TokenizersBackend",
+        tokenizer_class_is_fixed=is_fixed,
+        examples=examples,
     )
 
 
 ARCHITECTURES = {
-    "llama": _architecture({"LlamaModel", "LlamaForCausalLM"}, set(), {}, None),
+    "llama": _architecture({"LlamaModel", "LlamaForCausalLM"}, set(), {}, is_fixed=False, examples=""),
     "mistral": _architecture(
-        {"MistralModel", "MistralForCausalLM"}, {"sliding_window"}, {"layer_types": (None,)}, "TokenizersBackend"
+        {"MistralModel", "MistralForCausalLM"},
+        {"sliding_window"},
+        {"layer_types": (None,)},
+        is_fixed=True,
+        examples="E5-mistral, SFR-Embedding-Mistral, Linq-Embed-Mistral",
     ),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
@@ -44,9 +44,10 @@ class Architecture:
     keys: ConfigKeys  # what config.json may say
     targets: Callable[[Checkpoint], list[Target]]  # in GGUF order
     facts: Callable[[Checkpoint], dict[str, Any]]  # header keys below "<name>."
-    # The tokenizer class that transformers registers for this type, if any, and takes where no file names one.
-    # "TokenizersBackend" builds what tokenizer.json holds, whatever class a file names.
-    tokenizer_class: str | None
+    tokenizer_class: str  # the class of transformers that builds the tokenizer where no file names one
+    tokenizer_class_is_fixed: bool = False  # transformers takes no other class, whatever the files name
+    examples: str = ""  # models of this type that people know
+    pre_names: Mapping[str, str] = field(default_factory=dict)  # split -> what llama.cpp calls it for this family
     tokenizer_facts: Callable[[Checkpoint], dict[str, Any]] = lambda _: {}  # header keys below "tokenizer.ggml."
     name_of: Callable[[Checkpoint], str] | None = None  # for a type that is one of several GGUF architectures
     takes_dense: tuple[str, ...] = ()  # those of them that apply Dense modules to what they pooled
@@ -113,3 +114,16 @@ def head_dim(checkpoint: Checkpoint, *, default: int | None = None) -> int:
     if n_embd % n_head:
         raise BrokenCheckpoint(f"{checkpoint.folder}/config.json: {n_head} heads do not divide hidden_size {n_embd}.")
     return n_embd // n_head
+
+
+def plain_rope_base(checkpoint: Checkpoint, rope: Any = None) -> float:
+    """The base of RoPE's frequencies: of `rope`, a part of config.json, or of where most families state it.
+
+    Raises `UnsupportedCheckpoint` for positions that are scaled.
+    """
+    config = checkpoint.config
+    rope = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers takes the first
+    plain = {"rope_type": "default", "type": "default", "rope_theta": None}
+    if not isinstance(rope, dict) or any(plain.get(key, ...) not in (None, value) for key, value in rope.items()):
+        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: RoPE scaling is not supported: {rope!r}.")
+    return checkpoint.real("rope_theta", rope if "rope_theta" in rope else None)
