@@ -23,7 +23,7 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.transforms import add
-from f2gguf.runtime.errors import UnsupportedCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
 BOTH_WAYS, CAUSAL = "gemma-embedding", "gemma3"
 _USUAL_PATTERN = 6  # every 6th layer sees the whole text
@@ -32,7 +32,10 @@ _BASES = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_loc
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return BOTH_WAYS if checkpoint.config.get("use_bidirectional_attention") else CAUSAL
+    if (stated := checkpoint.config.get("use_bidirectional_attention")) not in (True, False, None):
+        words = f"use_bidirectional_attention is {stated!r}, which is not true or false"
+        raise BrokenCheckpoint(f"{checkpoint.folder / 'config.json'}: {words}.")
+    return BOTH_WAYS if stated else CAUSAL
 
 
 def _targets(checkpoint: Checkpoint) -> list[Target]:
@@ -144,13 +147,12 @@ ARCHITECTURES = {
             carried=SIZES
             | {"num_key_value_heads", "head_dim", "rms_norm_eps", "query_pre_attn_scalar"}
             | {"rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"}
-            | {"layer_types", "sliding_window", "sliding_window_pattern"}
+            | {"layer_types", "sliding_window", "sliding_window_pattern", "use_bidirectional_attention"}
             | {"_sliding_window_pattern", "final_logit_softcapping"},  # of no effect on a vector
             required={
                 "hidden_activation": ("gelu_pytorch_tanh",),
                 "attention_bias": (False,),
                 "attn_logit_softcapping": (None,),
-                "use_bidirectional_attention": (False, None, True),
                 "is_causal": (None, True),
             },
             classes=frozenset({"Gemma3TextModel", "Gemma3ForCausalLM"}),
