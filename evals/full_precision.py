@@ -21,7 +21,12 @@ Progress = Callable[[int], None] | None
 # run(folder, token_ids, pooling=..., dense=(), on_progress=None)
 Run = Callable[..., NDArray[np.float32]]
 _TOKEN_TABLE = "embed_tokens.weight"
-_IN_LAYERS = ("qwen2", "qwen3")  # whose classes in transformers call embeddings, layers and norm alike
+_IN_LAYERS = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+)  # whose classes in transformers call embeddings, layers and norm alike
 
 
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:

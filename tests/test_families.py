@@ -20,16 +20,16 @@ import pytest
 from checkpoints import MINILM, NANO, edit_json
 from conftest import facts_of
 from f2gguf.evals.drift import drift
-from f2gguf.evals.full_precision import transformers_vectors
+from f2gguf.evals.full_precision import streamed_vectors, transformers_vectors
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, REFUSED, architecture_of, match_tensors
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.checkpoint.vocabulary import PRE_TOKENIZERS
-from f2gguf.quantize.convert.readback import read_back
+from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
-from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.layers import DENSE, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.rescale import places, scales
 from f2gguf.quantize.repair.tensors import Rows, Weights
 from f2gguf.quantize.source.facts import Facts
@@ -195,7 +195,9 @@ def write(family: Family, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("weight") and parameter.dim() == 1
-            noise = torch.exp(noise / 2) - is_gemma if is_norm else noise * (0.4 if parameter.dim() == 1 else 0.15)
+            noise = (
+                torch.exp(noise / 2) - float(is_gemma) if is_norm else noise * (0.4 if parameter.dim() == 1 else 0.15)
+            )
             parameter.copy_(noise)
     model.save_pretrained(folder)
     unwanted = shutil.ignore_patterns("*.safetensors", "config.json", "README.md")
@@ -236,6 +238,14 @@ def test_vectors_are_those_of_transformers(name: str, make: Callable[[str], Made
     wanted = transformers_vectors(checkpoint.folder, ids, pooling=made.facts.pooling, dense=checkpoint.dense_paths)
     assert drift(found["f32"], wanted).max() < 1e-5
     assert drift(found["f16"], wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama both ways"])
+def test_layers_in_turn_give_them_too(name: str, make: Callable[[str], Made]) -> None:
+    checkpoint, pooling = make(name).facts.checkpoint, make(name).facts.pooling
+    ids = checkpoint_ids(make(name).facts, TEXTS[:4])
+    whole, streamed = (run(checkpoint.folder, ids, pooling=pooling) for run in (transformers_vectors, streamed_vectors))
+    np.testing.assert_allclose(streamed, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -299,7 +309,7 @@ def in_plain_arithmetic(weights: Weights, texts: Texts, factors: Mapping[str, Sc
             sent = [states @ rows(f"{prefix}{n}.weight").T + own.get(f"{n}.bias", 0) for n in names]
     norm = {f"output_norm.{name}": vector for name, vector in vectors("output_norm.").items()}
     found = pooled(final_norm(norm, states, shape), texts, weights.header.require_pooling())
-    for name in sorted(name for name in weights.infos if name.startswith("dense_")):
+    for name in sorted(name for name in weights.infos if name.startswith(DENSE)):
         found = found @ weights.rows(name).T
     return found
 
@@ -395,33 +405,33 @@ def test_mistral_serves_what_its_window_shows(make: Callable[[str], Made]) -> No
     assert make("mistral").facts.vocabulary.is_eos_forced
 
 
-DENSE = "2_Dense/config.json"
+FIRST = "2_Dense/config.json"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (
-            lambda f: edit_json(f / DENSE, bias=True),
+            lambda f: edit_json(f / FIRST, bias=True),
             "2_Dense/config.json: bias is True; llama.cpp computes",
         ),
         (
-            lambda f: edit_json(f / DENSE, activation_function=...),
+            lambda f: edit_json(f / FIRST, activation_function=...),
             "activation_function is 'torch.nn.modules",
         ),
-        (lambda f: edit_json(f / DENSE, use_residual=True), "use_residual is True; llama.cpp computes"),
+        (lambda f: edit_json(f / FIRST, use_residual=True), "use_residual is True; llama.cpp computes"),
         (
-            lambda f: edit_json(f / DENSE, module_input_name="token_embeddings"),
+            lambda f: edit_json(f / FIRST, module_input_name="token_embeddings"),
             "module_input_name is 'token",
         ),
-        (lambda f: edit_json(f / DENSE, scale=2), "f2gguf does not know its key 'scale'"),
-        (lambda f: edit_json(f / DENSE, in_features=48), "in_features is 48, and what comes before gives 64"),
-        (lambda f: edit_json(f / DENSE, out_features="96"), "out_features is '96', which is no width"),
+        (lambda f: edit_json(f / FIRST, scale=2), "f2gguf does not know its key 'scale'"),
+        (lambda f: edit_json(f / FIRST, in_features=48), "in_features is 48, and what comes before gives 64"),
+        (lambda f: edit_json(f / FIRST, out_features="96"), "out_features is '96', which is no width"),
         (
             lambda f: edit_json(f / "3_Dense/config.json", out_features=32),
             "vectors of width 32; llama.cpp gives",
         ),
-        (lambda f: (f / DENSE).unlink(), "2_Dense/config.json: no such file"),
+        (lambda f: (f / FIRST).unlink(), "2_Dense/config.json: no such file"),
         (lambda f: (f / "3_Dense/model.safetensors").unlink(), "3_Dense/model.safetensors: no such file, but modules"),
         (
             lambda f: (f / "3_Dense/model.safetensors").rename(f / "3_Dense/pytorch_model.bin"),
