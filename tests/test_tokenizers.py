@@ -402,6 +402,24 @@ def test_spm_file_says_of_its_tokens_what_llama_cpp_needs(behind: str | None, ti
             assert ids_of(path, text)[:: len(ids_of(path, text)) - 1] == [1, 2]
 
 
+@pytest.mark.parametrize("n_more", [0, 64])
+def test_token_for_images_without_a_row_is_plain_text(n_more: int, tmp_path: Path) -> None:
+    """As EmbeddingGemma has it: the token's id is the number of rows. Where there are more rows, it is a token."""
+    from transformers import AutoTokenizer
+
+    folder, text = files_of(NANO, tmp_path / "files"), "<image_soft_token>"
+    as_spm(before="<bos>", behind="<eos>", n_merges=300)(folder)
+    n_rows = read_json(folder / "config.json")["vocab_size"]
+    add(token(text, special=True, normalized=False, id=n_rows))(folder)
+    settings(tokenizer_class="GemmaTokenizer", bos_token="<bos>", eos_token="<eos>", image_token=text)(folder)
+    edit_json(folder / "config.json", model_type="gemma3_text", vocab_size=n_rows + n_more)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), build_tokenizer(checkpoint_of(folder))
+    assert theirs(f"a{text}b")["input_ids"].count(n_rows) == 1
+    assert ours.encode(f"a{text}b").ids.count(n_rows) == bool(n_more)
+    assert ours.encode("a <b>").ids == theirs("a <b>")["input_ids"]
+    assert len(read_vocabulary(checkpoint_of(folder)).tokens) == n_rows + n_more
+
+
 def test_mistral_takes_tokenizer_json_as_it_is(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

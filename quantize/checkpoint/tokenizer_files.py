@@ -52,6 +52,7 @@ class _Class:
     rebuild: Callable[[Spec, Settings], None]  # puts what it makes itself in the place of tokenizer.json's
     frames_by: tuple[str, str] | None = None  # names of the tokens around a text, whatever the post-processor
     second: str = "$B:1 {last}:1"  # what follows such a text, if another one does
+    other_media: tuple[str, ...] = ()  # tokens that stand for images, for which a text model may have no rows
 
 
 def build_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -70,6 +71,7 @@ def build_tokenizer(checkpoint: Checkpoint) -> Any:
         Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
     _require_sane(checkpoint, spec)
     listed = _read_tokens(checkpoint, spec, settings)
+    listed = _without_other_media(checkpoint, spec, settings, listed, kind)
     kind.rebuild(spec, settings)
     with _library(checkpoint):
         if kind.model == "Unigram":  # the library reads scores from JSON a step off, and transformers' class does not
@@ -171,6 +173,25 @@ def _read_tokens(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> list
         if padding := spec.get("padding"):
             settings["padding_token"] = padding["pad_token"]
     return [listed[i] for i in sorted(listed)]
+
+
+def _without_other_media(
+    checkpoint: Checkpoint, spec: Spec, settings: Settings, listed: list[Any], kind: _Class
+) -> list[Any]:
+    """`listed`, `spec` and `settings` without tokens that stand for images, where a text model has no rows for them.
+
+    transformers gives such a token an id past the table, and fails on a text that holds it. Here it is plain text.
+    """
+    vocab = spec["model"].get("vocab")
+    if not kind.other_media or not isinstance(vocab, dict):
+        return listed
+    n_rows = checkpoint.count("vocab_size")
+    others = [text for text in kind.other_media if n_rows <= vocab.get(text, len({*vocab} - {text}))]
+    for text in others:
+        vocab.pop(text, None)
+    settings |= {key: None for key in settings if key.endswith("_token") and _text(settings[key]) in others}
+    settings["extra_special_tokens"] = [t for t in settings["extra_special_tokens"] if _text(t) not in others]
+    return [token for token in listed if token.content not in others]
 
 
 def _read_older_files(folder: Path, settings: Settings, listed: dict[int, Any]) -> None:
@@ -407,6 +428,7 @@ _CLASSES = {
             "mask_token": "<mask>",
         },
         rebuild=_gemma,
+        other_media=("<image_soft_token>",),
     ),
     "RobertaTokenizer": _Class(
         model="BPE",
