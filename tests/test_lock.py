@@ -78,7 +78,7 @@ def test_entry_at_the_revision_that_is_named_is_taken_of_several_of_one_reposito
     assert find_model("x/y", lock)[0].name == "a"
 
 
-UNSUPPORTED = {"bge-m3", "multilingual-e5-base", "e5-mistral-7b-instruct", "embeddinggemma-300m"}
+UNSUPPORTED = {"bge-m3", "multilingual-e5-base"}
 
 
 def test_names_that_are_not_converted_yet_say_why() -> None:

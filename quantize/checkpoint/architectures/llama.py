@@ -109,7 +109,9 @@ def _architecture(
 
 
 ARCHITECTURES = {
-    "llama": _architecture({"LlamaModel", "LlamaForCausalLM"}, set(), {}, is_fixed=False, examples=""),
+    "llama": _architecture(
+        {"LlamaModel", "LlamaForCausalLM"}, set(), {}, is_fixed=False, examples="tunes of Llama without RoPE scaling"
+    ),
     "mistral": _architecture(
         {"MistralModel", "MistralForCausalLM"},
         {"sliding_window"},
