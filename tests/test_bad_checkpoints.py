@@ -182,7 +182,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "dense module": (
         write("modules.json", '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'),
         UnsupportedCheckpoint,
-        "modules.json: has the module Dense",
+        "modules.json: has Dense; f2gguf converts Transformer, Pooling, Dense, Normalize, in this order",
     ),
     "two pooling modes": (
         edit("1_Pooling/config.json", pooling_mode_mean_tokens=True),

@@ -80,8 +80,7 @@ def test_entry_at_the_revision_that_is_named_is_taken_of_several_of_one_reposito
     assert find_model("x/y", lock)[0].name == "a"
 
 
-NEVER = {"all-mpnet-base-v2", "gte-multilingual-base"}  # by stock llama.cpp
-UNSUPPORTED = NEVER | {"e5-mistral-7b-instruct", "embeddinggemma-300m"}
+UNSUPPORTED = {"all-mpnet-base-v2", "gte-multilingual-base"}  # by stock llama.cpp
 
 
 def test_names_that_are_not_converted_yet_say_why() -> None:

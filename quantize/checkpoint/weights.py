@@ -115,6 +115,19 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     return tensors
 
 
+def read_dense(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the file of a Dense module. Raises the errors of `read_tensors`."""
+    if not path.is_file():
+        if there := [
+            other for other in (path.parent.iterdir() if path.parent.is_dir() else ()) if other.suffix in PICKLES
+        ]:
+            raise UnsupportedCheckpoint(
+                f"{there[0]}: is pickle, which runs code when it is read. Save it as {path.name}."
+            )
+        raise BrokenCheckpoint(f"{path}: no such file, but modules.json names its folder. {FETCH_AGAIN}")
+    return _read_safetensors(path)
+
+
 def weights_paths(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """The files that `read_tensors` reads: an index and its shards, or one file."""
     path = _weights_file(folder, config)
