@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     "foreign weights only": (
         lambda f: (f / "model.safetensors").rename(f / "model.h5"),
         UnsupportedCheckpoint,
-        "only foreign weights",
+        "only pickle or foreign weights",
     ),
     "weights cut in the data": (cut_file("model.safetensors", 0.9), BrokenCheckpoint, "model.safetensors: truncated: "),
     "weights cut in the header": (cut_file("model.safetensors", 0.0001), BrokenCheckpoint, "cut off in its header"),

@@ -180,7 +180,7 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
     if there := [path for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (path := folder / name).is_file()]:
         return there[0]
     if any(path.suffix in (*PICKLES, ".h5", ".onnx", ".gguf", ".msgpack") for path in folder.iterdir()):
-        raise UnsupportedCheckpoint(f"{folder}: has only foreign weights. Save them as safetensors.")
+        raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     beside = f" transformers would not load {others[0]} either: rename it if it holds the weights." if others else ""
     raise BrokenCheckpoint(f"{folder / SINGLE}: no such file, and no {INDEX}.{beside or f' {FETCH_AGAIN}'}")
