@@ -48,7 +48,7 @@ def fill(folder: Path, *, seed: int = 0) -> Path:
     config = json.loads((folder / "config.json").read_text())
     checkpoint = Checkpoint(folder, folder, config, {}, Modules(), Prompts(), None)
     targets = ARCHITECTURES[config["model_type"]].targets(checkpoint)
-    save_tensors(folder, _random({name: shape for name, (_, shape) in targets.items()}, seed))
+    save_tensors(folder, _random({target.stored: target.shape for target in targets}, seed))
     return folder
 
 

@@ -146,7 +146,7 @@ def test_layers_in_plain_arithmetic_give_llama_cpps_vectors(source: str, request
             for name, info in weights.infos.items()
             if name.startswith(prefix) and len(info.shape) == 1
         }
-        layer = run_layer(vectors, states, texts, shape)
+        layer = run_layer(vectors, states, texts, shape.at(i))
         while True:
             names, states = layer.send(sent)
             if not names:

@@ -17,6 +17,8 @@ from hub import Hub, only_error, run_command, serving
 
 INSTRUCT = {f"F2LLM-v2-{size}" for size in ("80M", "160M", "330M", "0.6B", "1.7B", "4B", "8B", "14B")}
 PREVIEWS = {f"F2LLM-v2-{size}-Preview" for size in ("0.6B", "1.7B", "4B", "8B", "14B")}
+UNPINNED = {"jina-code-embeddings-0.5b", "jina-code-embeddings-1.5b", "all-distilroberta-v1", "all-roberta-large-v1"}
+UNPINNED |= PREVIEWS  # as the mteb registry has no revision of theirs
 
 
 def test_every_model_of_the_family_and_its_peers_is_locked() -> None:
@@ -27,10 +29,10 @@ def test_every_model_of_the_family_and_its_peers_is_locked() -> None:
     assert {"Qwen/Qwen3-Embedding-0.6B", "BAAI/bge-large-en-v1.5", "google/embeddinggemma-300m"} <= peers
 
 
-def test_every_model_but_the_previews_is_pinned_to_a_commit() -> None:
+def test_every_model_whose_revision_is_published_is_pinned_to_a_commit() -> None:
     unpinned = {name for name, entry in read_lock().entries.items() if entry.repo and not entry.revision}
     commits = {entry.revision for entry in read_lock().entries.values() if entry.revision}
-    assert unpinned == PREVIEWS
+    assert unpinned == UNPINNED
     assert all(len(commit) == 40 and set(commit) <= set("0123456789abcdef") for commit in commits)
 
 
@@ -78,18 +80,23 @@ def test_entry_at_the_revision_that_is_named_is_taken_of_several_of_one_reposito
     assert find_model("x/y", lock)[0].name == "a"
 
 
-UNSUPPORTED = {"bge-m3", "multilingual-e5-base", "e5-mistral-7b-instruct", "embeddinggemma-300m"}
+UNSUPPORTED = {"all-mpnet-base-v2", "gte-multilingual-base"}  # by stock llama.cpp
 
 
 def test_names_that_are_not_converted_yet_say_why() -> None:
     lock = read_lock()
     assert {name for name, entry in lock.entries.items() if entry.unsupported} == UNSUPPORTED
-    assert set(lock.entries) - UNSUPPORTED - PREVIEWS == set(lock.convertible)
-    assert find_entry("bge-m3", lock)[0].unsupported
+    assert set(lock.entries) - UNSUPPORTED - UNPINNED == set(lock.convertible)
+    assert find_entry("all-mpnet-base-v2", lock)[0].unsupported
 
 
 @pytest.mark.parametrize(
-    "arguments", [("all", "bge-m3"), ("all", "f2llm-nano", "BAAI/bge-m3@main"), ("fetch", "Bge-M3")]
+    "arguments",
+    [
+        ("all", "all-mpnet-base-v2"),
+        ("all", "f2llm-nano", "sentence-transformers/all-mpnet-base-v2@main"),
+        ("fetch", "All-MPNet-base-v2"),
+    ],
 )
 def test_model_that_is_not_converted_yet_is_refused_before_anything_is_asked_or_made(
     tmp_path: Path, arguments: tuple[str, ...]
@@ -98,7 +105,7 @@ def test_model_that_is_not_converted_yet_is_refused_before_anything_is_asked_or_
     with serving(hub):
         process = run_command("quantize", *arguments, hub=hub, home=tmp_path / "home")
     line = only_error(process)
-    assert "bge-m3: f2gguf does not convert it yet: its architecture is XLM-RoBERTa" in line
+    assert "all-mpnet-base-v2: f2gguf does not convert it yet: llama.cpp has no MPNet" in line
     assert "Those of models.lock that it converts: F2LLM-v2-80M, F2LLM-v2-160M, " in line
     assert "Preview" not in line
     assert not hub.requests

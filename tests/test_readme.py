@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import families_table
 import pytest
 from f2gguf.quantize.cli import f2gguf, quantize
 
@@ -62,7 +63,13 @@ def test_every_file_and_room_of_a_folder_is_named_in_its_readme(folder: str) -> 
     paths = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
     rooms = {f"{path.parent.name}/" for path in paths if path.parent.name != folder}
     assert rooms <= words
+    paths = [path for path in paths if path.parent.name not in ("architectures", "layers")]  # a file for every family
     assert [path.name for path in paths if not {path.name, path.stem} & words and folder != "evals"] == []
+
+
+def test_table_of_families_is_what_the_code_says() -> None:
+    text = families_table.README.read_text()
+    assert families_table.with_table(text) == text, "run: python tests/families_table.py"
 
 
 def test_readmes_link_to_files_that_are_there() -> None:

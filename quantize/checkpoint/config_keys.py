@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _NAMES = """
     _attn_implementation_internal _attn_implementation_autoset use_flash_attn experts_implementation
     _experts_implementation_internal chunk_size_feed_forward pretraining_tp output_attentions output_hidden_states
     return_dict bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix tf_legacy_loss
+    output_past decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix tf_legacy_loss
 """
 _WRITING = """
     max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups
@@ -59,6 +59,9 @@ class ConfigKeys:
     carried: frozenset[str]  # their values are in the file: in its header, or in the shapes of its tensors
     required: Mapping[str, tuple[Any, ...]]  # the values that llama.cpp computes, the default first
     classes: frozenset[str]  # classes of transformers in `architectures` that compute this
+    # files of repositories' own code that compute this too -> keys that must be stated for it
+    own_code: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    without_effect: frozenset[str] = frozenset()  # of keys that only this architecture has
 
 
 def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, allowed: Collection[str] = ()) -> None:
@@ -74,6 +77,8 @@ def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, 
             supported = f"f2gguf converts {config['model_type']} with {values[0]!r}"
             raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; {supported}.")
     unknown = {key: config[key] for key in config.keys() - known_keys(keys) - set(allowed)}
+    if is_known_code(config.get("auto_map"), config, keys):
+        unknown.pop("auto_map", None)
     doubtful = {key: value for key, value in unknown.items() if value not in (None, {}, []) and _may_compute(key)}
     if "architectures" not in allowed and (others := set(config.get("architectures") or []) - keys.classes):
         doubtful["architectures"] = sorted(others)
@@ -85,10 +90,28 @@ def require_known_keys(path: Path, config: Mapping[str, Any], keys: ConfigKeys, 
         warnings.warn(f"{path}: f2gguf does not know {names}; taken to be without effect.", ConfigKeyWarning, 2)
 
 
+def is_known_code(named: Any, config: Mapping[str, Any], keys: ConfigKeys) -> bool:
+    """Whether auto_map's value `named` is only of code that is known to do what transformers' own class does."""
+    places = [*named.values()] if isinstance(named, dict) else [named]
+    places = [place for some in places for place in (some if isinstance(some, list) else [some]) if place is not None]
+    if not all(isinstance(place, str) for place in places):
+        return False
+    files = {place.rsplit("--", 1)[-1].split(".")[0] for place in places}  # org/name--file.Class
+    return all(file in keys.own_code and config.keys() >= set(keys.own_code[file]) for file in files)
+
+
 def _may_compute(key: str) -> bool:
     return any(word in key.lower() for word in _ARITHMETIC)
 
 
 def known_keys(keys: ConfigKeys) -> set[str]:
     """Every key that is carried, required or without effect."""
-    return {*_NAMES.split(), *_WRITING.split(), *_SHARED, *keys.carried, *keys.required, "architectures"}
+    return {
+        *_NAMES.split(),
+        *_WRITING.split(),
+        *_SHARED,
+        *keys.carried,
+        *keys.required,
+        *keys.without_effect,
+        "architectures",
+    }

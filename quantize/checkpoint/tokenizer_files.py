@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
+from f2gguf.quantize.checkpoint.config_keys import is_known_code
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
+from f2gguf.quantize.checkpoint.spm import BLANK
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 from f2gguf.runtime.llama.carried import raise_unless_rust
 
@@ -25,11 +28,17 @@ Settings = dict[str, Any]  # tokenizer_config.json, and what other files add to 
 Spec = dict[str, Any]  # tokenizer.json
 
 CONFIG = "tokenizer_config.json"
+METASPACE = "\u2581"  # SentencePiece's blank
+_NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTE_FALLBACK = {
+    **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+    **{"fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
+}
 # What a folder without tokenizer.json may hold instead
 _OLDER_FILES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -42,6 +51,8 @@ class _Class:
     defaults: dict[str, str]  # its named tokens
     rebuild: Callable[[Spec, Settings], None]  # puts what it makes itself in the place of tokenizer.json's
     frames_by: tuple[str, str] | None = None  # names of the tokens around a text, whatever the post-processor
+    second: str = "$B:1 {last}:1"  # what follows such a text, if another one does
+    other_media: tuple[str, ...] = ()  # tokens that stand for images, for which a text model may have no rows
 
 
 def build_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -57,12 +68,17 @@ def build_tokenizer(checkpoint: Checkpoint) -> Any:
     from tokenizers import Tokenizer
 
     with _library(checkpoint):  # which checks the shape of all but the model: from here on it can be relied on
-        Tokenizer.from_str(json.dumps({**spec, "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}))
+        Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
     _require_sane(checkpoint, spec)
     listed = _read_tokens(checkpoint, spec, settings)
+    listed = _without_other_media(checkpoint, spec, settings, listed, kind)
     kind.rebuild(spec, settings)
     with _library(checkpoint):
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        if kind.model == "Unigram":  # the library reads scores from JSON a step off, and transformers' class does not
+            tokenizer = Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
+            tokenizer.model = _unigram(**spec["model"])
+        else:
+            tokenizer = Tokenizer.from_str(json.dumps(spec))
         _add_tokens(tokenizer, listed, kind, settings)
     _frame(checkpoint, tokenizer, kind, settings)
     tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
@@ -85,7 +101,8 @@ def _require_tokenizer_json(checkpoint: Checkpoint) -> None:
 def _require_plain_settings(checkpoint: Checkpoint, settings: Settings) -> None:
     path = checkpoint.folder / CONFIG
     own_code = settings.get("auto_map")
-    if own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code:
+    own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code
+    if own_code and not is_known_code(own_code, checkpoint.config, ARCHITECTURES[checkpoint.model_type].keys):
         raise UnsupportedCheckpoint(f"{path}: auto_map names a tokenizer of the repository's own code.")
     if settings.get("fast_tokenizer_files"):
         raise UnsupportedCheckpoint(f"{path}: fast_tokenizer_files names other files than tokenizer.json.")
@@ -106,8 +123,10 @@ def _class_of(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> _Class:
     model = spec.get("model")
     if not isinstance(model, dict):
         raise BrokenCheckpoint(f"{checkpoint.tokenizer_path}: is no working tokenizer: it has no model. {FETCH_AGAIN}")
-    default = _DEFAULT_CLASSES.get(checkpoint.model_type, _AS_IT_IS)
-    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
+    architecture = ARCHITECTURES[checkpoint.model_type]
+    stated = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
+    if not stated or architecture.tokenizer_class_is_fixed:
+        stated = architecture.tokenizer_class
     where = checkpoint.folder / (CONFIG if settings.get("tokenizer_class") else "config.json")
     name = str(stated).removesuffix("Fast")
     if name == "PreTrainedTokenizer" or (name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(spec)):
@@ -154,6 +173,25 @@ def _read_tokens(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> list
         if padding := spec.get("padding"):
             settings["padding_token"] = padding["pad_token"]
     return [listed[i] for i in sorted(listed)]
+
+
+def _without_other_media(
+    checkpoint: Checkpoint, spec: Spec, settings: Settings, listed: list[Any], kind: _Class
+) -> list[Any]:
+    """`listed`, `spec` and `settings` without tokens that stand for images, where a text model has no rows for them.
+
+    transformers gives such a token an id past the table, and fails on a text that holds it. Here it is plain text.
+    """
+    vocab = spec["model"].get("vocab")
+    if not kind.other_media or not isinstance(vocab, dict):
+        return listed
+    n_rows = checkpoint.count("vocab_size")
+    others = [text for text in kind.other_media if n_rows <= vocab.get(text, len({*vocab} - {text}))]
+    for text in others:
+        vocab.pop(text, None)
+    settings |= {key: None for key in settings if key.endswith("_token") and _text(settings[key]) in others}
+    settings["extra_special_tokens"] = [t for t in settings["extra_special_tokens"] if _text(t) not in others]
+    return [token for token in listed if token.content not in others]
 
 
 def _read_older_files(folder: Path, settings: Settings, listed: dict[int, Any]) -> None:
@@ -230,10 +268,11 @@ def _frame(checkpoint: Checkpoint, tokenizer: Any, kind: _Class, settings: Setti
     first, last = (_text(settings[key]) if settings[key] is not None else "" for key in kind.frames_by)
     ids = [(text, tokenizer.token_to_id(text)) for text in (first, last)]
     if lacking := [key for key, (_, i) in zip(kind.frames_by, ids, strict=True) if i is None]:
-        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {lacking[0]} is not in {checkpoint.tokenizer_path}.")
+        names = ", ".join(lacking)
+        raise BrokenCheckpoint(f"{checkpoint.folder / CONFIG}: its {names} is not in {checkpoint.tokenizer_path}.")
     single = f"{first}:0 $A:0 {last}:0"
     with _library(checkpoint):
-        tokenizer.post_processor = TemplateProcessing(single, f"{single} $B:1 {last}:1", ids)
+        tokenizer.post_processor = TemplateProcessing(single, f"{single} {kind.second.format(last=last)}", ids)
 
 
 def _as_it_is(_spec: Spec, _settings: Settings) -> None:
@@ -279,6 +318,52 @@ def _qwen2(spec: Spec, settings: Settings) -> None:
     spec["added_tokens"] = []
 
 
+def _llama(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": None}
+    always = "first" if not settings.get("legacy", False) else "always"
+    scheme = always if settings.get("add_prefix_space") in (True, None) else "never"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": False}
+    spec["added_tokens"] = []
+
+
+def _gemma(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": _text(settings.get("unk_token") or "<unk>")}
+    blank = {"pattern": {"String": " "}}
+    spec["normalizer"] = {"type": "Replace", **blank, "content": BLANK}
+    spec["pre_tokenizer"] = {"type": "Split", **blank, "behavior": "MergedWithPrevious", "invert": False}
+    spec["added_tokens"] = []
+
+
+def _roberta(spec: Spec, settings: Settings) -> None:
+    _qwen2(spec, settings)
+    blank = bool(settings.get("add_prefix_space"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": blank, "trim_offsets": True, "use_regex": True}
+    spec |= {"normalizer": None, "pre_tokenizer": byte_level}
+
+
+def _xlm_roberta(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {"unk_id": 3, "byte_fallback": False}
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    spec["normalizer"] = next((step for step in steps if step.get("type") == "Precompiled"), None)
+    scheme = "always" if settings.get("add_prefix_space", True) else "never"
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": METASPACE, "prepend_scheme": scheme, "split": True},
+        ],
+    }
+    spec["added_tokens"] = []
+
+
+def _unigram(vocab: list[tuple[str, float]], unk_id: int, byte_fallback: bool, **_: object) -> Any:
+    from tokenizers import models
+
+    return models.Unigram([(piece, score) for piece, score in vocab], unk_id, byte_fallback)
+
+
 @contextlib.contextmanager
 def _library(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what the library `tokenizers` raises, bare Exceptions among it, into `BrokenCheckpoint`."""
@@ -300,6 +385,15 @@ def _shapes(path: Path) -> Iterator[None]:
 
 
 _AS_IT_IS = "TokenizersBackend"
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
 _CLASSES = {
     _AS_IT_IS: _Class(model=None, defaults={}, rebuild=_as_it_is),
     "BertTokenizer": _Class(
@@ -319,6 +413,35 @@ _CLASSES = {
         defaults=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
         rebuild=_qwen2,
     ),
+    "LlamaTokenizer": _Class(
+        model="BPE",
+        defaults={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        rebuild=_llama,
+    ),
+    "GemmaTokenizer": _Class(
+        model="BPE",
+        defaults={
+            "unk_token": "<unk>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "mask_token": "<mask>",
+        },
+        rebuild=_gemma,
+        other_media=("<image_soft_token>",),
+    ),
+    "RobertaTokenizer": _Class(
+        model="BPE",
+        defaults=_ROBERTA_TOKENS,
+        rebuild=_roberta,
+        frames_by=("cls_token", "sep_token"),
+        second="{last} $B {last}",
+    ),
+    "XLMRobertaTokenizer": _Class(
+        model="Unigram",
+        defaults=_ROBERTA_TOKENS,
+        rebuild=_xlm_roberta,
+        frames_by=("bos_token", "eos_token"),
+        second="{last} $B {last}",
+    ),
 }
-# The class of a `model_type` where no file names one
-_DEFAULT_CLASSES = {"bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer"}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
+from f2gguf.quantize.checkpoint import spm
+from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
-from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, build_tokenizer
+from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, METASPACE, build_tokenizer
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
-from f2gguf.runtime.llama.carried import carried_json, gguf_text
+from f2gguf.runtime.llama.carried import carried_json, charsmap_steps, gguf_text, score_steps
 
 # The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern
 PRE_TOKENIZERS = {
@@ -22,9 +27,13 @@ PRE_TOKENIZERS = {
     r"|\s+": "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "qwen35",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",
 }
 NO_EOS = ""  # stated in the place of a closing token: texts have none
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
+_UNUSED_SCORE = -10000.0  # of rows that no piece has, as llama.cpp's converter gives it
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,10 @@ class Family:
     merges: list[str]
     special: dict[str, str]  # role -> token: 'eos', ...
     flags: dict[str, bool]  # 'add_eos_token' -> ...
+    scores: Sequence[float] = ()  # of every id, in Unigram and in SentencePiece's BPE
+    score_steps: list[int] = field(default_factory=list)  # what their float32 lacks, see `carried.score_steps`
+    charsmap: bytes = b""
+    types: Mapping[int, int] = field(default_factory=dict)  # id -> type, where it depends on the kind
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     spec = json.loads(tokenizer.to_str())
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
-        known = "byte-level BPE and WordPiece"
+        known = "BPE, WordPiece and Unigram"
         raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
     ids = tokenizer.get_vocab(with_added_tokens=True)
     opening, closing = _template(spec, checkpoint, ids)
@@ -81,6 +94,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     tokens, token_types = _tokens(checkpoint, spec)
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
+    token_types = [family.types.get(i, kind) for i, kind in enumerate(token_types)]
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
@@ -96,25 +110,45 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
-    path = checkpoint.tokenizer_path
-    if opening:
-        raise UnsupportedCheckpoint(f"{path}: puts {opening[0]} before every text, which is not supported for BPE yet.")
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]]
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
-        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
+        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a BPE writes it as 'Ġ' or '▁'.")
     named = {
+        "bos": opening[0] if opening else None,
         "eos": eos_token or _named_token(checkpoint, "eos_token"),
         "padding": _named_token(checkpoint, "pad_token"),
     }
-    return Family(
-        model="gpt2",
-        pre=_pre_tokenizer(spec, checkpoint),
-        merges=[" ".join(merge) for merge in merges],
-        special={role: token for role, token in named.items() if token},
-        flags={"add_bos_token": False, "add_eos_token": eos_token != NO_EOS},
+    flags = {"add_bos_token": bool(opening), "add_eos_token": eos_token != NO_EOS}
+    family = Family("gpt2", "", [" ".join(m) for m in merges], {r: t for r, t in named.items() if t}, flags)
+    if spm.is_spm(model):
+        return _spm(spec, checkpoint, family)
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
+    pre = _pre_tokenizer(spec, checkpoint)
+    family = replace(family, pre=ARCHITECTURES[checkpoint.model_type].pre_names.get(pre, pre))
+    if not opening:
+        return family
+    # modern-bert puts a separator between two texts, unless the header says that it does not
+    special = {**family.special, **({"seperator": eos_token} if eos_token else {})}
+    return replace(family, special=special, flags={**flags, "add_sep_token": False})
+
+
+def _spm(spec: dict[str, Any], checkpoint: Checkpoint, family: Family) -> Family:
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    unknown = model["unk_token"] or _named_token(checkpoint, "unk_token") or "<unk>"
+    ids = model["vocab"] | {added["content"]: added["id"] for added in spec["added_tokens"]}
+    if unknown not in ids:
+        raise BrokenCheckpoint(f"{path}: lacks the unknown token {unknown}. Fetch the model again.")
+    return replace(
+        family,
+        model="llama",
+        pre="default",
+        special={**family.special, "unknown": unknown},
+        flags={**family.flags, "add_space_prefix": spm.has_prefix(path, spec)},
+        scores=spm.scores(model, family.merges, checkpoint.count("vocab_size")),
+        types=spm.types(path, model, ids, unknown),
     )
 
 
@@ -154,7 +188,64 @@ def _wordpiece(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str],
     )
 
 
-_FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece}
+def _unigram(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    pieces, stated = [piece for piece, _ in model["vocab"]], [score for _, score in model["vocab"]]
+    if model["byte_fallback"]:
+        raise UnsupportedCheckpoint(f"{path}: its Unigram model has byte_fallback, which llama.cpp does not follow.")
+    if model["unk_id"] is None:
+        raise UnsupportedCheckpoint(f"{path}: its Unigram model has no unk_id, which llama.cpp needs.")
+    if len(opening) > 1:
+        raise UnsupportedCheckpoint(f"{path}: puts {len(opening)} tokens before a text; Unigram is supported with one.")
+    if None in stated or np.abs(steps := score_steps(stated)).max() >= 1 << 31:  # JSON has null for NaN and infinity
+        raise UnsupportedCheckpoint(f"{path}: its Unigram model has scores that are not finite, or too near to zero.")
+    charsmaps = {step["precompiled_charsmap"] for step in charsmap_steps(spec["normalizer"])}
+    if len(charsmaps) > 1:
+        raise UnsupportedCheckpoint(f"{path}: its normaliser has {len(charsmaps)} charsmaps; one is supported.")
+    unknown, pad = pieces[model["unk_id"]], _named_token(checkpoint, "pad_token") or "<pad>"
+    known = {*pieces, *(token["content"] for token in spec["added_tokens"])}
+    named = {"bos": "".join(opening), "eos": eos_token, "seperator": eos_token, "unknown": unknown}
+    named |= {"padding": pad if pad in known else "", "mask": _named_token(checkpoint, "mask_token") or ""}
+    n_unused = checkpoint.count("vocab_size") - len(pieces)
+    return Family(
+        model="t5",
+        pre="default",
+        merges=[],
+        special={role: token for role, token in named.items() if token},
+        flags={
+            "add_bos_token": bool(opening),
+            "add_eos_token": eos_token != NO_EOS,
+            **_unigram_blanks(spec, checkpoint),
+        },
+        scores=[*stated, *[_UNUSED_SCORE] * n_unused],
+        score_steps=steps.tolist() if steps.any() else [],
+        charsmap=base64.b64decode("".join(charsmaps)),
+    )
+
+
+def _unigram_blanks(spec: dict[str, Any], checkpoint: Checkpoint) -> dict[str, bool]:
+    """What llama.cpp does with blanks: whether it puts one before a text, and makes one of several."""
+    pre = spec["pre_tokenizer"] or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    if [step.get("type") for step in steps] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]) or (
+        steps[-1]["replacement"] != METASPACE
+    ):
+        kinds = ", ".join(str(step.get("type")) for step in steps)
+        words = f"its pre-tokenizer {kinds} is not supported with Unigram; WhitespaceSplit and Metaspace are"
+        raise UnsupportedCheckpoint(f"{checkpoint.tokenizer_path}: {words}.")
+    joins_blanks = len(steps) > 1 or any(
+        step.get("type") == "Replace" and step["pattern"] == {"Regex": " {2,}"} for step in _normalizer_steps(spec)
+    )
+    scheme = steps[-1]["prepend_scheme"]
+    return {"add_space_prefix": scheme != "never", "remove_extra_whitespaces": joins_blanks}
+
+
+def _normalizer_steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    normalizer = spec["normalizer"] or {}
+    return list(normalizer["normalizers"]) if normalizer.get("type") == "Sequence" else [normalizer]
+
+
+_FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece, "Unigram": _unigram}
 
 
 def _named_token(checkpoint: Checkpoint, key: str) -> str | None:
@@ -167,6 +258,12 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
     """Texts and types of ids 0 to vocab_size - 1. An id that the tokenizer does not use becomes '[PAD<id>]', unused."""
     path, n_vocab, kind = checkpoint.tokenizer_path, checkpoint.count("vocab_size"), spec["model"]["type"]
     vocab, added_tokens = spec["model"]["vocab"], spec["added_tokens"]
+    if isinstance(vocab, list):
+        pieces = [piece for piece, _ in vocab]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        if len(vocab) < len(pieces):
+            twice = next(piece for i, piece in enumerate(pieces) if vocab[piece] != i)
+            raise UnsupportedCheckpoint(f"{path}: has the piece {twice!r} twice, which llama.cpp does not take.")
     ids = [*vocab.values(), *(added["id"] for added in added_tokens)]
     if not 0 <= min(ids, default=0) <= max(ids, default=0) < n_vocab:
         raise BrokenCheckpoint(
@@ -185,6 +282,8 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
             text = f"[ADDED{i}]"
         is_control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
         tokens[i], types[i] = text, _CONTROL if is_control else _USER_DEFINED
+    if kind == "Unigram" and spec["model"]["unk_id"] is not None:
+        types[spec["model"]["unk_id"]] = _UNKNOWN
     first = {}
     for i, text in enumerate(tokens):  # llama.cpp stops the process if two ids have one text, or a text holds NUL
         if first.setdefault(text, i) != i or "\0" in text:
@@ -193,7 +292,7 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
 
 
 def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int]) -> tuple[list[str], list[str]]:
-    """The special tokens that the post-processor puts before and after a single text, at most one behind."""
+    """The special tokens that the post-processor puts before and after a single text, at most one each."""
     post, path = spec.get("post_processor") or {}, checkpoint.tokenizer_path
     processors = post["processors"] if post.get("type") == "Sequence" else [post]
     steps = [step for step in processors if step.get("type") not in (None, "ByteLevel")]  # which changes offsets alone
@@ -205,10 +304,10 @@ def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int])
     if not steps:
         return [], []
     opening, closing = _around(steps[0], checkpoint)
-    if len(closing) > 1:
-        raise UnsupportedCheckpoint(
-            f"{path}: its post-processor puts {len(closing)} tokens behind a text; one is supported."
-        )
+    for where, around in (("before", opening), ("behind", closing)):
+        if len(around) > 1:
+            words = f"its post-processor puts {len(around)} tokens {where} a text; one is supported"
+            raise UnsupportedCheckpoint(f"{path}: {words}.")
     for text, i in [*opening, *closing]:
         if ids.get(text) != i:
             stated = f"its post-processor gives {text} the id {i}"

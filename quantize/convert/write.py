@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from f2gguf.quantize.checkpoint.weights import StoredTensor
+from f2gguf.quantize.checkpoint.weights import StoredTensor, as_float32
 from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, add_golden, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
@@ -132,7 +132,7 @@ def _converted(dtype: str, target: str, chunk: NDArray[Any]) -> NDArray[Any]:
         return bf16_to_f16(chunk)
     if target == "F16":
         return chunk.astype(np.float16)
-    values = _widen(chunk) if dtype == "BF16" else chunk.astype(np.float32)
+    values = as_float32(dtype, chunk)
     return _to_bf16(values) if target == "BF16" else values
 
 
@@ -153,11 +153,7 @@ def bf16_to_f16(bits: NDArray[np.uint16]) -> NDArray[np.float16]:
 @cache
 def _bf16_to_f16_table() -> NDArray[np.uint16]:
     with np.errstate(over="ignore"):  # in patterns that nobody looks up
-        return _widen(np.arange(1 << 16, dtype=np.uint16)).astype(np.float16).view(np.uint16)
-
-
-def _widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+        return as_float32("BF16", np.arange(1 << 16, dtype=np.uint16)).astype(np.float16).view(np.uint16)
 
 
 def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -199,8 +195,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
         if entry.revision:
             writer.add_base_model_version(0, entry.revision)
             writer.add_string(keys.KEY_REVISION, entry.revision)
-    for key, value in facts.shape.items():
-        writer.add_key_value(f"{architecture}.{key}", value, GGUFValueType(VALUE_TYPES[type(value)][0]))
+    _add_values(writer, f"{architecture}.", facts.shape)
     writer.add_uint32(f"{architecture}.pooling_type", keys.POOLING_IDS[facts.pooling])
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -227,12 +222,23 @@ def _add_vocabulary(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_token_types(vocabulary.token_types)
     if family.merges:
         writer.add_token_merges(family.merges)
+    if family.scores:
+        writer.add_token_scores(family.scores)
+    if family.score_steps:
+        sub_type = GGUFValueType.INT8 if max(map(abs, family.score_steps)) < 1 << 7 else GGUFValueType.INT32
+        writer.add_key_value(keys.KEY_SCORE_STEPS, family.score_steps, GGUFValueType.ARRAY, sub_type)
+    if family.charsmap:
+        writer.add_precompiled_charsmap(family.charsmap)
     for name, token_id in vocabulary.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     for name, flag in family.flags.items():
         writer.add_bool(f"tokenizer.ggml.{name}", flag)
-    if facts.architecture.name == "bert":
-        writer.add_token_type_count(facts.checkpoint.count("type_vocab_size"))
+    _add_values(writer, "tokenizer.ggml.", facts.architecture.tokenizer_facts(facts.checkpoint))
+
+
+def _add_values(writer: GGUFWriter, prefix: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        writer.add_key_value(prefix + key, value, GGUFValueType(VALUE_TYPES[type(value)][0]))
 
 
 def _size_label(n_parameters: int) -> str:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
+from f2gguf.quantize.repair.codes.layers import LAYERS
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, as_stored
 from f2gguf.runtime.gguf.header import Header
@@ -41,7 +42,10 @@ _SMALLEST_ROW, _LARGEST_COLUMN = 2.0**-9, 2.0**14
 
 @dataclass(frozen=True)
 class Place:
-    """One kind of channel in one layer: the tensors that write it, and those that read it."""
+    """One kind of channel in one layer: the tensors that write it, and those that read it.
+
+    A writer with more rows than there are channels is fused: its last rows write them.
+    """
 
     name: str
     writers: tuple[str, ...]
@@ -59,31 +63,20 @@ class Place:
         return np.repeat(channels.reshape(n_head_kv, 1, width), n_head // n_head_kv, axis=1).ravel()
 
 
-# place -> the tensors that write its channels, and those that read them
-_PLACES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "qwen3": {
-        "attn_norm": (("attn_norm.weight",), ("attn_q.weight", "attn_k.weight", "attn_v.weight")),
-        "value": (("attn_v.weight",), ("attn_output.weight",)),
-        "ffn_norm": (("ffn_norm.weight",), ("ffn_gate.weight", "ffn_up.weight")),
-        "ffn": (("ffn_up.weight",), ("ffn_down.weight",)),
-    },
-    "bert": {"value": (("attn_v.weight", "attn_v.bias"), ("attn_output.weight",))},
-}
-
-
 def places(header: Header) -> list[Place]:
     """Every place of a model; none for an architecture that f2gguf does not convert."""
     architecture, values = header.architecture, header.values
-    if architecture not in _PLACES:
+    if architecture not in LAYERS:
         return []
     n_head = int(values[f"{architecture}.attention.head_count"])
     n_head_kv = int(values.get(f"{architecture}.attention.head_count_kv", n_head))
     heads = n_head, n_head_kv, int(values.get(f"{architecture}.attention.value_length", header.n_embd // n_head))
-    result = []
+    result, tensors = [], {tensor.name for tensor in header.tensors}
     for i in range(int(values.get(f"{architecture}.block_count", 0))):
-        for name, sides in _PLACES[architecture].items():
+        for name, sides in LAYERS[architecture].places.items():
             writers, readers = (tuple(f"blk.{i}.{tensor}" for tensor in side) for side in sides)
-            result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
+            if tensors.issuperset(writers):  # ModernBERT's first layer has no norm before its attention
+                result.append(Place(f"blk.{i}.{name}", writers, readers, heads if name == "value" else (1, 1, -1)))
     return result
 
 
@@ -117,11 +110,14 @@ def scales(weights: Weights, imatrix: Imatrix, exponents: Mapping[str, Exponents
         if place.name not in exponents:
             continue
         channels = channels_of(weights, imatrix, place).factors(exponents[place.name])
-        columns, inverse = place.to_reader(channels).astype(np.float32), (1 / channels).astype(np.float32)
+        columns = place.to_reader(channels).astype(np.float32)
         for name in place.readers:
             by_name[name] = replace(by_name.get(name, Scale()), columns=columns)
         for name in place.writers:
-            is_vector = len(weights.infos[name].shape) == 1
+            shape = weights.infos[name].shape
+            inverse = np.ones(shape[0], dtype=np.float32)
+            inverse[-len(channels) :] = 1 / channels
+            is_vector = len(shape) == 1
             by_name[name] = Scale(None, inverse) if is_vector else replace(by_name.get(name, Scale()), rows=inverse)
     return by_name
 
@@ -159,7 +155,7 @@ def channels_of(weights: Weights, imatrix: Imatrix, place: Place) -> Channels:
     largest = np.maximum(_LARGEST_COLUMN / np.maximum(place.to_writer(columns, np.max), 1e-30), 1)
     writer = place.writers[0]
     if len(weights.infos[writer].shape) == 2:
-        largest = np.minimum(largest, np.maximum(weights.row_max(writer) / _SMALLEST_ROW, 1))
+        largest = np.minimum(largest, np.maximum(weights.row_max(writer)[-len(largest) :] / _SMALLEST_ROW, 1))
     activation = place.to_writer(imatrix[place.readers[0]].astype(np.float64), np.mean) ** 0.5
     return Channels(activation, place.to_writer(squares, np.mean) ** 0.5, largest)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.checkpoint.architectures import Architecture, architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.architectures import architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.architectures.shared import Architecture
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint, read_settings
 from f2gguf.quantize.checkpoint.modules import PROMPTS_FILE
 from f2gguf.quantize.checkpoint.vocabulary import NO_EOS, Vocabulary, read_vocabulary
@@ -54,7 +55,19 @@ class Facts:
 
     @property
     def n_embd(self) -> int:
-        return self.checkpoint.count("hidden_size")
+        return int(self.shape["embedding_length"])
+
+    @property
+    def base(self) -> str:
+        """Dtype of the file that variants are made from: F16, or what loses nothing of a model that does not fit it.
+
+        llama.cpp rounds what enters a matrix to the type of the matrix. BF16 is coarse, so that a checkpoint whose
+        matrices are F32 becomes F32.
+        """
+        if self.architecture.fits_f16:
+            return "f16"
+        matrices = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
+        return "bf16" if {*matrices} == {"BF16"} else "f32"
 
     @property
     def cache_bytes(self) -> int:
@@ -84,19 +97,20 @@ def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING) -> Facts
     """
     checkpoint = read_checkpoint(folder)
     architecture = architecture_of(checkpoint, stated.allowed_keys)
-    limits = (entry.max_tokens, checkpoint.max_seq_length, checkpoint.count("max_position_embeddings"))
+    shape = architecture.facts(checkpoint)
+    limits = (entry.max_tokens, checkpoint.max_seq_length, shape["context_length"])
     return Facts(
         entry=entry,
         checkpoint=checkpoint,
         architecture=architecture,
-        shape=architecture.facts(checkpoint),
+        shape=shape,
         tensors=match_tensors(checkpoint, architecture),
         vocabulary=read_vocabulary(checkpoint, eos_token=_eos_token(entry, stated)),
         pooling=_pooling(entry, checkpoint, stated.pooling),
         prompts=_prompts(entry, checkpoint),
         default_prompt=checkpoint.prompts.default,
         max_tokens=min(int(limit) for limit in limits if limit),
-        dims=_dims(entry, checkpoint),
+        dims=_dims(entry, checkpoint, int(shape["embedding_length"])),
     )
 
 
@@ -137,8 +151,7 @@ def _prompts(entry: Entry, checkpoint: Checkpoint) -> Mapping[str, str]:
     return {**entry.prompts, **checkpoint.prompts.texts}
 
 
-def _dims(entry: Entry, checkpoint: Checkpoint) -> tuple[int, ...]:
-    n_embd = checkpoint.count("hidden_size")
+def _dims(entry: Entry, checkpoint: Checkpoint, n_embd: int) -> tuple[int, ...]:
     if entry.matryoshka_dims and max(entry.matryoshka_dims) > n_embd:
         raise Disagreement(
             f"models.lock gives {entry.name} up to {max(entry.matryoshka_dims)} dimensions, but "

@@ -24,6 +24,7 @@ KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
 KEY_MAX_TOKENS = "f2gguf.max_tokens"
 KEY_NORMALIZE = "f2gguf.normalize"
 KEY_TOKENIZER = "f2gguf.tokenizer"  # the checkpoint's own but for tokens and merges, as JSON: see llama/carried.py
+KEY_SCORE_STEPS = "f2gguf.tokenizer.score_steps"  # from float32 scores to the checkpoint's: see llama/carried.py
 KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
 KEY_REVISION = "f2gguf.source.revision"
 KEY_VARIANT = "f2gguf.variant"

@@ -17,11 +17,12 @@ KEY_TOKENS = "tokenizer.ggml.tokens"
 KEY_TYPES = "tokenizer.ggml.token_type"
 KEY_SCORES = "tokenizer.ggml.scores"
 KEY_MERGES = "tokenizer.ggml.merges"
+KEY_CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 _STRING = 8
-# numbers of the GGUF types of token types and scores -> their layout
-_LAYOUTS = {4: "<u4", 5: "<i4", 6: "<f4"}
+# numbers of the GGUF types of charsmaps, token types and scores -> their layout
+_LAYOUTS = {0: "u1", 1: "i1", 4: "<u4", 5: "<i4", 6: "<f4"}
 
 
 class Vocabulary:
@@ -44,7 +45,7 @@ class Vocabulary:
 
     @cached_property
     def types(self) -> NDArray[Any] | None:
-        return self._numbers(KEY_TYPES)
+        return self.numbers(KEY_TYPES)
 
     @cached_property
     def ids(self) -> dict[bytes, int]:
@@ -81,8 +82,9 @@ class Vocabulary:
             at = end
         return found
 
-    def _numbers(self, key: str) -> NDArray[Any] | None:
-        kind, length, at = self._array(key) or (0, 0, 0)
+    def numbers(self, key: str) -> NDArray[Any] | None:
+        """An array of numbers; None where the header has none of a known type."""
+        kind, length, at = self._array(key) or (_STRING, 0, 0)
         return np.frombuffer(self._data, _LAYOUTS[kind], length, at) if kind in _LAYOUTS else None
 
 

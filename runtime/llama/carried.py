@@ -1,30 +1,37 @@
 """The checkpoint's own tokenizer, as a file of f2gguf carries it.
 
-llama.cpp's arrays hold the vocabulary and the merges. All else (normaliser, split pattern, added tokens with their
-flags, options of the model) is JSON under one key of the header. Together they are the tokenizer that transformers
-runs, by the same library, `tokenizers`. llama.cpp's own tokenizer differs: it has no NFC, other Unicode tables, no
-limit of 100 letters a word, and added tokens without flags.
+llama.cpp's arrays hold the vocabulary, and its merges or its scores and charsmap. All else (normaliser, split pattern,
+added tokens with their flags, options of the model) is JSON under one key of the header. Together they are the
+tokenizer that transformers runs, by the same library, `tokenizers`. llama.cpp's own tokenizer differs: it has no NFC,
+other Unicode tables, no limit of 100 letters a word, and added tokens without flags. Its Unigram takes the longest key
+of a charsmap at every byte, where `tokenizers` takes the shortest one of a grapheme.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
-from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.gguf.header import KEY_SCORE_STEPS, Header
+from f2gguf.runtime.gguf.vocabulary import KEY_CHARSMAP, KEY_SCORES, Vocabulary
+from numpy.typing import NDArray
 
 _WORD_START = "\u2581"  # llama.cpp writes WordPiece's "##ing" as "ing" and "play" as "▁play"
 _LONG = 1 << 14  # characters, from which on other threads go on meanwhile: about 10 ms
 
 
 def carried_json(tokenizer: Any) -> str:
-    """What the header must hold of a `tokenizers.Tokenizer` besides its tokens and merges."""
+    """What the header must hold of a `tokenizers.Tokenizer` besides llama.cpp's arrays."""
     spec = json.loads(tokenizer.to_str())
-    ids = spec["model"].pop("vocab").values()
+    vocab = spec["model"].pop("vocab")
+    ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
     spec["model"].pop("merges", None)
+    for step in charsmap_steps(spec["normalizer"]):
+        step["precompiled_charsmap"] = None
     kept = {key: spec[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return json.dumps({**kept, "ids": _ranges(ids), "split_special_tokens": tokenizer.encode_special_tokens})
 
@@ -42,16 +49,38 @@ def _checkpoint_text(token: str, kind: str) -> str:
     return token[1:] if token.startswith(_WORD_START) else "##" + token
 
 
+def charsmap_steps(normalizer: Any) -> list[dict[str, Any]]:
+    """The steps of a normaliser, as tokenizer.json states it, that have a charsmap of SentencePiece's."""
+    if not normalizer:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [step for part in normalizer["normalizers"] for step in charsmap_steps(part)]
+    return [normalizer] if normalizer["type"] == "Precompiled" else []
+
+
+def score_steps(scores: Sequence[float]) -> NDArray[np.int64]:
+    """Steps of float64 from llama.cpp's float32 scores to these: mostly 0, as SentencePiece has float32 too.
+
+    The JSON of `tokenizers` is a step or two off, which decides between ways to split a text that are equally good.
+    """
+    exact = np.array(scores, dtype=np.float64)
+    return exact.view(np.int64) - exact.astype(np.float32).astype(np.float64).view(np.int64)
+
+
 def carried_tokenizer(header: Header) -> Any:
     """The `tokenizers.Tokenizer` of a file. Raises `GGUFError` where it does not hold together."""
     from tokenizers import AddedToken, Tokenizer
 
     spec = json.loads(header.tokenizer or "")  # `read_header` has checked its shape
     added = {token.pop("id"): token for token in spec["added_tokens"]}
-    frame = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
     empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     unused = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
     try:
+        for step in charsmap_steps(spec["normalizer"]):
+            step["precompiled_charsmap"] = base64.b64encode(
+                _numbers(header, KEY_CHARSMAP).astype(np.uint8).tobytes()
+            ).decode()
+        frame = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
         tokenizer = Tokenizer.from_str(
             json.dumps({"version": "1.0", **unused, **frame, "added_tokens": [], "model": empty})
         )
@@ -89,11 +118,25 @@ def _model(header: Header, spec: dict[str, Any], added: dict[int, str]) -> Any:
     kind = options.pop("type")
     tokens = header.strings("tokenizer.ggml.tokens")
     ids = [i for first, last in spec["ids"] for i in range(first, min(last, len(tokens)) + 1)]
+    if kind == "Unigram":
+        scores = _numbers(header, KEY_SCORES)[: len(ids)].astype(np.float64)
+        if KEY_SCORE_STEPS in header.values:
+            steps = _numbers(header, KEY_SCORE_STEPS).astype(np.int64)
+            if len(steps) != len(scores):
+                raise ValueError(f"the header has {len(steps):,} steps for {len(scores):,} scores")
+            scores = (scores.view(np.int64) + steps).view(np.float64)
+        return models.Unigram([*zip([tokens[i] for i in ids], scores.tolist(), strict=True)], **options)
     vocab = {added[i] if i in added else _checkpoint_text(tokens[i], kind): i for i in ids}
     if kind == "WordPiece":
         return models.WordPiece(vocab, **options)
     merges = (merge.partition(" ") for merge in header.strings("tokenizer.ggml.merges"))
     return models.BPE(vocab, [(left, right) for left, _, right in merges], **options)
+
+
+def _numbers(header: Header, key: str) -> NDArray[Any]:
+    if (numbers := Vocabulary(header).numbers(key)) is None:
+        raise ValueError(f"the header has no {key}")
+    return numbers
 
 
 def _ranges(ids: Iterable[int]) -> list[tuple[int, int]]:

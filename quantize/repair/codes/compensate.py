@@ -157,7 +157,7 @@ class Compensation:
         """What leaves layer `i` for each of `states`, with the products that `products` gives."""
         prefix = f"blk.{i}."
         vectors = self._vectors(prefix)
-        layers = [run_layer(vectors, entering, self.texts, self.shape) for entering in states]
+        layers = [run_layer(vectors, entering, self.texts, self.shape.at(i)) for entering in states]
         sent: Sequence[Sequence[Rows] | None] = [None] * len(layers)
         while True:
             names, inputs = zip(*side_by_side(_go_on, zip(layers, sent, strict=True)), strict=True)

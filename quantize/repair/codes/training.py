@@ -19,7 +19,7 @@ import torch
 from f2gguf.quantize.repair.assemble import Ready
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE
-from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.layers import DENSE, Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.codes.tune import Objective
 from f2gguf.quantize.repair.tensors import OnProgress, Weights, dequantized
 from f2gguf.runtime.llama import packing
@@ -167,6 +167,7 @@ class _Model:
         self.matrices = {name: _Matrix(data, types[name]) for name, data in matrices.items() if types[name] in FORMATS}
         others = matrices.keys() - self.matrices.keys()
         self.fixed = {name: _tensor(dequantized(matrices[name], types[name])) for name in others}
+        self.dense = [_tensor(weights.rows(name)) for name in sorted(weights.infos) if name.startswith(DENSE)]
         self.vectors = {name: _tensor(vector) for name, vector in vectors.items()}
         self.changes = {name: _part(vector.shape) for name, vector in vectors.items()}
         self.scale_parts = [part for matrix in self.matrices.values() for part in matrix.parts]
@@ -184,10 +185,12 @@ class _Model:
         """1 - cosine of each text, (n_texts,)."""
         states = batch.states
         for i in range(self.shape.n_layers):
-            states = self._through(f"blk.{i}.", states, batch.texts)
+            states = self._through(i, states, batch.texts)
         norm = {name: self._vector(name) for name in self.vectors if name.startswith("output_norm")}
         states = final_norm(norm, states, self.shape)  # type: ignore[arg-type,assignment]
         rows = pooled(states, batch.texts, self.weights.header.require_pooling())  # type: ignore[arg-type]
+        for matrix in self.dense:
+            rows = rows @ matrix.T
         return 1 - torch.nn.functional.cosine_similarity(rows, batch.target)  # type: ignore[arg-type]
 
     def drift(self, batches: Sequence[_Batch]) -> float:
@@ -208,9 +211,10 @@ class _Model:
         vectors = {name: self._vector(name).detach().cpu().numpy() for name in self.vectors}
         return made | {name: vector.view(np.uint8)[None] for name, vector in vectors.items()}
 
-    def _through(self, prefix: str, states: Tensor, texts: Texts) -> Tensor:
+    def _through(self, i: int, states: Tensor, texts: Texts) -> Tensor:
+        prefix = f"blk.{i}."
         own = self._own(prefix)
-        layer: Layer = run_layer(own, states, texts, self.shape)  # type: ignore[arg-type]
+        layer: Layer = run_layer(own, states, texts, self.shape.at(i))  # type: ignore[arg-type]
         names, inputs = next(layer)
         while names:
             products = [self._product(f"{prefix}{name}", inputs) for name in names]  # type: ignore[arg-type]
