@@ -6,6 +6,7 @@ Weights, norms and biases are spread, so that one that is dropped, swapped or sh
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import warnings
@@ -20,6 +21,7 @@ import pytest
 from checkpoints import MINILM, NANO, edit_json
 from conftest import facts_of
 from dialects import as_granite_97m, as_modernbert, as_roberta
+from f2gguf.evals.diagnosis import likely_cause
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import streamed_vectors, transformers_vectors
 from f2gguf.evals.texts import load_texts
@@ -27,6 +29,7 @@ from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, REFUSED, arc
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
+from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
 from f2gguf.quantize.repair.codes.layers import DENSE, Shape, Texts, final_norm, first_states, pooled, run_layer
@@ -40,7 +43,7 @@ from unigram import as_xlm_roberta
 
 pytestmark = pytest.mark.slow
 TEXTS = [text.text for text in load_texts()[::48]]
-LONG = " ".join(text.text for text in load_texts()[:60])[:4000]  # crosses every window
+LONG = " ".join(text.text for text in load_texts()[:60])[:2000]  # crosses every window
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,13 @@ def write(family: Family, folder: Path) -> None:
     config = CONFIG_MAPPING[family.kind](**{"pad_token_id": 0, **family.config})
     model = AutoModel.from_config(config)
     generator, is_gemma = torch.Generator().manual_seed(7), family.kind == "gemma3_text"  # its norms are stored less 1
+    scale = 1.2 / config.hidden_size**0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("weight") and parameter.dim() == 1
             noise = (
-                torch.exp(noise / 2) - float(is_gemma) if is_norm else noise * (0.4 if parameter.dim() == 1 else 0.15)
+                torch.exp(noise / 2) - float(is_gemma) if is_norm else noise * (0.4 if parameter.dim() == 1 else scale)
             )
             parameter.copy_(noise)
     model.save_pretrained(folder)
@@ -461,3 +465,25 @@ def test_what_llama_cpp_cannot_run_is_refused_with_the_reason(kind: str, tmp_pat
     checkpoint = Checkpoint(tmp_path, tmp_path, {"model_type": kind}, {}, Modules(), Prompts(), None)
     with pytest.raises(UnsupportedCheckpoint, match=f"model_type '{kind}' cannot be converted: llama.cpp ha"):
         architecture_of(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "cause"),
+    [
+        ("modernbert", "attention.sliding_window", 16, "the attention of layer 2 differs first"),
+        ("modernbert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
+        ("nomic-bert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
+        ("nomic-bert", "attention.layer_norm_epsilon", 0.5, "the embedding layer differs first"),
+        ("qwen2", "attention.layer_norm_rms_epsilon", 9.0, "the attention of layer 1 differs first"),
+    ],
+)
+def test_gate_1_names_the_stage_that_differs(
+    name: str, key: str, value: float, cause: str, make: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made = make(name)
+    shutil.copy(made.paths["f32"], tmp_path / "x.gguf")
+    fill_in(tmp_path / "x.gguf", {f"{made.facts.architecture.name}.{key}": value})
+    with Embedder(made.paths["f32"], max_tokens=100) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = model.tokenize(LONG)
+    assert re.search(cause, likely_cause(tmp_path / "x.gguf", made.facts.checkpoint.folder, ids))
