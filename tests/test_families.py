@@ -29,9 +29,9 @@ from f2gguf.quantize.checkpoint.vocabulary import PRE_TOKENIZERS
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
-from f2gguf.quantize.repair.codes.layers import DENSE, Shape, Texts, final_norm, first_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.rescale import places, scales
-from f2gguf.quantize.repair.tensors import Rows, Weights
+from f2gguf.quantize.repair.tensors import DENSE, Rows, Weights
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
