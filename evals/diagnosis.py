@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 States = NDArray[np.float32]  # (n_tokens, n_embd)
 _SAME = 0.999  # cosine of a token's states: F16 weights give 0.99999, a fault of one stage far less
-_STAGES = re.compile(r"(inp_norm|ffn_inp|l_out)-\d+|result_(norm|embd)")  # llama.cpp's names
+_STAGES = re.compile(r"(inp_norm|ffn_inp|l_out)-\d+|result_(norm|embd)|final_norm_out")  # llama.cpp's names
 _OFFSETS = (1, 2)  # positions that some families count from
 
 
@@ -66,7 +66,7 @@ def _stages(path: Path, n_layers: int) -> Iterator[Stage]:
         yield Stage(f"ffn_inp-{i}", f"the attention of layer {i + 1}", norm)
         feed = "a norm, the activation, or a matrix of it"
         yield Stage(f"l_out-{i}", f"the feed-forward part of layer {i + 1}", feed)
-    for name in ("result_norm", "result_embd"):
+    for name in ("result_norm", "result_embd", "final_norm_out"):
         yield Stage(name, "the last layer", "the final norm, or the last feed-forward part")
 
 
@@ -111,16 +111,26 @@ def _checkpoint_states(folder: Path, ids: Ids, *, first_position: int = 0, **cha
 
 def _modules(model: Any) -> Iterator[tuple[str, Any, bool]]:
     """llama.cpp's name of a stage, the module of transformers there, and whether its input is meant."""
-    if hasattr(model, "embeddings"):  # BERT
+    layers = model.encoder.layer if hasattr(model, "encoder") else model.layers
+    if hasattr(model, "embeddings"):  # an encoder
         yield "inp_norm-0", model.embeddings, False
-        for i, layer in enumerate(model.encoder.layer):
-            yield f"ffn_inp-{i}", layer.attention.output, False
-        yield "result_embd", model.encoder.layer[-1], False
-        return
-    for i, layer in enumerate(model.layers):
-        yield f"ffn_inp-{i}", layer.post_attention_layernorm, True
+    for i, layer in enumerate(layers):
+        yield f"ffn_inp-{i}", *_after_attention(layer)
         yield f"l_out-{i}", layer, False
-    yield "result_norm", model.norm, False
+    for name, module in (("result_norm", "norm"), ("final_norm_out", "final_norm")):
+        if hasattr(model, module):
+            yield name, getattr(model, module), False
+    yield "result_embd", layers[-1], False
+
+
+def _after_attention(layer: Any) -> tuple[Any, bool]:
+    """The module whose output, or input where true, is what llama.cpp calls ffn_inp."""
+    if hasattr(layer, "attention"):  # BERT and RoBERTa
+        return layer.attention.output, False
+    if hasattr(layer, "mlp_norm"):  # ModernBERT
+        return layer.mlp_norm, True
+    is_before = not hasattr(layer, "post_mlp_layernorm")  # NomicBERT has its norms after each part
+    return layer.post_attention_layernorm, is_before
 
 
 def _record(module: Any, states: dict[str, States], name: str, *, of_input: bool) -> None:

@@ -6,7 +6,7 @@ Weights, norms and biases are spread, so that one that is dropped, swapped or sh
 from __future__ import annotations
 
 import json
-import runpy
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 from checkpoints import MINILM, NANO, edit_json
 from conftest import facts_of
+from dialects import as_gemma, as_granite_97m, as_llama, as_mistral, as_modernbert, as_roberta
+from f2gguf.evals.diagnosis import likely_cause
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import streamed_vectors, transformers_vectors
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES, REFUSED, architecture_of, match_tensors
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.modules import Modules, Prompts
-from f2gguf.quantize.checkpoint.vocabulary import PRE_TOKENIZERS
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
+from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
 from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
@@ -39,7 +41,7 @@ from safetensors.numpy import save_file
 
 pytestmark = pytest.mark.slow
 TEXTS = [text.text for text in load_texts()[::48]]
-LONG = " ".join(text.text for text in load_texts()[:60])[:4000]  # crosses every window
+LONG = " ".join(text.text for text in load_texts()[:60])[:2000]  # crosses every window
 
 
 @dataclass(frozen=True)
@@ -53,76 +55,6 @@ class Family:
     edit: Callable[[Path], None] = lambda _: None  # of the tokenizer's files
     eos_token: str | None = None  # that must be stated
     dense: tuple[tuple[int, int], ...] = ()  # widths of Dense modules, in and out
-
-
-def as_modernbert(folder: Path) -> None:
-    """f2llm-nano's byte-level BPE with ModernBERT's special tokens, runs of blanks, and split."""
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    flags = {"single_word": False, "rstrip": False, "lstrip": False, "normalized": False, "special": True}
-    names = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
-    special = [{"content": name, **flags, "lstrip": name == "[MASK]"} for name in names]
-    blanks = [{"content": " " * n, **flags, "normalized": True, "special": False} for n in range(2, 9)]
-    spec["added_tokens"] += [{"id": 16384 + i, **token} for i, token in enumerate([*special, *blanks])]
-    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    spec["post_processor"] = around("[CLS]", 16385, "[SEP]", 16386)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    named = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": ...}
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", mask_token="[MASK]", **named)
-
-
-def as_granite_97m(folder: Path) -> None:
-    """The same with the split of GPT-4o, whole words before merges, and no normaliser."""
-    as_modernbert(folder)
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    pattern = next(pattern for pattern, name in PRE_TOKENIZERS.items() if name == "gpt-4o")
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {**spec["pre_tokenizer"], "use_regex": False}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    spec["model"]["ignore_merges"] = True
-    (folder / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": None}))
-
-
-def as_roberta(folder: Path) -> None:
-    """f2llm-nano's byte-level BPE with RoBERTa's special tokens."""
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    flags = {"single_word": False, "rstrip": False, "normalized": True, "special": True}
-    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-    spec["added_tokens"] += [
-        {"id": 16384 + i, "content": name, **flags, "lstrip": name == "<mask>"} for i, name in enumerate(names)
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    changed = {"eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "RobertaTokenizer", "unk_token": "<unk>"}
-    edit_json(folder / "tokenizer_config.json", **changed, bos_token="<s>")
-
-
-as_spm = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "fuzz-tokenizers"))["as_spm"]
-
-
-def as_gemma(folder: Path) -> None:
-    """A BPE of letters between <bos> and <eos>, built by Gemma's class."""
-    named = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    as_spm(before=named["bos_token"], behind=named["eos_token"], n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", **named)
-
-
-def as_mistral(folder: Path) -> None:
-    """The same behind <s>, and nothing behind a text; a blank is put before it."""
-    as_spm(behind=None, n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-
-
-def as_llama(folder: Path) -> None:
-    """The same between <s> and </s>, built by Llama's class, which puts a blank before a text otherwise."""
-    as_spm(n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-
-
-def around(first: str, first_id: int, last: str, last_id: int) -> dict[str, Any]:
-    """A post-processor that puts one token before and one after a text."""
-    template = [{"SpecialToken": {"id": first, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    template.append({"SpecialToken": {"id": last, "type_id": 0}})
-    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ((first, first_id), (last, last_id))}
-    return {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens}
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
@@ -190,15 +122,14 @@ def write(family: Family, folder: Path) -> None:
     logging.disable_progress_bar()
     config = CONFIG_MAPPING[family.kind](**{"pad_token_id": 0, **family.config})
     model = AutoModel.from_config(config)
-    generator, is_gemma = torch.Generator().manual_seed(7), family.kind == "gemma3_text"  # its norms are stored less 1
+    generator, scale = torch.Generator().manual_seed(7), 1.2 / config.hidden_size**0.5
+    stored_less = float(family.kind == "gemma3_text")  # norms are stored less 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("weight") and parameter.dim() == 1
-            noise = (
-                torch.exp(noise / 2) - float(is_gemma) if is_norm else noise * (0.4 if parameter.dim() == 1 else 0.15)
-            )
-            parameter.copy_(noise)
+            spread = torch.exp(noise / 2) - stored_less if is_norm else noise * (0.4 if parameter.dim() == 1 else scale)
+            parameter.copy_(spread)
     model.save_pretrained(folder)
     unwanted = shutil.ignore_patterns("*.safetensors", "config.json", "README.md")
     shutil.copytree(family.tokenizer, folder, ignore=unwanted, dirs_exist_ok=True)
@@ -505,3 +436,25 @@ def test_what_llama_cpp_cannot_run_is_refused_with_the_reason(kind: str, tmp_pat
     checkpoint = Checkpoint(tmp_path, tmp_path, {"model_type": kind}, {}, Modules(), Prompts(), None)
     with pytest.raises(UnsupportedCheckpoint, match=f"model_type '{kind}' cannot be converted: llama.cpp ha"):
         architecture_of(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "cause"),
+    [
+        ("modernbert", "attention.sliding_window", 16, "the attention of layer 2 differs first"),
+        ("modernbert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
+        ("nomic-bert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
+        ("nomic-bert", "attention.layer_norm_epsilon", 0.5, "the embedding layer differs first"),
+        ("qwen2", "attention.layer_norm_rms_epsilon", 9.0, "the attention of layer 1 differs first"),
+    ],
+)
+def test_gate_1_names_the_stage_that_differs(
+    name: str, key: str, value: float, cause: str, make: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made = make(name)
+    shutil.copy(made.paths["f32"], tmp_path / "x.gguf")
+    fill_in(tmp_path / "x.gguf", {f"{made.facts.architecture.name}.{key}": value})
+    with Embedder(made.paths["f32"], max_tokens=100) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = model.tokenize(LONG)
+    assert re.search(cause, likely_cause(tmp_path / "x.gguf", made.facts.checkpoint.folder, ids))

@@ -133,7 +133,7 @@ ARCHITECTURES = {
         targets=_targets,
         facts=_facts,
         tokenizer_class="BertTokenizer",
-        examples="nomic-embed-text v1 and v1.5, arctic-embed-m-long",
+        examples="nomic-embed-text-v1, nomic-embed-text-v1.5",
         tokenizer_facts=_tokenizer_facts,
     ),
 }
