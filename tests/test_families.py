@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from checkpoints import MINILM, NANO, edit_json
 from conftest import facts_of
-from dialects import as_granite_97m, as_modernbert, as_roberta
+from dialects import as_gemma, as_granite_97m, as_llama, as_mistral, as_modernbert, as_roberta
 from f2gguf.evals.diagnosis import likely_cause
 from f2gguf.evals.drift import drift
 from f2gguf.evals.full_precision import streamed_vectors, transformers_vectors
@@ -32,9 +31,9 @@ from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
 from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.assemble import Scale
-from f2gguf.quantize.repair.codes.layers import DENSE, Shape, Texts, final_norm, first_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.rescale import places, scales
-from f2gguf.quantize.repair.tensors import Rows, Weights
+from f2gguf.quantize.repair.tensors import DENSE, Rows, Weights
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
@@ -57,28 +56,6 @@ class Family:
     edit: Callable[[Path], None] = lambda _: None  # of the tokenizer's files
     eos_token: str | None = None  # that must be stated
     dense: tuple[tuple[int, int], ...] = ()  # widths of Dense modules, in and out
-
-
-as_spm = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "fuzz-tokenizers"))["as_spm"]
-
-
-def as_gemma(folder: Path) -> None:
-    """A BPE of letters between <bos> and <eos>, built by Gemma's class."""
-    named = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    as_spm(before=named["bos_token"], behind=named["eos_token"], n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", **named)
-
-
-def as_mistral(folder: Path) -> None:
-    """The same behind <s>, and nothing behind a text; a blank is put before it."""
-    as_spm(behind=None, n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-
-
-def as_llama(folder: Path) -> None:
-    """The same between <s> and </s>, built by Llama's class, which puts a blank before a text otherwise."""
-    as_spm(n_merges=2000)(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
@@ -150,15 +127,13 @@ def write(family: Family, folder: Path) -> None:
     config = CONFIG_MAPPING[family.kind](**{"pad_token_id": 0, **family.config})
     model = AutoModel.from_config(config)
     generator, scale = torch.Generator().manual_seed(7), 1.2 / config.hidden_size**0.5
-    is_gemma = family.kind == "gemma3_text"  # its norms are stored less 1
+    stored_less = float(family.kind == "gemma3_text")  # norms are stored less 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("weight") and parameter.dim() == 1
-            noise = (
-                torch.exp(noise / 2) - float(is_gemma) if is_norm else noise * (0.4 if parameter.dim() == 1 else scale)
-            )
-            parameter.copy_(noise)
+            spread = torch.exp(noise / 2) - stored_less if is_norm else noise * (0.4 if parameter.dim() == 1 else scale)
+            parameter.copy_(spread)
     model.save_pretrained(folder)
     unwanted = shutil.ignore_patterns("*.safetensors", "config.json", "README.md")
     shutil.copytree(family.tokenizer, folder, ignore=unwanted, dirs_exist_ok=True)

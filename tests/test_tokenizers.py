@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from checkpoints import MINILM, NANO, edit_json, fill, write_tiny_bert
 from conftest import facts_of
+from dialects import as_spm
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
@@ -43,7 +43,6 @@ from unigram import write_tiny_xlmr
 
 Edit = Callable[[Path], object]
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz-tokenizers"
-as_spm = runpy.run_path(str(SCRIPT))["as_spm"]
 MAP = "special_tokens_map.json"  # it goes before tokenizer_config.json, where that lists no added tokens
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 

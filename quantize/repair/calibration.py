@@ -22,6 +22,7 @@ N_SPLICED = 2  # texts that are made of each text that chooses
 HELD_OUT = 5  # every fifth text judges what the others have chosen
 _MEAN_TOKENS = 60  # of a shipped text, its share of the long ones included
 N_PRODUCTS = 6e12  # weights times tokens: some minutes on two cores
+_N_NUMBERS = 2.2e8  # tokens times columns of the widest matrix: 0.9 GB, and there are about seven such arrays at a time
 _ROWS_A_COLUMN = 2  # least tokens for each column of the widest matrix
 _FEWEST_WORDS = 4  # of a text that is halved between words; others are between characters
 _SEED = 0
@@ -104,10 +105,10 @@ def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
 
 
 def _n_tokens(header: Header) -> float:
-    """How many tokens a model of this size runs through in minutes, or those that its widest matrix needs."""
+    """How many tokens this model runs through in minutes and a few GB, or those that its widest matrix needs."""
     matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
     n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
-    return max(N_PRODUCTS / max(n_weights, 1), _ROWS_A_COLUMN * widest)
+    return max(min(N_PRODUCTS / max(n_weights, 1), _N_NUMBERS / widest), _ROWS_A_COLUMN * widest)
 
 
 def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:

@@ -19,9 +19,9 @@ import torch
 from f2gguf.quantize.repair.assemble import Ready
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE
-from f2gguf.quantize.repair.codes.layers import DENSE, Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
+from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.codes.tune import Objective
-from f2gguf.quantize.repair.tensors import OnProgress, Weights, dequantized
+from f2gguf.quantize.repair.tensors import DENSE, OnProgress, Weights, dequantized
 from f2gguf.runtime.llama import packing
 from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray

@@ -27,7 +27,6 @@ from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored
 from f2gguf.runtime.gguf.header import Header
 
 __all__ = [
-    "DENSE",
     "LAYERS",
     "Layer",
     "LayerKind",
@@ -39,7 +38,6 @@ __all__ = [
     "run_layer",
 ]
 
-DENSE = "dense_"  # names of the matrices behind the pooling begin with it
 _SHARED = ("arithmetic", "kinds")
 _FILES = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__) if file.name not in _SHARED]
 LAYERS: dict[str, LayerKind] = {name: kind for file in _FILES for name, kind in file.LAYERS.items()}
