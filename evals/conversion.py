@@ -53,6 +53,7 @@ def check_conversion(
     n_parameters: int,
     token_ids: Callable[[], list[NDArray[np.int32]]],
     pooling: str,
+    dense: Sequence[Path] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> ConversionCheck:
     """Compare F16 vectors with the best reference at hand.
@@ -65,7 +66,7 @@ def check_conversion(
     except (ExtraMissing, MemoryMissing) as error:
         stored = find_stored(checkpoint_sha256, texts)
         return ConversionCheck(NOT_CHECKED, str(error)) if stored is None else compare(vectors, stored, texts, STORED)
-    reference = run(folder, token_ids(), pooling=pooling, on_progress=on_progress)
+    reference = run(folder, token_ids(), pooling=pooling, dense=dense, on_progress=on_progress)
     return compare(vectors, reference, texts, name)
 
 

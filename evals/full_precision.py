@@ -18,10 +18,15 @@ LAYER_BY_LAYER = f"{TRANSFORMERS}, layer by layer"
 Ids = NDArray[np.int32]
 Progress = Callable[[int], None] | None
 # Token ids of texts -> the checkpoint's vectors, (n_texts, n_embd) float32, L2-normalised:
-# run(folder, token_ids, pooling=..., on_progress=None)
+# run(folder, token_ids, pooling=..., dense=(), on_progress=None)
 Run = Callable[..., NDArray[np.float32]]
 _TOKEN_TABLE = "embed_tokens.weight"
-_IN_LAYERS = ("qwen2", "qwen3")  # whose classes in transformers call embeddings, layers and norm alike
+_IN_LAYERS = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+)  # whose classes in transformers call embeddings, layers and norm alike
 
 
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
@@ -34,7 +39,7 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     if needed_bytes < free_bytes:
         return transformers_vectors, TRANSFORMERS
     kind = _read_config(folder).get("model_type")
-    if kind in _IN_LAYERS:
+    if kind in _IN_LAYERS and not _is_pickled(folder):
         return streamed_vectors, LAYER_BY_LAYER
     sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
     layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
@@ -48,17 +53,17 @@ def require_transformers() -> None:
 
 
 def transformers_vectors(
-    folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
+    folder: Path, token_ids: Sequence[Ids], *, pooling: str, dense: Sequence[Path] = (), on_progress: Progress = None
 ) -> NDArray[np.float32]:
-    """A `Run` with all weights in memory, text by text."""
+    """A `Run` with all weights in memory, text by text; `dense` are files of matrices behind the pooling."""
     import torch
 
-    model = load_model(folder)
+    model, behind = load_model(folder), _dense_matrices(dense)
     rows = []
     with torch.inference_mode():
         for ids in token_ids:
             states = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0]
-            rows.append(_pooled(states, pooling))
+            rows.append(_pooled(states, pooling, behind))
             if on_progress:
                 on_progress(1)
     return np.stack(rows)
@@ -69,13 +74,13 @@ def load_model(folder: Path, **changes: Any) -> Any:
     import torch
     from transformers import AutoModel
 
-    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": not _is_pickled(folder)}
     config = _model_config({**_read_config(folder), **changes})
     return AutoModel.from_pretrained(folder, config=config, **options).eval()
 
 
 def streamed_vectors(
-    folder: Path, token_ids: Sequence[Ids], *, pooling: str, on_progress: Progress = None
+    folder: Path, token_ids: Sequence[Ids], *, pooling: str, dense: Sequence[Path] = (), on_progress: Progress = None
 ) -> NDArray[np.float32]:
     """A `Run` with one layer in memory, for `_IN_LAYERS`. All texts go through it, then the next takes its place.
 
@@ -91,7 +96,7 @@ def streamed_vectors(
     one_layer = {**stated, **unused, "num_hidden_layers": 1, "vocab_size": 1, "use_cache": False}
     model = AutoModel.from_config(_model_config(one_layer)).float().eval()  # type: ignore[no-untyped-call]
     norm, model.norm = model.norm, torch.nn.Identity()
-    rows, n_steps = [], 0
+    rows, n_steps, behind = [], 0, _dense_matrices(dense)
     with torch.inference_mode():
         _load_weights(norm, "norm.", stored)
         for texts in _rounds(token_ids, max_tokens=available_memory_bytes() // 2 // row_bytes):
@@ -103,7 +108,7 @@ def streamed_vectors(
                     n_steps += 1
                     if on_progress and n_steps % n_layers == 0:
                         on_progress(1)
-            rows += [_pooled(norm(state), pooling) for state in states]
+            rows += [_pooled(norm(state), pooling, behind) for state in states]
     return np.stack(rows)
 
 
@@ -116,12 +121,21 @@ def available_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _pooled(states: Any, pooling: str) -> Any:
+def _pooled(states: Any, pooling: str, dense: Sequence[Any]) -> Any:
     """One vector of length 1 from a text's hidden states, (n_tokens, n_embd) -> (n_embd,)."""
     import torch
 
     vector = {"last": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
+    for matrix in dense:
+        vector = matrix @ vector
     return torch.nn.functional.normalize(vector, dim=0).numpy()
+
+
+def _dense_matrices(paths: Sequence[Path]) -> list[Any]:
+    """The matrix of each Dense module, (n_out, n_in) float32."""
+    from safetensors.torch import load_file
+
+    return [load_file(path)["linear.weight"].float() for path in paths]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -148,6 +162,11 @@ def _rounds(token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[Ids]]
             texts = []
         texts.append(ids)
     yield texts
+
+
+def _is_pickled(folder: Path) -> bool:
+    """Whether the weights are a pytorch_model.bin, which torch reads as plain tensors only (weights_only)."""
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:

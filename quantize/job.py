@@ -11,6 +11,7 @@ from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.calibration import Calibration
 from f2gguf.quantize.repair.recipe import made_with
 from f2gguf.quantize.report.report import (
+    BASE,
     FILE_NAME,
     Report,
     Source,
@@ -56,12 +57,17 @@ class Job:
 
     @property
     def reference_path(self) -> Path:
-        """Vectors of the F16 file, which variants are measured against."""
+        """Vectors of the base file, which variants are measured against."""
         return self.work / "reference.npy"
 
     @property
     def imatrix_path(self) -> Path:
         return self.folder / f"{self.name}.imatrix.gguf"
+
+    @property
+    def base_path(self) -> Path:
+        """The file that variants are made from and measured against."""
+        return self.file(self.facts.base.upper())
 
     def file(self, variant: str) -> Path:
         return self.folder / f"{self.name}-{variant}.gguf"
@@ -83,15 +89,15 @@ def start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText
             f"{new.source.repo or 'a checkpoint folder'}. Choose another folder with --out, or replace it with --force."
         )
     if changes := old.origin_changes(new):
-        say(f"F16: made again, because of another {', '.join(changes)}")
+        say(f"{new.base}: made again, because of another {', '.join(changes)}")
         return new
     was_checked = old.conversion is not None and old.conversion.holds is not None
-    if _has_bytes(job.folder, old, "F16") and (was_checked or not can_check()):
-        say(f"F16: {job.file('F16')} is there")
+    if _has_bytes(job.folder, old, old.base) and (was_checked or not can_check()):
+        say(f"{old.base}: {job.file(old.base)} is there")
         return replace(old, max_drift=job.max_drift)
     if not was_checked:
-        say("F16: made again, because gate 1 was not run then and can be now")
-    variants = {name: file for name, file in old.files.items() if name != "F16"}  # they stay if F16 has the same bytes
+        say(f"{old.base}: made again, because gate 1 was not run then and can be now")
+    variants = {name: file for name, file in old.files.items() if name != old.base}  # they stay if its bytes do
     return replace(new, files=variants, imatrix=old.imatrix, stock=old.stock, variants=old.variants)
 
 
@@ -111,6 +117,7 @@ def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]
         license=entry.license,
         languages=entry.languages,
         cache_bytes=facts.cache_bytes,
+        base=None if (base := facts.base.upper()) == BASE else base,
     )
     judged = Texts(
         n=len(claimed),
@@ -125,7 +132,7 @@ def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]
 
 def variant_inputs(job: Job, report: Report, calibration: Calibration | None) -> VariantInputs:
     """What this run makes variants from; `calibration` is None for llama.cpp's plain recipes."""
-    inputs = VariantInputs(report.files["F16"].sha256, job.max_drift, job.max_size, stock=job.stock)
+    inputs = VariantInputs(report.files[report.base].sha256, job.max_drift, job.max_size, stock=job.stock)
     if calibration is None:
         return inputs
     corpus = calibration.corpus
@@ -154,7 +161,8 @@ def keep_current(job: Job, report: Report, names: Sequence[str], inputs: Variant
             say(f"{name}: made again, because of another {', '.join(changes)}" if changes else f"{name}: is there")
             dropped |= {name} if changes else set()
         elif {"f16_sha256", "max_drift"} & set(changes):
-            say(f"{name}: {job.file(name)} was measured against another F16 file or bound: it is not listed any more")
+            words = f"was measured against another {report.base} file or bound: it is not listed any more"
+            say(f"{name}: {job.file(name)} {words}")
             dropped.add(name)
     stock = {
         name: replace(verdict, max_drift=inputs.max_drift)

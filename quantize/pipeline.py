@@ -2,8 +2,9 @@
 
     fetch -> convert -> gate 1 -> F16.gguf -> calibrate -> recipe -> quantise -> measure -> variant.gguf -> card
 
-A file gets its final name only after it was measured. drift.json (`Report`) grows with every file and states what each
-was made from, so that a run finds what is done already: a stage is done again when what it is made from has changed.
+Where a model does not fit F16, that file is BF16 or F32. A file gets its final name only after it was measured.
+drift.json (`Report`) grows with every file and states what each was made from, so that a run finds what is done
+already: a stage is done again when what it is made from has changed.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def quantize_model(
 
 
 def make_release(job: Job, variants: Sequence[str]) -> Report:
-    """Make and measure the F16 file and `variants`, write the card and the sums; gives the report.
+    """Make and measure the base file (F16, mostly) and `variants`, write the card and the sums; gives the report.
 
-    What is there and was made from the same is kept. Raises `ConversionMismatch` where the F16 file does not do what
+    What is there and was made from the same is kept. Raises `ConversionMismatch` where the base does not do what
     the checkpoint does, and `OutputError` where another run is at work in the folder.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,8 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         claimed = claimed_texts(texts, job.facts.entry.languages)
         calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages)
         report = start_report(job, texts, claimed)
-        if "F16" not in report.files:
-            report = _make_f16(job, report, texts, claimed)
+        if report.base not in report.files:
+            report = _make_base(job, report, texts, claimed)
         inputs = variant_inputs(job, report, calibration)
         report = keep_current(job, report, variants, inputs)
         if missing := [name for name in variants if name not in report.variants]:
@@ -123,12 +124,12 @@ def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[Eva
     return stock_differs
 
 
-def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
+def _make_base(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
     """Convert, read back, pass gate 1 on all texts; keep the vectors of the claimed ones for the variants."""
-    path = job.file("F16")
-    shutil.rmtree(job.work, ignore_errors=True)  # it was made with another F16 file
+    path = job.base_path
+    shutil.rmtree(job.work, ignore_errors=True)  # it was made with another base file
     with writing(path) as part:
-        stock_differs = convert_checked(job.facts, part, dtype="f16", texts=texts)
+        stock_differs = convert_checked(job.facts, part, dtype=job.facts.base, texts=texts)
         # the claimed texts apart, as a resumed run embeds them: vectors move by 1e-7 with the rest of their batch
         reference, is_claimed = _embed(job, part, claimed), np.array([text in claimed for text in texts])
         vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
@@ -138,7 +139,7 @@ def _make_f16(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequ
         with writing(job.reference_path) as cached, cached.open("wb") as file:
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
-        files = {"F16": described(part, name=path.name), **report.files}
+        files = {report.base: described(part, name=path.name), **report.files}
         return _saved(job, replace(report, files=files, conversion=conversion))
 
 
@@ -151,13 +152,13 @@ def _make_variants(
     inputs: VariantInputs,
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
-    held_out = embed_held_out(job.file("F16"), calibration.corpus if calibration else None, job.device)
+    held_out = embed_held_out(job.base_path, calibration.corpus if calibration else None, job.device)
     evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out)
     study = _study(job, calibration) if calibration else None
     if study:
         report = replace(report, imatrix=described(job.imatrix_path))
     for name in names:
-        say("\n".join(plan_variant(job.file("F16"), name).lines()))
+        say("\n".join(plan_variant(job.base_path, name).lines()))
         report = _make_variant(job, report, name, study, evaluation, inputs)
     return report
 
@@ -165,7 +166,7 @@ def _make_variants(
 def _make_variant(
     job: Job, report: Report, name: str, study: Study | None, evaluation: Evaluation, inputs: VariantInputs
 ) -> Report:
-    weights, target, stock = Weights(job.file("F16")), job.file(name), Recipe(name)
+    weights, target, stock = Weights(job.base_path), job.file(name), Recipe(name)
 
     def measured(path: Path, made: Made) -> Measured:
         lines = tuple(made.recipe.lines(plan_variant(weights.header.path, name)))
@@ -197,7 +198,7 @@ def _make_variant(
 
 def _study(job: Job, calibration: Calibration) -> Study:
     return study_source(
-        job.file("F16"),
+        job.base_path,
         imatrix_path=job.imatrix_path,
         work=job.work,
         texts=calibration.texts,
@@ -209,14 +210,14 @@ def _study(job: Job, calibration: Calibration) -> Study:
 
 
 def _reference(job: Job, claimed: Sequence[EvalText]) -> Vectors:
-    """The F16 file's vectors, which every variant is measured against."""
+    """The base file's vectors, which every variant is measured against."""
     if job.reference_path.exists():
         return np.asarray(np.load(job.reference_path))
-    return _embed(job, job.file("F16"), claimed)
+    return _embed(job, job.base_path, claimed)
 
 
 def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> Vectors:
-    with Embedder(path, device=job.device) as model, progress("measure F16", len(texts)) as advance:
+    with Embedder(path, device=job.device) as model, progress(f"measure {path.name}", len(texts)) as advance:
         return embed_texts(model, texts, advance)
 
 

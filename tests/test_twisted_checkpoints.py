@@ -275,6 +275,14 @@ def cut_at_the_beginning(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", truncation=truncation)
 
 
+def dense_file(folder: Path) -> None:
+    (folder / "2_Dense").mkdir()
+    stated = {"in_features": 32, "out_features": 32, "bias": False}
+    stated["activation_function"] = "torch.nn.modules.linear.Identity"
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(stated))
+    save_tensors(folder / "2_Dense", {"linear.weight": np.ones((32, 32), np.float32)})
+
+
 CONFIG, PROMPT_FILE = "config.json", "config_sentence_transformers.json"
 REFUSED: dict[str, tuple[Twist, str]] = {
     "a LoRA adapter beside the weights": (
@@ -295,7 +303,10 @@ REFUSED: dict[str, tuple[Twist, str]] = {
         edit(CONFIG, transformers_weights="../x.safetensors"),
         "transformers_weights is '../x.saf",
     ),
-    "a dense module": (modules(Transformer="", Pooling="1_Pooling", Dense="2_Dense"), "has the module Dense"),
+    "a dense module": (
+        both(modules(Transformer="", Pooling="1_Pooling", Dense="2_Dense"), dense_file),
+        "modules.json: has Dense modules, which llama.cpp does not compute for its architecture qwen3",
+    ),
     "a module of its own": (
         lambda f: (f / "modules.json").write_text('[{"type": "custom_st.Transformer", "path": ""}]'),
         "modules.json: the module custom_st.Transformer is code of the repository's own",

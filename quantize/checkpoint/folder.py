@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.quantize.checkpoint.modules import (
+    DENSE_WEIGHTS,
     PROMPTS_FILE,
     TRANSFORMER_FILES,
     Modules,
@@ -23,7 +24,9 @@ from f2gguf.quantize.checkpoint.modules import (
 )
 from f2gguf.quantize.checkpoint.weights import (
     INDEX,
+    PICKLED_FILES,
     StoredTensor,
+    read_dense,
     read_tensors,
     refuse_adapter,
     refuse_quantized,
@@ -38,12 +41,15 @@ _OF_TRANSFORMER = (
     *("adapter_config.json", INDEX),
     *TRANSFORMER_FILES,
 )
-# The files of a repository that a conversion reads: never code, never pickle
+# The files of a repository that a conversion reads: never code
 NEEDED = (
     *_OF_TRANSFORMER,
     *("*.safetensors", "modules.json", PROMPTS_FILE, "*/config.json"),
+    f"*_Dense/{DENSE_WEIGHTS}",
     *(f"*_Transformer/{name}" for name in ("*.safetensors", *_OF_TRANSFORMER)),
 )
+# The files that are read besides where a repository has no safetensors
+NEEDED_PICKLED = (*PICKLED_FILES, *(f"*_Transformer/{name}" for name in PICKLED_FILES))
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path:
         return self.folder / "tokenizer.json"
+
+    @property
+    def dense_paths(self) -> tuple[Path, ...]:
+        """Files of the Dense modules' weights, in their order."""
+        return tuple(self.root / dense.path / DENSE_WEIGHTS for dense in self.modules.dense)
 
     @property
     def n_parameters(self) -> int:
@@ -109,7 +120,10 @@ def read_checkpoint(root: Path) -> Checkpoint:
     """
     settings = read_settings(root)
     warn_of_similarity(root, is_normalized=settings.modules.is_normalized)
-    return replace(settings, tensors=read_tensors(settings.folder, settings.config))
+    tensors = read_tensors(settings.folder, settings.config)
+    for dense, path in zip(settings.modules.dense, settings.dense_paths, strict=True):
+        tensors |= {f"{dense.path}.{name}": tensor for name, tensor in read_dense(path).items()}
+    return replace(settings, tensors=tensors)
 
 
 def read_settings(root: Path) -> Checkpoint:

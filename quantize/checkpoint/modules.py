@@ -15,8 +15,10 @@ from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, load_json, read_j
 from f2gguf.runtime.errors import BrokenCheckpoint, ConfigKeyWarning, UnsupportedCheckpoint, parsing
 from pydantic import TypeAdapter
 
+DENSE_WEIGHTS = "model.safetensors"  # of a Dense module, in its folder
 PROMPTS_FILE = "config_sentence_transformers.json"
 _ORDERS = (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+_DENSE, _MOST_DENSE = "Dense", 2  # matrices behind the pooling, of which llama.cpp applies two
 _WITHOUT_EFFECT = ("Dropout",)  # of vectors, once the training is over
 _POOLING_MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 # the earlier way to say it: a key for each mode
@@ -31,6 +33,14 @@ _POOLING_KEYS = {
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 TRANSFORMER_FILES = tuple(f"sentence_{kind}_config.json" for kind in _KINDS)  # the first that says something counts
 _OF_TEXT = (None, "sentence_embedding")  # what Normalize must read and write: a text's vector, which is the default
+# key of a Dense module's file -> its default, and the values under which the module is a plain matrix product
+_PLAIN_DENSE: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "bias": (True, (False,)),
+    "activation_function": ("torch.nn.modules.activation.Tanh", ("torch.nn.modules.linear.Identity",)),
+    "module_input_name": (None, _OF_TEXT),
+    "module_output_name": (None, _OF_TEXT),
+    "use_residual": (False, (False,)),
+}
 # key of these files -> the values under which a text's vector is that of the plain model
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction",),
@@ -51,12 +61,22 @@ _PLAIN_ARGUMENTS = (
 
 
 @dataclass(frozen=True)
+class Dense:
+    """A matrix that a text's vector goes through behind the pooling, and its folder."""
+
+    path: str  # below the checkpoint's: '2_Dense'
+    n_in: int
+    n_out: int
+
+
+@dataclass(frozen=True)
 class Modules:
     """The modules of a folder. Without modules.json it is a Transformer alone, whose vectors everybody normalises."""
 
     transformer: str = ""  # folder of the model's own files, below the checkpoint's
     pooling: str | None = None  # None: not stated
     is_normalized: bool = True
+    dense: tuple[Dense, ...] = ()  # in their order
     files: tuple[str, ...] = ()  # that were read, or would have been
 
 
@@ -89,18 +109,25 @@ def read_modules(root: Path) -> Modules:
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise BrokenCheckpoint(f"{path}: its path {place!r} leads out of the folder. {FETCH_AGAIN}")
     modules = [(_name(kind), place) for kind, place in stated if _name(kind) not in _WITHOUT_EFFECT]
-    if [name for name, _ in modules] not in _ORDERS:
-        order = ", ".join(name for name, _ in modules) or "no modules"
-        raise UnsupportedCheckpoint(f"{path}: has {order}; f2gguf converts {', '.join(_ORDERS[-1])}, in this order.")
-    places = dict(modules)
+    order = [name for name, _ in modules]
+    n_dense = order.count(_DENSE)
+    if [name for name in order if name != _DENSE] not in _ORDERS or order[2 : 2 + n_dense] != [_DENSE] * n_dense:
+        known = "Transformer, Pooling, Dense, Normalize, in this order"
+        raise UnsupportedCheckpoint(f"{path}: has {', '.join(order) or 'no modules'}; f2gguf converts {known}.")
+    if n_dense > _MOST_DENSE:
+        raise UnsupportedCheckpoint(f"{path}: has {n_dense} Dense modules; llama.cpp computes {_MOST_DENSE}.")
+    dense = tuple(_read_dense(root, place) for name, place in modules if name == _DENSE)
+    places = {name: place for name, place in modules if name != _DENSE}
     files = {name: f"{place}/config.json".lstrip("/") for name, place in places.items() if name != "Transformer"}
+    of_dense = [f"{one.path}/{file}" for one in dense for file in ("config.json", DENSE_WEIGHTS)]
     if "Normalize" in files:
         _require_plain_normalize(root / files["Normalize"])
     return Modules(
         transformer=places["Transformer"],
         pooling=_read_pooling(root / files["Pooling"]) if "Pooling" in files else None,
         is_normalized="Normalize" in files,
-        files=("modules.json", *files.values()),
+        dense=dense,
+        files=("modules.json", *files.values(), *of_dense),
     )
 
 
@@ -175,11 +202,27 @@ def _require_known(path: Path, kind: str) -> None:
     if not kind.startswith("sentence_transformers."):
         raise UnsupportedCheckpoint(
             f"{path}: the module {kind} is code of the repository's own, which f2gguf cannot follow; it converts "
-            "sentence-transformers' own Transformer, Pooling and Normalize."
+            "sentence-transformers' own Transformer, Pooling, Dense and Normalize."
         )
-    if _name(kind) not in (*_ORDERS[-1], *_WITHOUT_EFFECT):
-        what = "f2gguf converts Transformer, Pooling and Normalize"
+    if _name(kind) not in (*_ORDERS[-1], _DENSE, *_WITHOUT_EFFECT):
+        what = "f2gguf converts Transformer, Pooling, Dense and Normalize"
         raise UnsupportedCheckpoint(f"{path}: has the module {_name(kind)}; {what}.")
+
+
+def _read_dense(root: Path, place: str) -> Dense:
+    """Refuses what is more than a matrix product of a text's vector: llama.cpp has neither biases nor activations."""
+    path = root / place / "config.json"
+    config = read_json(path)
+    for key, (default, plain) in _PLAIN_DENSE.items():
+        if (value := config.get(key, default)) not in plain:
+            raise UnsupportedCheckpoint(f"{path}: {key} is {value!r}; llama.cpp computes a Dense with {plain[-1]!r}.")
+    if unknown := sorted(config.keys() - {"in_features", "out_features", *_PLAIN_DENSE}):
+        words = f"f2gguf does not know its key {unknown[0]!r}"
+        raise UnsupportedCheckpoint(f"{path}: {words}. Remove it if it has no effect.")
+    for key in ("in_features", "out_features"):
+        if type(width := config.get(key)) is not int or not 0 < width < 1 << 31:
+            raise BrokenCheckpoint(f"{path}: {key} is {width!r}, which is no width. {FETCH_AGAIN}")
+    return Dense(PurePosixPath(place).as_posix(), config["in_features"], config["out_features"])
 
 
 def _read_pooling(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.config_keys import is_known_code
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
+from f2gguf.quantize.checkpoint.spm import BLANK
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
 from f2gguf.runtime.llama.carried import raise_unless_rust
 
@@ -34,6 +35,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTE_FALLBACK = {
+    **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+    **{"fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
+}
 # What a folder without tokenizer.json may hold instead
 _OLDER_FILES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -47,6 +52,7 @@ class _Class:
     rebuild: Callable[[Spec, Settings], None]  # puts what it makes itself in the place of tokenizer.json's
     frames_by: tuple[str, str] | None = None  # names of the tokens around a text, whatever the post-processor
     second: str = "$B:1 {last}:1"  # what follows such a text, if another one does
+    other_media: tuple[str, ...] = ()  # tokens that stand for images, for which a text model may have no rows
 
 
 def build_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -65,6 +71,7 @@ def build_tokenizer(checkpoint: Checkpoint) -> Any:
         Tokenizer.from_str(json.dumps({**spec, "model": _NO_MODEL}))
     _require_sane(checkpoint, spec)
     listed = _read_tokens(checkpoint, spec, settings)
+    listed = _without_other_media(checkpoint, spec, settings, listed, kind)
     kind.rebuild(spec, settings)
     with _library(checkpoint):
         if kind.model == "Unigram":  # the library reads scores from JSON a step off, and transformers' class does not
@@ -166,6 +173,25 @@ def _read_tokens(checkpoint: Checkpoint, spec: Spec, settings: Settings) -> list
         if padding := spec.get("padding"):
             settings["padding_token"] = padding["pad_token"]
     return [listed[i] for i in sorted(listed)]
+
+
+def _without_other_media(
+    checkpoint: Checkpoint, spec: Spec, settings: Settings, listed: list[Any], kind: _Class
+) -> list[Any]:
+    """`listed`, `spec` and `settings` without tokens that stand for images, where a text model has no rows for them.
+
+    transformers gives such a token an id past the table, and fails on a text that holds it. Here it is plain text.
+    """
+    vocab = spec["model"].get("vocab")
+    if not kind.other_media or not isinstance(vocab, dict):
+        return listed
+    n_rows = checkpoint.count("vocab_size")
+    others = [text for text in kind.other_media if n_rows <= vocab.get(text, len({*vocab} - {text}))]
+    for text in others:
+        vocab.pop(text, None)
+    settings |= {key: None for key in settings if key.endswith("_token") and _text(settings[key]) in others}
+    settings["extra_special_tokens"] = [t for t in settings["extra_special_tokens"] if _text(t) not in others]
+    return [token for token in listed if token.content not in others]
 
 
 def _read_older_files(folder: Path, settings: Settings, listed: dict[int, Any]) -> None:
@@ -292,6 +318,23 @@ def _qwen2(spec: Spec, settings: Settings) -> None:
     spec["added_tokens"] = []
 
 
+def _llama(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": None}
+    always = "first" if not settings.get("legacy", False) else "always"
+    scheme = always if settings.get("add_prefix_space") in (True, None) else "never"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": False}
+    spec["added_tokens"] = []
+
+
+def _gemma(spec: Spec, settings: Settings) -> None:
+    spec["model"] |= {**_BYTE_FALLBACK, "unk_token": _text(settings.get("unk_token") or "<unk>")}
+    blank = {"pattern": {"String": " "}}
+    spec["normalizer"] = {"type": "Replace", **blank, "content": BLANK}
+    spec["pre_tokenizer"] = {"type": "Split", **blank, "behavior": "MergedWithPrevious", "invert": False}
+    spec["added_tokens"] = []
+
+
 def _roberta(spec: Spec, settings: Settings) -> None:
     _qwen2(spec, settings)
     blank = bool(settings.get("add_prefix_space"))
@@ -369,6 +412,23 @@ _CLASSES = {
         model="BPE",
         defaults=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
         rebuild=_qwen2,
+    ),
+    "LlamaTokenizer": _Class(
+        model="BPE",
+        defaults={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        rebuild=_llama,
+    ),
+    "GemmaTokenizer": _Class(
+        model="BPE",
+        defaults={
+            "unk_token": "<unk>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "mask_token": "<mask>",
+        },
+        rebuild=_gemma,
+        other_media=("<image_soft_token>",),
     ),
     "RobertaTokenizer": _Class(
         model="BPE",

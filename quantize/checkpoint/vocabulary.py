@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
+from f2gguf.quantize.checkpoint import spm
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
@@ -43,9 +45,10 @@ class Family:
     merges: list[str]
     special: dict[str, str]  # role -> token: 'eos', ...
     flags: dict[str, bool]  # 'add_eos_token' -> ...
-    scores: list[float] = field(default_factory=list)  # of every id, in Unigram
+    scores: Sequence[float] = ()  # of every id, in Unigram and in SentencePiece's BPE
     score_steps: list[int] = field(default_factory=list)  # what their float32 lacks, see `carried.score_steps`
     charsmap: bytes = b""
+    types: Mapping[int, int] = field(default_factory=dict)  # id -> type, where it depends on the kind
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
     spec = json.loads(tokenizer.to_str())
     kind = spec["model"].get("type")
     if kind not in _FAMILIES:
-        known = "byte-level BPE, WordPiece and Unigram"
+        known = "BPE, WordPiece and Unigram"
         raise UnsupportedCheckpoint(f"{path}: the tokenizer {kind!r} is not supported; {known} are.")
     ids = tokenizer.get_vocab(with_added_tokens=True)
     opening, closing = _template(spec, checkpoint, ids)
@@ -91,6 +94,7 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
         )
     tokens, token_types = _tokens(checkpoint, spec)
     family = _FAMILIES[kind](spec, checkpoint, opening, eos_token)
+    token_types = [family.types.get(i, kind) for i, kind in enumerate(token_types)]
     for text in family.special.values():
         if text not in ids:
             raise BrokenCheckpoint(f"{path}: its vocabulary lacks the special token {text}. Fetch the model again.")
@@ -106,32 +110,45 @@ def read_vocabulary(checkpoint: Checkpoint, *, eos_token: str | None = None) -> 
 
 
 def _bpe(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], eos_token: str) -> Family:
-    path = checkpoint.tokenizer_path
-    if len(opening) > 1:
-        raise UnsupportedCheckpoint(f"{path}: puts {len(opening)} tokens before every text; one is supported.")
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]]
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if odd := [merge for merge in merges if len(merge) != 2 or " " in "".join(merge)]:
-        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a byte-level BPE writes it as 'Ġ'.")
+        raise UnsupportedCheckpoint(f"{path}: its merge {odd[0]!r} has a blank; a BPE writes it as 'Ġ' or '▁'.")
     named = {
         "bos": opening[0] if opening else None,
         "eos": eos_token or _named_token(checkpoint, "eos_token"),
-        "seperator": eos_token if opening else None,
         "padding": _named_token(checkpoint, "pad_token"),
     }
+    flags = {"add_bos_token": bool(opening), "add_eos_token": eos_token != NO_EOS}
+    family = Family("gpt2", "", [" ".join(m) for m in merges], {r: t for r, t in named.items() if t}, flags)
+    if spm.is_spm(model):
+        return _spm(spec, checkpoint, family)
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UnsupportedCheckpoint(f"{path}: the normaliser {normalizer!r} is not supported with BPE; NFC is.")
     pre = _pre_tokenizer(spec, checkpoint)
-    return Family(
-        model="gpt2",
-        pre=ARCHITECTURES[checkpoint.model_type].pre_names.get(pre, pre),
-        merges=[" ".join(merge) for merge in merges],
-        special={role: token for role, token in named.items() if token},
-        flags={
-            "add_bos_token": bool(opening),
-            "add_eos_token": eos_token != NO_EOS,
-            **({"add_sep_token": False} if opening else {}),  # of two texts, which is true of modern-bert otherwise
-        },
+    family = replace(family, pre=ARCHITECTURES[checkpoint.model_type].pre_names.get(pre, pre))
+    if not opening:
+        return family
+    # modern-bert puts a separator between two texts, unless the header says that it does not
+    special = {**family.special, **({"seperator": eos_token} if eos_token else {})}
+    return replace(family, special=special, flags={**flags, "add_sep_token": False})
+
+
+def _spm(spec: dict[str, Any], checkpoint: Checkpoint, family: Family) -> Family:
+    path, model = checkpoint.tokenizer_path, spec["model"]
+    unknown = model["unk_token"] or _named_token(checkpoint, "unk_token") or "<unk>"
+    ids = model["vocab"] | {added["content"]: added["id"] for added in spec["added_tokens"]}
+    if unknown not in ids:
+        raise BrokenCheckpoint(f"{path}: lacks the unknown token {unknown}. Fetch the model again.")
+    return replace(
+        family,
+        model="llama",
+        pre="default",
+        special={**family.special, "unknown": unknown},
+        flags={**family.flags, "add_space_prefix": spm.has_prefix(path, spec)},
+        scores=spm.scores(model, family.merges, checkpoint.count("vocab_size")),
+        types=spm.types(path, model, ids, unknown),
     )
 
 
@@ -275,7 +292,7 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
 
 
 def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int]) -> tuple[list[str], list[str]]:
-    """The special tokens that the post-processor puts before and after a single text, at most one behind."""
+    """The special tokens that the post-processor puts before and after a single text, at most one each."""
     post, path = spec.get("post_processor") or {}, checkpoint.tokenizer_path
     processors = post["processors"] if post.get("type") == "Sequence" else [post]
     steps = [step for step in processors if step.get("type") not in (None, "ByteLevel")]  # which changes offsets alone
@@ -287,10 +304,10 @@ def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int])
     if not steps:
         return [], []
     opening, closing = _around(steps[0], checkpoint)
-    if len(closing) > 1:
-        raise UnsupportedCheckpoint(
-            f"{path}: its post-processor puts {len(closing)} tokens behind a text; one is supported."
-        )
+    for where, around in (("before", opening), ("behind", closing)):
+        if len(around) > 1:
+            words = f"its post-processor puts {len(around)} tokens {where} a text; one is supported"
+            raise UnsupportedCheckpoint(f"{path}: {words}.")
     for text, i in [*opening, *closing]:
         if ids.get(text) != i:
             stated = f"its post-processor gives {text} the id {i}"

@@ -63,14 +63,14 @@ def lock(models: tuple[str, ...], check: bool, lock: Path | None) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--dtype", default="f16", show_default=True, help="Type of the weights: f16, bf16 or f32.")
+@click.option("--dtype", help="Type of the weights: f16, bf16 or f32 [default: f16 where the model fits it].")
 @click.option("-o", "--output", type=shared.PATH, help="File to write [default: NAME-DTYPE.gguf].")
 @shared.FORCE
 @click.option("--check", is_flag=True, help="Compare token ids and vectors of a dozen texts with transformers.")
 @shared.checkpoint_options
 @shared.LOCK
 def convert(
-    model: str, dtype: str, output: Path | None, force: bool, check: bool, lock: Path | None, **stated: Any
+    model: str, dtype: str | None, output: Path | None, force: bool, check: bool, lock: Path | None, **stated: Any
 ) -> None:
     """Convert a checkpoint to one GGUF file, and check that llama.cpp splits texts as its tokenizer does.
 
@@ -83,10 +83,12 @@ def convert(
     from f2gguf.quantize.pipeline import convert_checked
     from f2gguf.runtime.files import require_absent, writing
 
-    require_dtype(dtype)
+    if dtype is not None:
+        require_dtype(dtype)
     if check:
         require_transformers()
     facts = shared.facts_of(model, lock, **stated)
+    dtype = dtype or facts.base
     path = output or Path(f"{facts.name}-{dtype.upper()}.gguf")
     require_absent(path, force=force)
     with writing(path) as part:

@@ -29,7 +29,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     from f2gguf.runtime.gguf.header import read_header
 
     languages = read_header(source).languages
-    path = output or source.with_name(source.stem.removesuffix("-F16") + ".imatrix.gguf")
+    path = output or source.with_name(_without_type(source) + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
         texts = load_calibration(calibration, languages).texts
@@ -66,7 +66,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
     shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
-    path = output or source.with_name(source.stem.removesuffix("-F16") + f"-{name}.gguf")
+    path = output or source.with_name(_without_type(source) + f"-{name}.gguf")
     require_absent(path, force=force)
     imatrix_path = path.with_suffix(".imatrix.gguf")
     needs_search = not (options["recipe"] or options["stock"])
@@ -174,9 +174,16 @@ def _checkpoint_baseline(model: str, texts: Any, lock: Path | None, **stated: An
 
     def vectors() -> Any:
         with progress(f"run {facts.name}, {name}", len(texts)) as advance:
-            return run(facts.checkpoint.folder, ids, pooling=facts.pooling, on_progress=advance)
+            dense = facts.checkpoint.dense_paths
+            return run(facts.checkpoint.folder, ids, pooling=facts.pooling, dense=dense, on_progress=advance)
 
     return Baseline(facts.n_embd, vectors)
+
+
+def _without_type(source: Path) -> str:
+    """'model-F16.gguf' -> 'model'"""
+    base, _, kind = source.stem.rpartition("-")
+    return base if kind in ("F16", "BF16", "F32") else source.stem
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ def pass_gate_1(facts: Facts, path: Path, vectors: Vectors, texts: Sequence[Eval
             n_parameters=facts.checkpoint.n_parameters,
             token_ids=lambda: reference_ids(facts, texts),
             pooling=facts.pooling,
+            dense=facts.checkpoint.dense_paths,
             on_progress=advance,
         )
     if check.holds is False:

@@ -139,7 +139,7 @@ def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, a
         header = read_header(path)
         if name == imatrix:
             _require(header.values.get("general.type") == "imatrix", path, "is no importance matrix")
-        elif variants[name] == "F16":
+        elif variants[name] == report.base:
             _require_reference(header, report)
         else:
             verdict = _require_verdict(header, variants[name], report)
@@ -151,9 +151,9 @@ def _require_measured(folder: Path, hashes: dict[str, str], report: Report, *, a
 
 
 def _require_reference(header: Header, report: Report) -> None:
-    """The F16 file is what others are measured against; it is itself measured by gate 1."""
+    """The base file is what others are measured against; it is itself measured by gate 1."""
     is_variant = keys.KEY_VARIANT in header.values or not is_reference(header)
-    _require(not is_variant, header.path, f"is no 16-bit file, as {REPORT} says")
+    _require(not is_variant, header.path, f"is no 16- or 32-bit file, as {REPORT} says")
     check = report.conversion
     _require(check is not None, header.path, f"is unmeasured: {REPORT} has no conversion check of it")
     _require(check is None or check.holds is not False, header.path, "does not do what the checkpoint does")

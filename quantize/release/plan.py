@@ -172,5 +172,5 @@ def _card_diff(release: Release, listing: Listing | None, state: str) -> str:
 
 
 def _labels(report: Report) -> dict[str, str]:
-    labels = {report.files["F16"].file: "reference"}
+    labels = {report.files[report.base].file: "reference"}
     return labels | {report.files[name].file: verdict.label for name, verdict in report.variants.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.texts import EvalText, texts_sha256
 from f2gguf.quantize.repair.calibration import LONG_TOKENS, token_ids
-from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights
+from f2gguf.quantize.repair.tensors import DENSE, OnProgress, Rows, Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import GGUFError, NonFiniteActivations, WrongImatrix, parsing
 from f2gguf.runtime.files import sha256_file, writing
@@ -121,8 +121,8 @@ class _Collector:
 
 
 def _matrices(header: Header) -> dict[str, int]:
-    """Every matrix of the layers -> the number of its columns."""
-    return {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
+    """Every matrix of the layers, and behind the pooling -> the number of its columns."""
+    return {t.name: t.shape[-1] for t in header.tensors if len(t.shape) == 2 and t.name.startswith(("blk.", DENSE))}
 
 
 def collect(
@@ -211,6 +211,8 @@ def read_imatrix(path: Path, source: Weights) -> dict[str, Rows]:
         names = [name.removesuffix(_SUMS) for name in weights.infos if name.endswith(_SUMS)]
         imatrix = {name: (weights.rows(name + _SUMS) / weights.rows(name + _COUNTS))[0] for name in names}
     for name, n_cols in _matrices(source.header).items():
+        if name.startswith(DENSE) and name not in imatrix:
+            continue  # llama.cpp's own has none of them
         if name not in imatrix or len(imatrix[name]) != n_cols:
             flaw = f"has {len(imatrix[name])} columns of {name}" if name in imatrix else f"has no {name}"
             raise WrongImatrix(f"{path}: {flaw}, so it is of another model than {source.header.path} (--imatrix).")

@@ -25,6 +25,7 @@ libggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, _POINTER, _POINTER, _INT64
 libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 libggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 libggml.ggml_validate_row_data.restype = ctypes.c_bool
+DENSE = "dense_"  # names of the matrices behind the pooling begin with it
 
 
 class Weights:

@@ -54,11 +54,11 @@ def _eval_results(report: Report) -> Iterator[EvalResult]:
 
     for name, verdict in report.variants.items():
         metrics = {
-            "mean_drift": ("mean of 1 - cosine to the F16 file's vector", verdict.mean),
+            "mean_drift": (f"mean of 1 - cosine to the {report.base} file's vector", verdict.mean),
             "mean_drift_upper": ("upper end of its 95% interval", verdict.upper),
         }
         if verdict.ndcg10 is not None:
-            metrics["ndcg_at_10"] = (f"nDCG@10; F16 has {verdict.ndcg10_reference:.3f}", verdict.ndcg10)
+            metrics["ndcg_at_10"] = (f"nDCG@10; {report.base} has {verdict.ndcg10_reference:.3f}", verdict.ndcg10)
         for kind, (words, value) in metrics.items():
             yield EvalResult(
                 task_type="sentence-similarity",

@@ -63,7 +63,7 @@ def _draw_title(figure: Any, report: Report, series: Sequence[_Series]) -> None:
     marks.append(Line2D([], [], color=TEXT_COLOUR, linestyle="--", label=f"bound, {format_bound(report.max_drift)}"))
     figure.legend(
         handles=marks,
-        title=f"{report.model}: drift, 1 - cosine to the F16 file's vectors, of {report.texts.n} texts",
+        title=f"{report.model}: drift, 1 - cosine to the {report.base} file's vectors, of {report.texts.n} texts",
         title_fontsize=11,
         alignment="left",
         loc="outside upper left",

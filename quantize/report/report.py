@@ -17,11 +17,12 @@ from f2gguf.runtime.files import sha256_file, write_text
 from f2gguf.runtime.hub.models import first_usual
 
 FILE_NAME = "drift.json"
+BASE = "F16"  # unless a model does not fit it
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the F16 file is made from: the checkpoint, and every fact that its header and the card state."""
+    """What the base file is made from: the checkpoint, and every fact that its header and the card state."""
 
     repo: str | None
     revision: str | None
@@ -36,6 +37,7 @@ class Source:
     license: str | None
     languages: tuple[str, ...]
     cache_bytes: int  # of one token's keys and values in F16; 0 for models that see a text at once
+    base: str | None = None  # type of the file that variants are made from, where that is not F16
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,15 @@ class Report:
     texts: Texts
     max_drift: float
     conversion: Conversion | None = None
-    files: Mapping[str, File] = field(default_factory=dict)  # 'F16', then the variants
+    files: Mapping[str, File] = field(default_factory=dict)  # the base (F16), then the variants
     imatrix: File | None = None
     stock: Mapping[str, Measured] = field(default_factory=dict)  # llama.cpp's own recipes, where another one was chosen
     variants: Mapping[str, Measured] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The file that variants are made from and measured against: 'F16', 'BF16' or 'F32'."""
+        return self.source.base or BASE
 
     @property
     def named_verdicts(self) -> dict[str, Measured]:
@@ -123,12 +130,12 @@ class Report:
 
     @property
     def recommended(self) -> str:
-        """The first usual variant that holds its bound; F16 where none does."""
+        """The first usual variant that holds its bound; the base where none does."""
         holding = (name for name, verdict in self.variants.items() if verdict.holds)
         return first_usual(holding, self.files)
 
     def origin_changes(self, other: Report) -> list[str]:
-        """What the F16 files of both are made from and judged on, where it differs: the names of those facts."""
+        """What the base files of both are made from and judged on, where it differs: the names of those facts."""
         versions = [] if self.made_with == other.made_with else ["made_with"]
         return [*differing(self.source, other.source), *differing(self.texts, other.texts), *versions]
 
@@ -139,7 +146,7 @@ class Report:
         order = sorted(variants, key=lambda variant: -files[variant].size_bytes)
         return replace(
             self,
-            files={variant: files[variant] for variant in ("F16", *order)},
+            files={variant: files[variant] for variant in (self.base, *order)},
             variants={variant: variants[variant] for variant in order},
         )
 

@@ -121,7 +121,7 @@ def _measurement(report: Report) -> str:
         "(such as decomposed Unicode) differently; f2gguf runs it."
     )
     return (
-        f"Drift is 1 - cosine to the F16 file's vector, over {report.texts.n} texts in the model's languages "
+        f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts in the model's languages "
         f"({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, edge cases. The "
         "bound holds when the upper end of the mean's 95% interval, and the mean of every language and kind, are under "
         f"{format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}.{stock if n_stock else ''}"

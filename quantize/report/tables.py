@@ -133,11 +133,9 @@ def conversion_sentence(report: Report) -> str:
     """What gate 1 found, or why it was not run."""
     check = report.conversion
     if check is None or check.holds is None:
-        return f"not checked ({check.why if check else 'no F16 file was made yet'})"
-    return (
-        f"F16 against {check.reference}: cosine at least {check.min_cosine:.6f} (mean {check.mean_cosine:.6f}) over "
-        f"{check.n} texts; {MIN_COSINE} is required"
-    )
+        return f"not checked ({check.why if check else 'no base file was made yet'})"
+    found = f"cosine at least {check.min_cosine:.6f} (mean {check.mean_cosine:.6f}) over {check.n} texts"
+    return f"{report.base} against {check.reference}: {found}; {MIN_COSINE} is required"
 
 
 def over_lines(report: Report) -> list[str]:
@@ -156,10 +154,10 @@ def _mean_cell(verdict: Verdict, mean: float) -> str:
 
 
 def _measured_files(report: Report) -> Iterator[tuple[str, int, list[str]]]:
-    """Name, size in bytes and measured cells of every row; F16's are empty but for its nDCG."""
+    """Name, size in bytes and measured cells of every row; the base's are empty but for its nDCG."""
     verdicts = report.named_verdicts
     first: Measured | None = next(iter(verdicts.values()), None)
     ndcg = "" if first is None or first.ndcg10_reference is None else f"{first.ndcg10_reference:.3f}"
-    yield "F16", report.files["F16"].size_bytes, ["reference", "", "", "", "", ndcg, ""]
+    yield report.base, report.files[report.base].size_bytes, ["reference", "", "", "", "", ndcg, ""]
     for name, verdict in verdicts.items():
         yield name, verdict.size_bytes, verdict_cells(verdict)

@@ -58,6 +58,18 @@ class Facts:
         return int(self.shape["embedding_length"])
 
     @property
+    def base(self) -> str:
+        """Dtype of the file that variants are made from: F16, or what loses nothing of a model that does not fit it.
+
+        llama.cpp rounds what enters a matrix to the type of the matrix. BF16 is coarse, so that a checkpoint whose
+        matrices are F32 becomes F32.
+        """
+        if self.architecture.fits_f16:
+            return "f16"
+        matrices = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
+        return "bf16" if {*matrices} == {"BF16"} else "f32"
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of one token's keys and values in F16; none for models that see a text at once."""
         if "attention.head_count_kv" not in self.shape:

@@ -16,7 +16,8 @@ from f2gguf.runtime.gguf.header import PART, Header, read_header
 from f2gguf.runtime.hub.download import cached_folder, download, files_of_others
 from f2gguf.runtime.hub.listing import REPO, Listing, list_files, recorded_files
 
-USUAL = ("Q4_K_M", "Q8_0", "Q4_0", "F16")  # the first of them that holds its bound is recommended
+_BASES = ("F16", "BF16", "F32")  # which variants are made from
+USUAL = ("Q4_K_M", "Q8_0", "Q4_0", *_BASES)  # the first of them that holds its bound is recommended
 # In a repository without drift.json, precision goes before size: plain 4-bit files drifted by up to 0.3
 _UNMEASURED = ("Q8_0", "F16", "BF16", "F32", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 _HUB_FILE = re.compile(rf"(?P<repo>{REPO.pattern})(?::(?P<variant>[^:@]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -113,8 +114,8 @@ def fetch_file(listing: Listing, name: str) -> Path:
 
 
 def first_usual(holding: Iterable[str], there: Container[str]) -> str:
-    """The variant to recommend: the first usual one that is there and holds its bound, else F16."""
-    good = {*holding, "F16"}
+    """The variant to recommend: the first usual one that is there and holds its bound, else their base."""
+    good = {*holding, *_BASES}
     return next((name for name in USUAL if name in good and name in there), "F16")
 
 

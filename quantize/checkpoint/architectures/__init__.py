@@ -6,6 +6,7 @@ Every file of this folder but shared.py states `ARCHITECTURES`, by the `model_ty
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -42,8 +43,14 @@ def architecture_of(checkpoint: Checkpoint, allowed_keys: Collection[str] = ()) 
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedCheckpoint(f"{config_path}: model_type {kind!r} is not supported; {known} are.")
-    require_known_keys(config_path, checkpoint.config, ARCHITECTURES[kind].keys, allowed_keys)
-    return ARCHITECTURES[kind]
+    architecture = ARCHITECTURES[kind]
+    require_known_keys(config_path, checkpoint.config, architecture.keys, allowed_keys)
+    if architecture.name_of:
+        architecture = replace(architecture, name=architecture.name_of(checkpoint))
+    if checkpoint.modules.dense and architecture.name not in architecture.takes_dense:
+        words = f"has Dense modules, which llama.cpp does not compute for its architecture {architecture.name}"
+        raise UnsupportedCheckpoint(f"{checkpoint.root / 'modules.json'}: {words}.")
+    return architecture
 
 
 def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, StoredTensor]:

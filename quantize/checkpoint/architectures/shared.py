@@ -12,6 +12,7 @@ from typing import Any
 
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
 from f2gguf.quantize.checkpoint.folder import Checkpoint
+from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN
 from f2gguf.quantize.checkpoint.transforms import Transform, as_stored
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
@@ -48,6 +49,9 @@ class Architecture:
     examples: str = ""  # models of this type that people know
     pre_names: Mapping[str, str] = field(default_factory=dict)  # split -> what llama.cpp calls it for this family
     tokenizer_facts: Callable[[Checkpoint], dict[str, Any]] = lambda _: {}  # header keys below "tokenizer.ggml."
+    name_of: Callable[[Checkpoint], str] | None = None  # for a type that is one of several GGUF architectures
+    takes_dense: tuple[str, ...] = ()  # those of them that apply Dense modules to what they pooled
+    fits_f16: bool = True  # whether all that enters its matrices stays below F16's 65504
 
 
 def with_bias(stored: str, name: str, shape: Shape, transform: Transform = as_stored) -> list[Target]:
@@ -65,6 +69,30 @@ def in_every_layer(checkpoint: Checkpoint, prefix: str, block: Iterable[Target])
         for i in range(checkpoint.count("num_hidden_layers"))
         for target in block
     ]
+
+
+def dense_targets(checkpoint: Checkpoint) -> list[Target]:
+    """The matrices of the Dense modules behind the pooling."""
+    return [
+        Target(f"{dense.path}.linear.weight", f"dense_{i}.weight", (dense.n_out, dense.n_in))
+        for i, dense in enumerate(checkpoint.modules.dense, start=2)
+    ]
+
+
+def dense_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Their header keys. Raises `BrokenCheckpoint` where widths do not fit, `UnsupportedCheckpoint` for another one."""
+    facts: dict[str, Any] = {}
+    width, path = checkpoint.count("hidden_size"), checkpoint.root
+    for i, dense in enumerate(checkpoint.modules.dense, start=2):
+        if dense.n_in != width:
+            words = f"in_features is {dense.n_in}, and what comes before gives {width}"
+            raise BrokenCheckpoint(f"{path / dense.path / 'config.json'}: {words}. {FETCH_AGAIN}")
+        facts |= {f"dense_{i}_feat_in": dense.n_in, f"dense_{i}_feat_out": dense.n_out}
+        width = dense.n_out
+    if width != (n_embd := checkpoint.count("hidden_size")):
+        words = f"the last Dense module gives vectors of width {width}; llama.cpp gives the model's own {n_embd} alone"
+        raise UnsupportedCheckpoint(f"{path / 'modules.json'}: {words}.")
+    return facts
 
 
 def shared_facts(checkpoint: Checkpoint) -> dict[str, Any]:

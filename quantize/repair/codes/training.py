@@ -21,7 +21,7 @@ from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, un
 from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.codes.tune import Objective
-from f2gguf.quantize.repair.tensors import OnProgress, Weights, dequantized
+from f2gguf.quantize.repair.tensors import DENSE, OnProgress, Weights, dequantized
 from f2gguf.runtime.llama import packing
 from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray
@@ -167,6 +167,7 @@ class _Model:
         self.matrices = {name: _Matrix(data, types[name]) for name, data in matrices.items() if types[name] in FORMATS}
         others = matrices.keys() - self.matrices.keys()
         self.fixed = {name: _tensor(dequantized(matrices[name], types[name])) for name in others}
+        self.dense = [_tensor(weights.rows(name)) for name in sorted(weights.infos) if name.startswith(DENSE)]
         self.vectors = {name: _tensor(vector) for name, vector in vectors.items()}
         self.changes = {name: _part(vector.shape) for name, vector in vectors.items()}
         self.scale_parts = [part for matrix in self.matrices.values() for part in matrix.parts]
@@ -188,6 +189,8 @@ class _Model:
         norm = {name: self._vector(name) for name in self.vectors if name.startswith("output_norm")}
         states = final_norm(norm, states, self.shape)  # type: ignore[arg-type,assignment]
         rows = pooled(states, batch.texts, self.weights.header.require_pooling())  # type: ignore[arg-type]
+        for matrix in self.dense:
+            rows = rows @ matrix.T
         return 1 - torch.nn.functional.cosine_similarity(rows, batch.target)  # type: ignore[arg-type]
 
     def drift(self, batches: Sequence[_Batch]) -> float:

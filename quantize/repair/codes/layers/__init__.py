@@ -26,7 +26,17 @@ from f2gguf.quantize.repair.codes.layers.kinds import LayerKind
 from f2gguf.quantize.repair.tensors import Rows, Weights, as_stored
 from f2gguf.runtime.gguf.header import Header
 
-__all__ = ["LAYERS", "Layer", "LayerKind", "Shape", "Texts", "final_norm", "first_states", "pooled", "run_layer"]
+__all__ = [
+    "LAYERS",
+    "Layer",
+    "LayerKind",
+    "Shape",
+    "Texts",
+    "final_norm",
+    "first_states",
+    "pooled",
+    "run_layer",
+]
 
 _SHARED = ("arithmetic", "kinds")
 _FILES = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__) if file.name not in _SHARED]
@@ -52,6 +62,8 @@ def first_states(weights: Weights, texts: Texts, types: Mapping[str, str]) -> Ro
 
     different, index = np.unique(texts.ids, return_inverse=True)
     states = rows("token_embd.weight", different)[index]
+    if LAYERS[weights.header.architecture].scales_tokens:
+        states = states * np.float32(weights.header.n_embd**0.5)
     if "position_embd.weight" in weights.infos:
         states = states + rows("position_embd.weight", texts.positions)
     if "token_types.weight" in weights.infos:

@@ -144,6 +144,12 @@ def rotated(heads: Rows, texts: Texts, base: float) -> Rows:
     return turned
 
 
+def rotated_pairs(heads: Rows, texts: Texts, base: float) -> Rows:
+    """`rotated`, where value 2i pairs with value 2i + 1. The values come in another order, the same for every head."""
+    in_halves: Rows = library_of(heads).concatenate([heads[..., ::2], heads[..., 1::2]], axis=-1)
+    return rotated(in_halves, texts, base)
+
+
 def attention(query: Rows, key: Rows, value: Rows, texts: Texts, is_causal: bool, *, window: int | None = None) -> Rows:
     """Every head's mix of the values, (n_tokens, n_heads * width).
 

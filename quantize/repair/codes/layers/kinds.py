@@ -16,3 +16,4 @@ class LayerKind:
 
     run: Callable[..., Layer]
     places: Mapping[str, Sides]  # place -> tensors without 'blk.N.'; "value" is the place of value channels
+    scales_tokens: bool = False  # rows of the token table are multiplied by the root of their width
