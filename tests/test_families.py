@@ -462,3 +462,9 @@ def test_gate_1_names_the_stage_that_differs(
         warnings.simplefilter("ignore")
         ids = model.tokenize(LONG)
     assert re.search(cause, likely_cause(tmp_path / "x.gguf", made.facts.checkpoint.folder, ids))
+
+
+def test_qwen2_layer_by_layer_gives_the_whole_models_vectors(make: Callable[[str], Made]) -> None:
+    folder, ids = make("qwen2").facts.checkpoint.folder, [np.arange(20, 60, dtype=np.int32)]
+    whole, streamed = (run(folder, ids, pooling="last") for run in (transformers_vectors, streamed_vectors))
+    assert drift(whole, streamed).max() < 1e-6
