@@ -446,6 +446,9 @@ def test_what_llama_cpp_cannot_run_is_refused_with_the_reason(kind: str, tmp_pat
         ("nomic-bert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
         ("nomic-bert", "attention.layer_norm_epsilon", 0.5, "the embedding layer differs first"),
         ("qwen2", "attention.layer_norm_rms_epsilon", 9.0, "the attention of layer 1 differs first"),
+        ("embeddinggemma", "rope.freq_base", 10.0, "the attention of layer 3 differs first"),  # which sees all
+        ("gemma3 causal", "attention.sliding_window", 9, "the attention of layer 1 differs first"),
+        ("mistral", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
     ],
 )
 def test_gate_1_names_the_stage_that_differs(
