@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 States = NDArray[np.float32]  # (n_tokens, n_embd)
 _SAME = 0.999  # cosine of a token's states: F16 weights give 0.99999, a fault of one stage far less
-_STAGES = re.compile(r"(inp_norm|ffn_inp|l_out)-\d+|result_(norm|embd)|final_norm_out")  # llama.cpp's names
+_STAGES = re.compile(r"(inp_norm|ffn_inp|sa_out|l_out)-\d+|result_(norm|embd)|final_norm_out")  # llama.cpp's names
 _OFFSETS = (1, 2)  # positions that some families count from
 
 
@@ -39,7 +39,7 @@ def likely_cause(path: Path, folder: Path, ids: Ids) -> str:
     stages = [stage for stage in _stages(path, len(theirs)) if stage.name in ours and stage.name in theirs]
     differing = next((s for s in stages if not _is_same(ours[s.name], theirs[s.name]).all()), None)
     if differing is None:
-        return "every layer gives the same, so it is the pooling"
+        return "every layer gives the same, so it is the pooling, or a Dense module behind it"
     is_same = _is_same(ours[differing.name], theirs[differing.name])
     for words, change in _suspects(len(ids)):
         changed = _checkpoint_states(folder, ids, **change)
@@ -54,7 +54,10 @@ def likely_cause(path: Path, folder: Path, ids: Ids) -> str:
 
 def _suspects(n_tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for is_causal, words in ((False, "both ways"), (True, "causal")):
-        yield f"it is as with {words} attention (the mask)", {"is_causal": is_causal}
+        yield (
+            f"it is as with {words} attention (the mask)",
+            {"is_causal": is_causal, "use_bidirectional_attention": not is_causal},
+        )
     for offset in _OFFSETS:
         yield f"its positions are those of a model that counts from {offset}", {"first_position": offset}
 
@@ -93,7 +96,8 @@ def _file_states(path: Path, ids: Ids) -> dict[str, States]:
     recorder = _Recorder()
     with Embedder(path, device="cpu", pooling="mean", watch=recorder) as model:  # so that every token has an output
         model.encoder.compute([ids])
-    return {name: states.reshape(len(ids), -1) for name, states in recorder.states.items()}
+    found = {name.replace("sa_out", "ffn_inp"): states for name, states in recorder.states.items()}
+    return {name: states.reshape(len(ids), -1) for name, states in found.items()}
 
 
 def _checkpoint_states(folder: Path, ids: Ids, *, first_position: int = 0, **changes: Any) -> dict[str, States]:
@@ -127,8 +131,9 @@ def _after_attention(layer: Any) -> tuple[Any, bool]:
     """The module whose output, or input where true, is what llama.cpp calls ffn_inp."""
     if hasattr(layer, "attention"):  # BERT and RoBERTa
         return layer.attention.output, False
-    if hasattr(layer, "mlp_norm"):  # ModernBERT
-        return layer.mlp_norm, True
+    for name in ("mlp_norm", "pre_feedforward_layernorm"):  # ModernBERT, Gemma
+        if hasattr(layer, name):
+            return getattr(layer, name), True
     is_before = not hasattr(layer, "post_mlp_layernorm")  # NomicBERT has its norms after each part
     return layer.post_attention_layernorm, is_before
 

@@ -2,7 +2,7 @@
 
     fetch -> convert -> gate 1 -> F16.gguf -> calibrate -> recipe -> quantise -> measure -> variant.gguf -> card
 
-Where a model does not fit F16, that file is BF16 or F32. A file gets its final name only after it was measured.
+Where a model does not fit F16, that file is F32. A file gets its final name only after it was measured.
 drift.json (`Report`) grows with every file and states what each was made from, so that a run finds what is done
 already: a stage is done again when what it is made from has changed.
 """

@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from checkpoints import MINILM, NANO, edit_json
-from conftest import facts_of
+from conftest import QUICK, Run, facts_of
 from dialects import as_gemma, as_granite_97m, as_llama, as_mistral, as_modernbert, as_roberta
 from f2gguf.evals.diagnosis import likely_cause
 from f2gguf.evals.drift import drift
@@ -30,10 +30,12 @@ from f2gguf.quantize.checkpoint.modules import Modules, Prompts
 from f2gguf.quantize.convert.readback import checkpoint_ids, read_back
 from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
+from f2gguf.quantize.release.check import read_release
 from f2gguf.quantize.repair.assemble import Scale
 from f2gguf.quantize.repair.codes.layers import Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.rescale import places, scales
 from f2gguf.quantize.repair.tensors import DENSE, Rows, Weights
+from f2gguf.quantize.report.report import read_report
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
@@ -326,11 +328,25 @@ def test_gemma_stays_causal_unless_it_says_that_it_is_not(make: Callable[[str], 
     assert names == {"embeddinggemma": "gemma-embedding", "gemma3 causal": "gemma3"}
 
 
-def test_base_of_what_does_not_fit_f16_loses_nothing(make: Callable[[str], Made]) -> None:
-    facts = make("embeddinggemma").facts
-    assert (facts.base, make("llama").facts.base) == ("f32", "f16")
-    tensors = {name: replace(tensor, dtype="BF16") for name, tensor in facts.tensors.items() if len(tensor.shape) > 1}
-    assert replace(facts, tensors=tensors).base == "bf16"
+def test_release_of_what_does_not_fit_f16_is_made_from_f32(
+    make: Callable[[str], Made], run: Run, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "gemma", tmp_path / "dist"
+    shutil.copytree(make("embeddinggemma").facts.checkpoint.root, folder, ignore=shutil.ignore_patterns("*.gguf"))
+    command = ("quantize", "all", folder, "--stock", "--variants", "Q8_0", "--max-drift", "0.5", "--out", out)
+    process = run(*command, prelude=QUICK)
+    assert process.returncode == 0, process.stderr
+    report = read_report(out / "gemma")
+    assert (report.base, list(report.files)) == ("F32", ["F32", "Q8_0"])
+    assert read_release(out / "gemma").folder == out / "gemma"
+    assert "Drift is 1 - cosine to the F32 file's vector" in (out / "gemma" / "README.md").read_text()
+    assert "F32: " in run(*command, prelude=QUICK).stderr.split("is there")[0]
+    variant = run("quantize", "variant", report_file(out, "F32"), "Q8_0", "--stock", "--max-drift", "0.5", "--force")
+    assert variant.stdout.splitlines()[-1] == str(report_file(out, "Q8_0"))
+
+
+def report_file(out: Path, variant: str) -> Path:
+    return out / "gemma" / f"gemma-{variant}.gguf"
 
 
 def test_mistral_serves_what_its_window_shows(make: Callable[[str], Made]) -> None:
@@ -450,6 +466,9 @@ def test_what_llama_cpp_cannot_run_is_refused_with_the_reason(kind: str, tmp_pat
         ("nomic-bert", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
         ("nomic-bert", "attention.layer_norm_epsilon", 0.5, "the embedding layer differs first"),
         ("qwen2", "attention.layer_norm_rms_epsilon", 9.0, "the attention of layer 1 differs first"),
+        ("embeddinggemma", "rope.freq_base", 10.0, "the attention of layer 3 differs first"),  # which sees all
+        ("gemma3 causal", "attention.sliding_window", 9, "the attention of layer 1 differs first"),
+        ("mistral", "rope.freq_base", 10.0, "the attention of layer 1 differs first"),
     ],
 )
 def test_gate_1_names_the_stage_that_differs(

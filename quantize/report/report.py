@@ -115,7 +115,7 @@ class Report:
 
     @property
     def base(self) -> str:
-        """The file that variants are made from and measured against: 'F16', 'BF16' or 'F32'."""
+        """The file that variants are made from and measured against: 'F16' or 'F32'."""
         return self.source.base or BASE
 
     @property

@@ -59,15 +59,12 @@ class Facts:
 
     @property
     def base(self) -> str:
-        """Dtype of the file that variants are made from: F16, or what loses nothing of a model that does not fit it.
+        """Dtype of the file that variants are made from: F16, or F32 for a model that does not fit it.
 
-        llama.cpp rounds what enters a matrix to the type of the matrix. BF16 is coarse, so that a checkpoint whose
-        matrices are F32 becomes F32.
+        llama.cpp rounds what enters a matrix to the type of the matrix. BF16 is too coarse for that: the minimum cosine
+        of gate 1 was 0.99953 on Gemma 3 270M, whose weights are BF16, and 0.999998 with F32.
         """
-        if self.architecture.fits_f16:
-            return "f16"
-        matrices = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
-        return "bf16" if {*matrices} == {"BF16"} else "f32"
+        return "f16" if self.architecture.fits_f16 else "f32"
 
     @property
     def cache_bytes(self) -> int:
