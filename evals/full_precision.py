@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ Progress = Callable[[int], None] | None
 # Token ids of texts -> the checkpoint's vectors, (n_texts, n_embd) float32, L2-normalised:
 # run(folder, token_ids, pooling=..., dense=(), on_progress=None)
 Run = Callable[..., NDArray[np.float32]]
+# model_type -> key of config.json as a repository's own code calls it -> key of transformers' class
+OLD_KEYS = {
+    "nomic_bert": {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "rotary_emb_base": "rope_theta",
+        "max_trained_positions": "max_position_embeddings",  # n_positions goes beyond, by other frequencies
+    }
+}
 _TOKEN_TABLE = "embed_tokens.weight"
 _IN_LAYERS = (
     "qwen2",
@@ -76,7 +89,8 @@ def load_model(folder: Path, **changes: Any) -> Any:
 
     options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": not _is_pickled(folder)}
     config = _model_config({**_read_config(folder), **changes})
-    return AutoModel.from_pretrained(folder, config=config, **options).eval()
+    with quiet_transformers():
+        return AutoModel.from_pretrained(folder, config=config, **options).eval()
 
 
 def streamed_vectors(
@@ -138,8 +152,27 @@ def _dense_matrices(paths: Sequence[Path]) -> list[Any]:
     return [load_file(path)["linear.weight"].float() for path in paths]
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings to itself while the block runs: they are of what no vector depends on."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_bytes()))
+
+
+def todays_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the keys of transformers beside those of `OLD_KEYS`."""
+    renamed = OLD_KEYS.get(config["model_type"], {}).items()
+    return {**config, **{new: config[old] for old, new in renamed if config.get(old) is not None}}
 
 
 def _model_config(stated: dict[str, Any]) -> Any:
@@ -148,6 +181,7 @@ def _model_config(stated: dict[str, Any]) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    stated = todays_config(stated)
     if len(stated.get("layer_types") or ()) != stated["num_hidden_layers"]:
         stated.pop("layer_types", None)
     return AutoConfig.for_model(**stated)

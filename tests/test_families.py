@@ -420,8 +420,14 @@ OLD_NOMIC = {
 }
 
 
-def test_nomics_own_form_of_the_configuration_states_the_same(make: Callable[[str], Made]) -> None:
+def test_nomics_own_form_of_the_configuration_states_the_same(make: Callable[[str], Made], tmp_path: Path) -> None:
     facts = make("nomic-bert").facts
+    folder = tmp_path / "old"
+    shutil.copytree(facts.checkpoint.root, folder, ignore=shutil.ignore_patterns("*.gguf"))
+    (folder / "config.json").write_text(json.dumps(OLD_NOMIC))
+    ids = [np.arange(n, dtype=np.int32) for n in (3, 90)]
+    vectors = [transformers_vectors(it, ids, pooling="mean") for it in (folder, facts.checkpoint.root)]
+    assert np.array_equal(*vectors), "gate 1 runs it as well"
     old = replace(facts.checkpoint, config=OLD_NOMIC)
     architecture = architecture_of(old)
     assert architecture.facts(old) == facts.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.evals.full_precision import quiet_transformers
 from f2gguf.evals.texts import HOSTILE, EvalText, prompted
 from f2gguf.quantize.checkpoint.tokenizer_files import build_tokenizer
 from f2gguf.quantize.source.facts import Facts
@@ -112,26 +112,13 @@ def _transformers_tokenizer(facts: Facts) -> Any:
 
     config = facts.checkpoint.config  # of which only these keys count, and others may be such as transformers refuses
     stated = {key: config[key] for key in ("tokenizer_class",) if key in config}
-    with _quiet():
+    with quiet_transformers():
         return AutoTokenizer.from_pretrained(
             facts.checkpoint.folder,
             config=AutoConfig.for_model(facts.checkpoint.model_type, **stated),
             local_files_only=True,
             trust_remote_code=False,
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings to itself while the block runs: they are of keys that it does not know."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _require_equal(name: str, whose: str, samples: Sequence[str], right: Sequence[Ids], found: Sequence[Ids]) -> None:

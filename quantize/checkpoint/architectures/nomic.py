@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from f2gguf.evals.full_precision import OLD_KEYS, todays_config
 from f2gguf.quantize.checkpoint.architectures.shared import (
     SIZES,
     Architecture,
@@ -25,16 +26,7 @@ from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
-# key of the older form -> that of transformers
-_OLD_KEYS = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "rotary_emb_base": "rope_theta",
-    "max_trained_positions": "max_position_embeddings",  # n_positions goes beyond, by other frequencies
-}
+_OLD_KEYS = OLD_KEYS["nomic_bert"]
 # What the older form must state, as its own code computes something else by default
 _STATED = {
     "activation_function": ("swiglu",),
@@ -50,10 +42,10 @@ def _todays(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.config
     if "n_embd" not in config:
         return checkpoint
-    stated = {"max_trained_positions": 2048, **config}  # the default of its own code
+    stated = {"max_trained_positions": 2048, **config}  # the default of its own code, and of transformers
     if lacking := [key for key in (*_OLD_KEYS, *_STATED) if stated.get(key) is None]:
         raise BrokenCheckpoint(f"{checkpoint.folder / 'config.json'}: has no {lacking[0]!r}. {FETCH_AGAIN}")
-    return replace(checkpoint, config={**config, **{new: stated[old] for old, new in _OLD_KEYS.items()}})
+    return replace(checkpoint, config=todays_config(stated))
 
 
 def _targets(checkpoint: Checkpoint) -> list[Target]:
