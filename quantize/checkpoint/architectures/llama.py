@@ -14,8 +14,8 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
     Architecture,
     Target,
     head_dim,
-    in_every_layer,
     plain_rope_base,
+    pre_norm_targets,
     shared_facts,
 )
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
@@ -37,24 +37,18 @@ def _width(checkpoint: Checkpoint) -> int:
 
 
 def _targets(checkpoint: Checkpoint) -> list[Target]:
-    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    n_head, n_head_kv, width = checkpoint.count("num_attention_heads"), _n_head_kv(checkpoint), _width(checkpoint)
-    block = [
-        Target("input_layernorm.weight", "attn_norm.weight", (n_embd,)),
+    n_embd, n_head, n_head_kv = (
+        checkpoint.count("hidden_size"),
+        checkpoint.count("num_attention_heads"),
+        _n_head_kv(checkpoint),
+    )
+    width = _width(checkpoint)
+    projections = [
         Target("self_attn.q_proj.weight", "attn_q.weight", (n_head * width, n_embd), interleave_halves(n_head)),
         Target("self_attn.k_proj.weight", "attn_k.weight", (n_head_kv * width, n_embd), interleave_halves(n_head_kv)),
         Target("self_attn.v_proj.weight", "attn_v.weight", (n_head_kv * width, n_embd)),
-        Target("self_attn.o_proj.weight", "attn_output.weight", (n_embd, n_head * width)),
-        Target("post_attention_layernorm.weight", "ffn_norm.weight", (n_embd,)),
-        Target("mlp.gate_proj.weight", "ffn_gate.weight", (n_ff, n_embd)),
-        Target("mlp.up_proj.weight", "ffn_up.weight", (n_ff, n_embd)),
-        Target("mlp.down_proj.weight", "ffn_down.weight", (n_embd, n_ff)),
     ]
-    return [
-        Target("embed_tokens.weight", "token_embd.weight", (n_vocab, n_embd)),
-        *in_every_layer(checkpoint, "layers.", block),
-        Target("norm.weight", "output_norm.weight", (n_embd,)),
-    ]
+    return pre_norm_targets(checkpoint, projections, width)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

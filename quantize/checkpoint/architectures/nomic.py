@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from f2gguf.evals.full_precision import OLD_KEYS, todays_config
+from f2gguf.quantize.checkpoint.architectures import bert
 from f2gguf.quantize.checkpoint.architectures.shared import (
     SIZES,
     Architecture,
@@ -84,10 +85,6 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"token_type_count": checkpoint.count("type_vocab_size")}
-
-
 ARCHITECTURES = {
     "nomic_bert": Architecture(
         name="nomic-bert",
@@ -126,6 +123,6 @@ ARCHITECTURES = {
         facts=_facts,
         tokenizer_class="BertTokenizer",
         examples="nomic-embed-text-v1, nomic-embed-text-v1.5",
-        tokenizer_facts=_tokenizer_facts,
+        tokenizer_facts=bert.tokenizer_facts,
     ),
 }

@@ -12,8 +12,8 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
     Shape,
     Target,
     head_dim,
-    in_every_layer,
     plain_rope_base,
+    pre_norm_targets,
     shared_facts,
     with_bias,
 )
@@ -25,7 +25,7 @@ _QWEN3_HEAD_DIM = 128  # transformers' default; that of Qwen2 is what the heads 
 
 
 def _targets(checkpoint: Checkpoint, *, default_head_dim: int | None) -> list[Target]:
-    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    n_embd = checkpoint.count("hidden_size")
     n_head, n_head_kv = checkpoint.count("num_attention_heads"), checkpoint.count("num_key_value_heads")
     width = head_dim(checkpoint, default=default_head_dim)
     query, value = (n_head * width, n_embd), (n_head_kv * width, n_embd)
@@ -40,20 +40,7 @@ def _targets(checkpoint: Checkpoint, *, default_head_dim: int | None) -> list[Ta
             *_with_norm("self_attn.k", "attn_k", value, width),
             Target("self_attn.v_proj.weight", "attn_v.weight", value),
         ]
-    block = [
-        Target("input_layernorm.weight", "attn_norm.weight", (n_embd,)),
-        *projections,
-        Target("self_attn.o_proj.weight", "attn_output.weight", (n_embd, n_head * width)),
-        Target("post_attention_layernorm.weight", "ffn_norm.weight", (n_embd,)),
-        Target("mlp.gate_proj.weight", "ffn_gate.weight", (n_ff, n_embd)),
-        Target("mlp.up_proj.weight", "ffn_up.weight", (n_ff, n_embd)),
-        Target("mlp.down_proj.weight", "ffn_down.weight", (n_embd, n_ff)),
-    ]
-    return [
-        Target("embed_tokens.weight", "token_embd.weight", (n_vocab, n_embd)),
-        *in_every_layer(checkpoint, "layers.", block),
-        Target("norm.weight", "output_norm.weight", (n_embd,)),
-    ]
+    return pre_norm_targets(checkpoint, projections, width)
 
 
 def _with_norm(stored: str, name: str, shape: Shape, width: int) -> list[Target]:

@@ -71,6 +71,27 @@ def in_every_layer(checkpoint: Checkpoint, prefix: str, block: Iterable[Target])
     ]
 
 
+def pre_norm_targets(checkpoint: Checkpoint, projections: Iterable[Target], width: int) -> list[Target]:
+    """The tensors of a model with an RMS norm before each part and SwiGLU; `projections` make its heads of `width`."""
+    n_embd, n_ff, n_vocab = (checkpoint.count(k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    block = [
+        Target("input_layernorm.weight", "attn_norm.weight", (n_embd,)),
+        *projections,
+        Target(
+            "self_attn.o_proj.weight", "attn_output.weight", (n_embd, checkpoint.count("num_attention_heads") * width)
+        ),
+        Target("post_attention_layernorm.weight", "ffn_norm.weight", (n_embd,)),
+        Target("mlp.gate_proj.weight", "ffn_gate.weight", (n_ff, n_embd)),
+        Target("mlp.up_proj.weight", "ffn_up.weight", (n_ff, n_embd)),
+        Target("mlp.down_proj.weight", "ffn_down.weight", (n_embd, n_ff)),
+    ]
+    return [
+        Target("embed_tokens.weight", "token_embd.weight", (n_vocab, n_embd)),
+        *in_every_layer(checkpoint, "layers.", block),
+        Target("norm.weight", "output_norm.weight", (n_embd,)),
+    ]
+
+
 def dense_targets(checkpoint: Checkpoint) -> list[Target]:
     """The matrices of the Dense modules behind the pooling."""
     return [
