@@ -39,7 +39,7 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     if needed_bytes < free_bytes:
         return transformers_vectors, TRANSFORMERS
     kind = _read_config(folder).get("model_type")
-    if kind in _IN_LAYERS:
+    if kind in _IN_LAYERS and not _is_pickled(folder):
         return streamed_vectors, LAYER_BY_LAYER
     sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
     layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
@@ -74,7 +74,7 @@ def load_model(folder: Path, **changes: Any) -> Any:
     import torch
     from transformers import AutoModel
 
-    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": not _is_pickled(folder)}
     config = _model_config({**_read_config(folder), **changes})
     return AutoModel.from_pretrained(folder, config=config, **options).eval()
 
@@ -162,6 +162,11 @@ def _rounds(token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[Ids]]
             texts = []
         texts.append(ids)
     yield texts
+
+
+def _is_pickled(folder: Path) -> bool:
+    """Whether the weights are a pytorch_model.bin, which torch reads as plain tensors only (weights_only)."""
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:

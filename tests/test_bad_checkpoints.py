@@ -137,7 +137,12 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "fewer layers than tensors": (edit("config.json", num_hidden_layers=1), BrokenCheckpoint, "no part of a qwen3"),
     "no weights": (remove("model.safetensors"), BrokenCheckpoint, "model.safetensors: no such file"),
-    "pickle only": (pickle_only, UnsupportedCheckpoint, "only pickle or foreign weights"),
+    "pickle only": (pickle_only, UnsupportedCheckpoint, "pytorch_model.bin: is a pickle, but no archive of torch"),
+    "foreign weights only": (
+        lambda f: (f / "model.safetensors").rename(f / "model.h5"),
+        UnsupportedCheckpoint,
+        "only pickle or foreign weights",
+    ),
     "weights cut in the data": (cut_file("model.safetensors", 0.9), BrokenCheckpoint, "model.safetensors: truncated: "),
     "weights cut in the header": (cut_file("model.safetensors", 0.0001), BrokenCheckpoint, "cut off in its header"),
     "weights empty": (cut_file("model.safetensors", 0), BrokenCheckpoint, "cut off in its header"),
@@ -193,11 +198,11 @@ CASES: dict[str, tuple[Damage, type[CheckpointError], str]] = {
     ),
     "tokenizer of another kind": (
         lambda f: (
-            edit_json(f / "tokenizer.json", model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+            edit_json(f / "tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
             edit_json(f / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
         ),
         UnsupportedCheckpoint,
-        "the tokenizer 'Unigram' is not supported",
+        "the tokenizer 'WordLevel' is not supported",
     ),
     "tokenizer.json of another class": (
         edit("tokenizer.json", model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}),

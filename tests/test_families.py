@@ -40,6 +40,7 @@ from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 from safetensors.numpy import save_file
+from unigram import as_xlm_roberta
 
 pytestmark = pytest.mark.slow
 TEXTS = [text.text for text in load_texts()[::48]]
@@ -62,6 +63,7 @@ class Family:
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4}
 DECODER = {**SIZES, "num_key_value_heads": 2, "vocab_size": 16384, "max_position_embeddings": 4096}
 ENCODER = {**SIZES, "vocab_size": 30528, "max_position_embeddings": 2048}  # some rows more than tokens
+XLM = {**SIZES, "vocab_size": 2880, "max_position_embeddings": 2050, "pad_token_id": 1, "type_vocab_size": 1}
 MODERN = {**ENCODER, "num_hidden_layers": 5, "vocab_size": 16448, "local_attention": 32, "norm_eps": 1e-4}
 # transformers gives the padding token no position of its own; f2llm-nano's token 189 (byte 1) is in none of the texts
 ROBERTA = {**ENCODER, "vocab_size": 16448, "pad_token_id": 189}
@@ -74,6 +76,8 @@ FAMILIES = {
     "qwen2": Family("qwen2", NANO, "last", DECODER),
     "qwen2 both ways": Family("qwen2", NANO, "mean", {**DECODER, "is_causal": False}),
     "qwen3 both ways": Family("qwen3", NANO, "mean", {**DECODER, "head_dim": 32, "is_causal": False}),
+    "bert with Unigram": Family("bert", MINILM, "mean", {**ENCODER, "vocab_size": 2880}, as_xlm_roberta),
+    "xlm-roberta": Family("xlm-roberta", MINILM, "cls", XLM, as_xlm_roberta),
     "nomic-bert": Family("nomic_bert", MINILM, "mean", ENCODER),
     "modernbert": Family("modernbert", NANO, "cls", MODERN, as_modernbert),
     "roberta": Family("roberta", NANO, "mean", ROBERTA, as_roberta),
@@ -477,3 +481,9 @@ def test_gate_1_names_the_stage_that_differs(
         warnings.simplefilter("ignore")
         ids = model.tokenize(LONG)
     assert re.search(cause, likely_cause(tmp_path / "x.gguf", made.facts.checkpoint.folder, ids))
+
+
+def test_qwen2_layer_by_layer_gives_the_whole_models_vectors(make: Callable[[str], Made]) -> None:
+    folder, ids = make("qwen2").facts.checkpoint.folder, [np.arange(20, 60, dtype=np.int32)]
+    whole, streamed = (run(folder, ids, pooling="last") for run in (transformers_vectors, streamed_vectors))
+    assert drift(whole, streamed).max() < 1e-6

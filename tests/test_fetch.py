@@ -326,9 +326,16 @@ def test_repository_without_safetensors_is_refused(fetch: Fetch, hub: Hub) -> No
 
 
 def test_pickle_is_refused_and_called_so(fetch: Fetch, hub: Hub) -> None:
-    hub.repos[REPO].commit({LFS: None})
-    assert "has its weights as pickle only (pytorch_model.bin)" in only_error(fetch(REPO))
+    hub.repos[REPO].commit({LFS: None, "pytorch_model.bin": None, "model.pt": b"\x80\x04pickle"})
+    assert "has its weights as pickle only (model.pt)" in only_error(fetch(REPO))
     assert not hub.asked_for("GET")
+
+
+def test_archive_of_torch_is_fetched_where_there_are_no_safetensors(fetch: Fetch, hub: Hub) -> None:
+    shards = {"pytorch_model.bin.index.json": b"{}", "pytorch_model-00001-of-00002.bin": b"PK\3\4"}
+    hub.repos[REPO].commit({LFS: None, **shards, "optimizer.bin": b"PK", "onnx/pytorch_model.bin": b"PK"})
+    archives = {**shards, "pytorch_model.bin": NOT_NEEDED["pytorch_model.bin"]}
+    assert printed_files(fetch(REPO)) == {name: data for name, data in NEEDED.items() if name != LFS} | archives
 
 
 def test_disk_that_is_too_small_is_refused_before_any_file_is_sent(fetch: Fetch, hub: Hub) -> None:

@@ -80,19 +80,23 @@ def test_entry_at_the_revision_that_is_named_is_taken_of_several_of_one_reposito
     assert find_model("x/y", lock)[0].name == "a"
 
 
-NEVER = {"all-mpnet-base-v2", "gte-multilingual-base"}  # by stock llama.cpp
-UNSUPPORTED = NEVER | {"bge-m3", "multilingual-e5-base"}
+UNSUPPORTED = {"all-mpnet-base-v2", "gte-multilingual-base"}  # by stock llama.cpp
 
 
 def test_names_that_are_not_converted_yet_say_why() -> None:
     lock = read_lock()
     assert {name for name, entry in lock.entries.items() if entry.unsupported} == UNSUPPORTED
     assert set(lock.entries) - UNSUPPORTED - UNPINNED == set(lock.convertible)
-    assert find_entry("bge-m3", lock)[0].unsupported
+    assert find_entry("all-mpnet-base-v2", lock)[0].unsupported
 
 
 @pytest.mark.parametrize(
-    "arguments", [("all", "bge-m3"), ("all", "f2llm-nano", "BAAI/bge-m3@main"), ("fetch", "Bge-M3")]
+    "arguments",
+    [
+        ("all", "all-mpnet-base-v2"),
+        ("all", "f2llm-nano", "sentence-transformers/all-mpnet-base-v2@main"),
+        ("fetch", "All-MPNet-base-v2"),
+    ],
 )
 def test_model_that_is_not_converted_yet_is_refused_before_anything_is_asked_or_made(
     tmp_path: Path, arguments: tuple[str, ...]
@@ -101,7 +105,7 @@ def test_model_that_is_not_converted_yet_is_refused_before_anything_is_asked_or_
     with serving(hub):
         process = run_command("quantize", *arguments, hub=hub, home=tmp_path / "home")
     line = only_error(process)
-    assert "bge-m3: f2gguf does not convert it yet: its architecture is XLM-RoBERTa" in line
+    assert "all-mpnet-base-v2: f2gguf does not convert it yet: llama.cpp has no MPNet" in line
     assert "Those of models.lock that it converts: F2LLM-v2-80M, F2LLM-v2-160M, " in line
     assert "Preview" not in line
     assert not hub.requests

@@ -462,6 +462,35 @@ QWEN3_EMBEDDING = """
 F2LLM = f"{QWEN3_EMBEDDING} layer_types dtype pad_token_id"
 
 
+GTE_QWEN2 = """
+    _name_or_path architectures attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range
+    intermediate_size is_causal max_position_embeddings max_window_layers model_type num_attention_heads
+    num_hidden_layers num_key_value_heads rms_norm_eps rope_theta sliding_window tie_word_embeddings torch_dtype
+    transformers_version use_cache use_sliding_window vocab_size
+"""
+NOMIC = """
+    activation_function architectures attn_pdrop bos_token_id causal dense_seq_output embd_pdrop eos_token_id
+    fused_bias_fc fused_dropout_add_ln initializer_range layer_norm_epsilon max_trained_positions mlp_fc1_bias
+    mlp_fc2_bias model_type n_embd n_head n_inner n_layer n_positions pad_vocab_size_multiple parallel_block
+    parallel_block_tied_norm prenorm qkv_proj_bias reorder_and_upcast_attn resid_pdrop rotary_emb_base
+    rotary_emb_fraction rotary_emb_interleaved rotary_emb_scale_base rotary_scaling_factor
+    scale_attn_by_inverse_layer_idx scale_attn_weights summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj torch_dtype transformers_version type_vocab_size use_cache use_flash_attn
+    use_rms_norm use_xentropy vocab_size
+"""
+MODERNBERT = """
+    architectures attention_bias attention_dropout bos_token_id classifier_activation classifier_bias
+    classifier_dropout classifier_pooling cls_token_id decoder_bias deterministic_flash_attn embedding_dropout
+    eos_token_id global_attn_every_n_layers global_rope_theta gradient_checkpointing hidden_activation hidden_size
+    initializer_cutoff_factor initializer_range intermediate_size layer_norm_eps local_attention local_rope_theta
+    max_position_embeddings mlp_bias mlp_dropout model_type norm_bias norm_eps num_attention_heads num_hidden_layers
+    pad_token_id position_embedding_type reference_compile repad_logits_with_grad sep_token_id
+    sparse_pred_ignore_index sparse_prediction tie_word_embeddings torch_dtype transformers_version vocab_size
+"""
+PUBLISHED = [("qwen3", QWEN3_EMBEDDING), ("qwen3", F2LLM), ("qwen2", GTE_QWEN2), ("nomic_bert", NOMIC)]
+PUBLISHED += [("modernbert", MODERNBERT)]
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_key_of_transformers_own_configuration_is_known(kind: str) -> None:
     from transformers import CONFIG_MAPPING
@@ -470,9 +499,9 @@ def test_every_key_of_transformers_own_configuration_is_known(kind: str) -> None
     assert stated.keys() - known_keys(ARCHITECTURES[kind].keys) == set()
 
 
-@pytest.mark.parametrize("keys", [QWEN3_EMBEDDING, F2LLM])
-def test_every_key_of_published_models_is_known(keys: str) -> None:
-    assert set(keys.split()) - known_keys(ARCHITECTURES["qwen3"].keys) == set()
+@pytest.mark.parametrize(("kind", "keys"), PUBLISHED)
+def test_every_key_of_published_models_is_known(kind: str, keys: str) -> None:
+    assert set(keys.split()) - known_keys(ARCHITECTURES[kind].keys) == set()
 
 
 def test_pooling_may_be_stated_where_its_file_is_missing(tiny: Path) -> None:

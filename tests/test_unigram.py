@@ -29,7 +29,6 @@ from safetensors.numpy import load_file
 from unigram import charsmap, write_tiny_xlmr
 
 Edit = Callable[[Path], object]
-BERT = {"architectures": ["BertModel"], "model_type": "bert", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
 TEXTS = [*load_texts()[::40], load_texts()[0]]
 POSITIONS = "embeddings.position_embeddings.weight"
 
@@ -77,28 +76,14 @@ def test_ids_are_the_checkpoints_on_every_text(edit: Edit, xlmr: Path, tmp_path:
     assert 0 < len(stock_differs) < 40
 
 
-@pytest.mark.parametrize(("dtype", "config"), [("f32", {}), ("f16", {}), ("bf16", {}), ("f32", BERT), ("f16", BERT)])
-def test_vectors_are_those_of_transformers(dtype: str, config: dict[str, Any], tmp_path: Path) -> None:
-    folder = write_tiny_xlmr(tmp_path / "checkpoint", **config)
-    facts, path = facts_of(folder), tmp_path / "x.gguf"
-    convert(facts, path, dtype=dtype)
-    with Embedder(path) as model, pytest.warns(match="longer than 6[46] tokens"):
+def test_longest_text_in_a_bf16_file_has_the_vector_of_transformers(xlmr: Path, tmp_path: Path) -> None:
+    facts, path = facts_of(xlmr), tmp_path / "x.gguf"
+    convert(facts, path, dtype="bf16")
+    ids = reference_ids(facts, TEXTS)
+    with Embedder(path) as model, pytest.warns(match="longer than 64 tokens"):
         ours = model.encode([text.text for text in TEXTS])
-    theirs = transformers_vectors(folder, reference_ids(facts, TEXTS), pooling="mean")
-    lengths = [len(ids) for ids in reference_ids(facts, TEXTS)]
-    assert max(lengths) == facts.max_tokens == (66 if config else 64)
-    assert (ours * theirs).sum(axis=1).min() > (0.99999 if dtype != "bf16" else 0.9999)
-
-
-def test_stock_llama_cpp_gives_the_same_vectors(file: Path) -> None:
-    from llama_cpp import Llama
-
-    texts = ["Hello world, how are you?", "naïve café 한가 １２３"]
-    stock = Llama(str(file), embedding=True, verbose=False)
-    theirs = np.array([stock.embed(text, normalize=True) for text in texts])
-    stock.close()
-    with Embedder(file) as model:
-        np.testing.assert_allclose(model.encode(texts), theirs, atol=1e-6)
+    assert max(map(len, ids)) == facts.max_tokens == 64
+    assert (ours * transformers_vectors(xlmr, ids, pooling="mean")).sum(axis=1).min() > 0.9999
 
 
 def test_header_has_every_key_of_llama_cpps_unigram(file: Path) -> None:
@@ -142,7 +127,7 @@ def test_file_without_its_arrays_is_named(file: Path, tmp_path: Path) -> None:
         with pytest.raises(GGUFError, match=rf"its tokenizer does not work: the header has no {lacking}"):
             carried_tokenizer(read_header(path))
     path = write_other(tmp_path / "x.gguf", file, **{**keys, KEY_SCORE_STEPS: [1, 2]})
-    with pytest.raises(GGUFError, match="its tokenizer does not work"):
+    with pytest.raises(GGUFError, match="the header has 2 steps for 2,872 scores"):
         carried_tokenizer(read_header(path))
 
 
@@ -198,31 +183,6 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
         lambda folder: edit_json(folder / "config.json", pad_token_id=None),
         BrokenCheckpoint,
         "config.json: pad_token_id is None, behind which the 66 positions begin",
-    ),
-    "a tensor missing": (
-        lambda folder: edit_tensors(folder, encoder__layer__1__attention__self__key__bias=...),
-        BrokenCheckpoint,
-        r"encoder.layer.1.attention.self.key.bias is missing",
-    ),
-    "a tensor transposed": (
-        lambda folder: edit_tensors(folder, encoder__layer__0__intermediate__dense__weight=np.ones((32, 64), "f4")),
-        BrokenCheckpoint,
-        r"intermediate.dense.weight has the shape \(32, 64\), but config.json implies \(64, 32\)",
-    ),
-    "other positions": (
-        lambda folder: edit_json(folder / "config.json", max_position_embeddings=64),
-        BrokenCheckpoint,
-        r"position_embeddings.weight has the shape \(66, 32\), but config.json implies \(64, 32\)",
-    ),
-    "another activation": (
-        lambda folder: edit_json(folder / "config.json", hidden_act="gelu_new"),
-        UnsupportedCheckpoint,
-        "hidden_act is 'gelu_new'",
-    ),
-    "relative positions": (
-        lambda folder: edit_json(folder / "config.json", position_embedding_type="relative_key"),
-        UnsupportedCheckpoint,
-        "position_embedding_type is 'relative_key'",
     ),
     "a classifier": (
         lambda folder: edit_json(folder / "config.json", architectures=["XLMRobertaForSequenceClassification"]),

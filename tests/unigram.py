@@ -46,6 +46,13 @@ def write_tiny_xlmr(folder: Path, **changes: Any) -> Path:
     return fill(folder)
 
 
+def as_xlm_roberta(folder: Path) -> None:
+    """A Unigram tokenizer in the place of all-MiniLM-L6-v2's."""
+    for name in ("special_tokens_map.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    write_unigram(folder)
+
+
 def write_unigram(folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json as XLM-R's repositories have them."""
     pieces, scores = _pieces()

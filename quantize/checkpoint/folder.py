@@ -24,6 +24,7 @@ from f2gguf.quantize.checkpoint.modules import (
 )
 from f2gguf.quantize.checkpoint.weights import (
     INDEX,
+    PICKLED_FILES,
     StoredTensor,
     read_dense,
     read_tensors,
@@ -40,13 +41,15 @@ _OF_TRANSFORMER = (
     *("adapter_config.json", INDEX),
     *TRANSFORMER_FILES,
 )
-# The files of a repository that a conversion reads: never code, never pickle
+# The files of a repository that a conversion reads: never code
 NEEDED = (
     *_OF_TRANSFORMER,
     *("*.safetensors", "modules.json", PROMPTS_FILE, "*/config.json"),
     f"*_Dense/{DENSE_WEIGHTS}",
     *(f"*_Transformer/{name}" for name in ("*.safetensors", *_OF_TRANSFORMER)),
 )
+# The files that are read besides where a repository has no safetensors
+NEEDED_PICKLED = (*PICKLED_FILES, *(f"*_Transformer/{name}" for name in PICKLED_FILES))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A transform is a function of a stored tensor. Those with arguments are made by a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,7 @@ def as_stored(tensor: StoredTensor) -> StoredTensor:
 
 def take_rows(begin: int, end: int) -> Transform:
     """Rows `begin` to `end` (which is left out): a part of a fused tensor, or a table without its first rows."""
-
-    def transform(tensor: StoredTensor) -> StoredTensor:
-        n_cols = int(np.prod(tensor.shape[1:], dtype=np.int64))
-        place = tensor.begin + begin * n_cols * DTYPES[tensor.dtype].itemsize
-        return replace(tensor, shape=(end - begin, *tensor.shape[1:]), begin=place)
-
-    return transform
+    return lambda tensor: tensor.rows(begin, end)
 
 
 def add(value: float) -> Transform:
@@ -46,7 +40,11 @@ def interleave_halves(n_head: int) -> Transform:
 
     def transform(tensor: StoredTensor) -> StoredTensor:
         rows = np.arange(tensor.shape[0]).reshape(n_head, 2, -1)
-        return _Reordered(tensor.file, tensor.dtype, tensor.shape, tensor.begin, rows.swapaxes(1, 2).ravel())
+        return _Reordered(
+            *(tensor.file, tensor.dtype, tensor.shape, tensor.begin, rows.swapaxes(1, 2).ravel()),
+            strides=tensor.strides,
+            byte_order=tensor.byte_order,
+        )
 
     return transform
 
@@ -66,8 +64,6 @@ class _Reordered(StoredTensor):
     order: NDArray[np.int64] = field(compare=False)  # (n_rows,): the stored row that each written one is
 
     def chunks(self) -> Iterator[NDArray[Any]]:
-        shape = len(self.order), self.n_elements // len(self.order)
-        stored = np.memmap(self.file, dtype=DTYPES[self.dtype], mode="r", offset=self.begin, shape=shape)
-        n_rows = max(1, CHUNK_ELEMENTS // shape[1])
-        for start in range(0, shape[0], n_rows):
-            yield stored[self.order[start : start + n_rows]].ravel()
+        stored, n_rows = self.mapped(), max(1, CHUNK_ELEMENTS * len(self.order) // self.n_elements)
+        for start in range(0, len(self.order), n_rows):
+            yield stored[self.order[start : start + n_rows]].ravel().astype(DTYPES[self.dtype], copy=False)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json, read_value
+from f2gguf.quantize.checkpoint.pickles import read_pickled
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint, parsing
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
@@ -22,6 +23,8 @@ DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 CHUNK_ELEMENTS = 1 << 19  # 8 to 16 MB: what a conversion holds in memory at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # formats of weights that can run code when they are read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # where there are no safetensors
+PICKLED_FILES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
 _ADAPTER = "adapter_config.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _Count = Annotated[int, Field(strict=True, ge=0)]
@@ -47,6 +50,8 @@ class StoredTensor:
     dtype: str  # as safetensors spells it: 'BF16'
     shape: tuple[int, ...]
     begin: int  # offset in the file
+    strides: tuple[int, ...] | None = field(default=None, kw_only=True)  # in values, where not row by row
+    byte_order: Literal["<", ">"] = field(default="<", kw_only=True)
 
     @property
     def n_elements(self) -> int:
@@ -58,10 +63,36 @@ class StoredTensor:
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """The values in order, flat. One chunk at a time is mapped from the file, so that memory stays small."""
-        dtype = DTYPES[self.dtype]
+        dtype = self._stored_dtype
         for start in range(0, self.n_elements, CHUNK_ELEMENTS):
             n = min(CHUNK_ELEMENTS, self.n_elements - start)
-            yield np.memmap(self.file, dtype=dtype, mode="r", offset=self.begin + start * dtype.itemsize, shape=(n,))
+            if self.strides is not None:
+                values = self.mapped().flat[start : start + n]
+            else:
+                place = self.begin + start * dtype.itemsize
+                values = np.memmap(self.file, dtype=dtype, mode="r", offset=place, shape=(n,))
+            yield values.astype(DTYPES[self.dtype], copy=False)
+
+    def mapped(self) -> NDArray[Any]:
+        """All values in their shape, mapped from the file and in its byte order."""
+        if not self.n_elements:
+            return np.empty(self.shape, dtype=self._stored_dtype)
+        if self.strides is None:
+            return np.memmap(self.file, dtype=self._stored_dtype, mode="r", offset=self.begin, shape=self.shape)
+        n = 1 + sum((length - 1) * step for length, step in zip(self.shape, self.strides, strict=True))
+        span = np.memmap(self.file, dtype=self._stored_dtype, mode="r", offset=self.begin, shape=(n,))
+        steps = [step * span.itemsize for step in self.strides]
+        return np.lib.stride_tricks.as_strided(span, self.shape, steps, writeable=False)
+
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """Rows `begin` to `end`, which is left out."""
+        n_apart = self.strides[0] if self.strides else int(np.prod(self.shape[1:], dtype=np.int64))
+        place = self.begin + begin * n_apart * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(end - begin, *self.shape[1:]), begin=place)
+
+    @property
+    def _stored_dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.dtype].newbyteorder(self.byte_order)
 
 
 def as_float32(dtype: str, chunk: NDArray[Any]) -> NDArray[np.float32]:
@@ -78,7 +109,7 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     are missing, damaged or contradict each other.
     """
     path = _weights_file(folder, config)
-    tensors = _read_shards(path) if path.name.endswith(".index.json") else _read_safetensors(path)
+    tensors = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     if quantized := next((name for name in tensors if name.endswith(_QUANTIZED_ENDINGS)), None):
         raise _quantized(tensors[quantized].file, f"its tensor {quantized} is of quantised weights")
     return tensors
@@ -146,7 +177,7 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
         if not path.is_file():
             raise BrokenCheckpoint(f"{path}: no such file, but config.json names it. {FETCH_AGAIN}")
         return path
-    if there := [path for path in (folder / SINGLE, folder / INDEX) if path.is_file()]:
+    if there := [path for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (path := folder / name).is_file()]:
         return there[0]
     if any(path.suffix in (*PICKLES, ".h5", ".onnx", ".gguf", ".msgpack") for path in folder.iterdir()):
         raise UnsupportedCheckpoint(f"{folder}: has only pickle or foreign weights. Save them as safetensors.")
@@ -158,7 +189,7 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
 def _read_shards(index_path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in _shards(index_path):
-        for name, tensor in _read_safetensors(path).items():
+        for name, tensor in _read_file(path).items():
             if name in tensors:
                 raise BrokenCheckpoint(f"{path}: {name} is in {tensors[name].file.name} too. {FETCH_AGAIN}")
             tensors[name] = tensor
@@ -184,6 +215,20 @@ def _shards(index_path: Path) -> list[Path]:
     if missing := [path for path in files if not path.is_file()]:
         raise BrokenCheckpoint(f"{missing[0]}: no such file, but {index_path.name} names it. {FETCH_AGAIN}")
     return files
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix != ".bin":
+        return _read_safetensors(path)
+    tensors = {}
+    for name, stated in read_pickled(path).items():
+        row_by_row = tuple(int(np.prod(stated.shape[i + 1 :], dtype=np.int64)) for i in range(len(stated.shape)))
+        pairs = zip(stated.shape, stated.strides, row_by_row, strict=True)
+        is_plain = all(step == usual or length == 1 for length, step, usual in pairs)
+        order: Literal["<", ">"] = ">" if stated.is_big_endian else "<"
+        strides = None if is_plain else stated.strides
+        tensors[name] = StoredTensor(path, stated.dtype, stated.shape, stated.begin, strides=strides, byte_order=order)
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from f2gguf.quantize.checkpoint.folder import NEEDED, is_legal
+from f2gguf.quantize.checkpoint.folder import NEEDED, NEEDED_PICKLED, is_legal
 from f2gguf.quantize.checkpoint.weights import PICKLES
 from f2gguf.quantize.source.lock import Entry, Lock, package_folder
 from f2gguf.runtime.errors import HashMismatch, UnsupportedCheckpoint, WrongUsage
@@ -16,6 +16,7 @@ from f2gguf.runtime.hub.download import cached_folder, download
 from f2gguf.runtime.hub.listing import COMMIT, REPO, Listing, RemoteFile, list_files
 
 _SNAPSHOT = re.compile(rf"/models--(?P<repo>[^/]+--[^/]+)/snapshots/(?P<commit>{COMMIT.pattern})$")
+_WEIGHTS = (".safetensors", ".bin")
 _NAME = re.compile(r"\w[\w.-]*")
 _MODEL = re.compile(rf"(?P<repo>{REPO.pattern})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -103,8 +104,8 @@ def fetch(entry: Entry, folder: Path | None = None, *, check: Callable[[Path], o
     `check` is called with the folder before its weights are downloaded, and raises why they need not be.
 
     Raises a `HubError` with the Hub's reason, `OutputError` where the disk is too small, `WrongUsage` for an entry
-    without a revision, `UnsupportedCheckpoint` for a repository without safetensors. The Hub is not asked for a locked
-    model that the cache holds.
+    without a revision, `UnsupportedCheckpoint` for a repository without weights that f2gguf reads. The Hub is not asked
+    for a locked model that the cache holds.
     """
     if folder is not None:
         return folder
@@ -123,29 +124,41 @@ def fetch(entry: Entry, folder: Path | None = None, *, check: Callable[[Path], o
         require_as_locked(entry, listing)
     files = needed_files(listing)
     if check:
-        check(download(listing, [name for name in files if not name.endswith(".safetensors")]))
+        check(download(listing, [name for name in files if not name.endswith(_WEIGHTS)]))
     return download(listing, files)
 
 
 def needed_files(listing: Listing) -> dict[str, RemoteFile]:
-    """The files of a repository that f2gguf uses; `UnsupportedCheckpoint` where none of them is safetensors."""
-    files = {name: file for name, file in listing.files.items() if is_needed(name)}
-    if any(name.endswith(".safetensors") for name in files):
+    """The files of a repository that f2gguf uses; `UnsupportedCheckpoint` where none of them has weights."""
+    files = _used(listing)
+    if any(name.endswith(_WEIGHTS) for name in files):
         return files
     pickles = [name for name in listing.files if name.endswith(PICKLES)]
     if pickles:
         raise UnsupportedCheckpoint(
             f"{listing}: has its weights as pickle only ({pickles[0]}), which runs code when it is read; f2gguf reads "
-            f"safetensors. Look for a revision that has them, such as {listing.repo}@refs/pr/1."
+            f"safetensors, and pytorch_model.bin. Look for a revision that has them, such as {listing.repo}@refs/pr/1."
         )
     raise UnsupportedCheckpoint(f"{listing}: has no safetensors weights; f2gguf converts no others.")
 
 
+def _used(listing: Listing) -> dict[str, RemoteFile]:
+    """The needed files; those of pytorch_model.bin too where there are no safetensors, as transformers does."""
+    files = {name: file for name, file in listing.files.items() if is_needed(name)}
+    if any(name.endswith(".safetensors") for name in files):
+        return files
+    return files | {name: file for name, file in listing.files.items() if _matches(name, NEEDED_PICKLED)}
+
+
 def is_needed(name: str) -> bool:
     """Whether a conversion reads this file of a repository, or a release must come with it."""
+    return is_legal(name) or _matches(name, NEEDED)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     # * stays within a folder, as where `read_checkpoint` looks
-    matching = (pattern for pattern in NEEDED if PurePosixPath(name).match(pattern))
-    return is_legal(name) or any(name.count("/") == pattern.count("/") for pattern in matching)
+    matching = (pattern for pattern in patterns if PurePosixPath(name).match(pattern))
+    return any(name.count("/") == pattern.count("/") for pattern in matching)
 
 
 def require_as_locked(entry: Entry, listing: Listing) -> None:
@@ -163,5 +176,5 @@ def require_as_locked(entry: Entry, listing: Listing) -> None:
 
 def differing(entry: Entry, listing: Listing) -> list[str]:
     """The needed files of which lock and Hub do not state the same."""
-    stated = {name: file for name, file in listing.files.items() if is_needed(name)}
+    stated = _used(listing)
     return sorted(name for name in {*entry.files, *stated} if entry.files.get(name) != stated.get(name))

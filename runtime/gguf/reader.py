@@ -17,6 +17,7 @@ Values = dict[str, Any]
 # GGUF specification, "enum gguf_metadata_value_type": number -> struct format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_VOCABULARY = "f2gguf.tokenizer."  # keys of arrays with a value for each token
 _LONG_ARRAY = 1024  # longer arrays (the vocabulary) are counted, not read
 _LONGEST_ARRAY = 1 << 22  # of those that are read whatever their length: golden vectors of 5,120 dimensions have 81,920
 _MAX_DIMS = 4  # of a tensor, as in ggml
@@ -73,7 +74,7 @@ class Reader:
                 raise NotGGUF(f"{self.path}: its header has the key {key!r:.60}{' twice' if key else ''}{_DAMAGED}")
             kind = self._scalar(4)
             offsets[key] = self.at
-            values[key] = self._value(kind, whole=key.startswith("f2gguf."))
+            values[key] = self._value(kind, whole=key.startswith("f2gguf.") and not key.startswith(_VOCABULARY))
         require_sane(values)
         values_end = self.at
         placed = [self._tensor() for _ in range(n_tensors)]

@@ -120,8 +120,11 @@ def _model(header: Header, spec: dict[str, Any], added: dict[int, str]) -> Any:
     ids = [i for first, last in spec["ids"] for i in range(first, min(last, len(tokens)) + 1)]
     if kind == "Unigram":
         scores = _numbers(header, KEY_SCORES)[: len(ids)].astype(np.float64)
-        if steps := header.values.get(KEY_SCORE_STEPS):
-            scores = (scores.view(np.int64) + np.array(steps, dtype=np.int64)).view(np.float64)
+        if KEY_SCORE_STEPS in header.values:
+            steps = _numbers(header, KEY_SCORE_STEPS).astype(np.int64)
+            if len(steps) != len(scores):
+                raise ValueError(f"the header has {len(steps):,} steps for {len(scores):,} scores")
+            scores = (scores.view(np.int64) + steps).view(np.float64)
         return models.Unigram([*zip([tokens[i] for i in ids], scores.tolist(), strict=True)], **options)
     vocab = {added[i] if i in added else _checkpoint_text(tokens[i], kind): i for i in ids}
     if kind == "WordPiece":
