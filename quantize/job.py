@@ -38,6 +38,7 @@ class Job:
     stock: bool = False  # llama.cpp's plain recipes, whatever they drift
     max_size: int | None = None  # bytes of each variant
     calibration: Path | None = None  # a corpus of the user's own
+    column: str | None = None  # of its texts
     imatrix: Path | None = None  # an importance matrix of the user's own
     compensate: bool = True  # choose codes that compensate for each other's errors
     tune: bool | None = None  # train scales and vectors; None: where torch is there and it takes minutes

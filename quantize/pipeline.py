@@ -54,6 +54,7 @@ def quantize_model(
     max_size: int | None = None,
     stock: bool = False,
     calibration: str | Path | None = None,
+    column: str | None = None,
     imatrix: str | Path | None = None,
     pooling: str | None = None,
     eos_token: str | None = None,
@@ -75,7 +76,9 @@ def quantize_model(
     names = [require_variant(name.strip()) for name in (variants.split(",") if isinstance(variants, str) else variants)]
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
     facts = open_facts(str(model), stated=Stated(pooling, eos_token, tuple(allowed_keys), name), lock=lock)
-    job = Job(facts, Path(out), max_drift, device, force, stock, max_size, calibration, imatrix, compensate, tune)
+    job = Job(
+        facts, Path(out), max_drift, device, force, stock, max_size, calibration, column, imatrix, compensate, tune
+    )
     return make_release(job, names)
 
 
@@ -89,7 +92,7 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
     with locked(job.folder):
         texts = load_texts()
         claimed = claimed_texts(texts, job.facts.entry.languages)
-        calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages)
+        calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages, job.column)
         report = start_report(job, texts, claimed)
         if report.base not in report.files:
             report = _make_base(job, report, texts, claimed)

@@ -31,7 +31,7 @@ ADD_EOS = click.option(
     "--add-eos", is_flag=True, help="Close every text, where the header of somebody else's file does not say so."
 )
 MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut texts to this many tokens [default: the model's limit].")
-INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv or .parquet file"
+INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2 or .xz too) or .parquet file"
 DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
 COLUMN = click.option(
     "--column", help="Key or column that holds the text [default: text, behind the row's title where it has one]."

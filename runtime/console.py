@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import Any
 import click
 from f2gguf.runtime.errors import F2ggufError
 
+_SECONDS_A_LINE = 60  # at least, where progress is not drawn
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -47,12 +49,32 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
-    """Draw a progress bar on stderr, if that is a terminal. Gives the function that advances it."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=False) as bar:
-        yield bar.update
+    """Say on stderr how far work is: as a bar on a terminal, elsewhere as a line now and then.
+
+    Gives the function that advances it. The time left is right if every unit of `length` takes equally long.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=False) as bar:
+            yield bar.update
+    else:
+        yield _in_lines(label, length)
+
+
+def _in_lines(label: str, length: int) -> Callable[[int], None]:
+    begin = said = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        now = time.monotonic()
+        passed = now - begin
+        if now - said >= max(_SECONDS_A_LINE, passed / 10) and 0 < done < length:
+            said = now
+            left = passed * (length / done - 1)
+            say(f"  {label}: {done / length:.0%} in {passed / 60:.0f} min, about {left / 60:.0f} left")
+
+    return advance
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.console import progress
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import backends
 from safetensors import safe_open
@@ -120,6 +122,20 @@ def test_threads_are_the_processors_that_the_process_may_use() -> None:
     code += "from f2gguf.runtime.llama.threads import default_threads; print(default_threads())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 <= int(process.stdout) <= (1 if sys.platform == "linux" else os.cpu_count() or 1)
+
+
+def test_where_nothing_is_drawn_lines_say_how_long_work_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with progress("measure", 400) as advance:
+        for _ in range(400):
+            now += 30
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  measure: 0% in 1 min, about 199 left"
+    assert len(lines) < 40, "further apart, the longer it takes"
 
 
 def test_search_ranks_what_fits_first(run: Run, nano_f16: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import tracemalloc
@@ -134,7 +135,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, ending: str) -> No
         path.write_text("text\n" * (ending == "csv") + "\n".join(texts))
     tracemalloc.start()
     try:
-        sample = module._with_smallest_hashes(module._texts(path), 120)
+        sample = module._with_smallest_hashes(module._texts(path, None), 120)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -145,13 +146,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, ending: str) -> No
 def test_a_variant_for_a_corpus_says_so_and_its_recipe_makes_the_same_bytes(
     own: Path, tmp_path: Path, run: Run
 ) -> None:
-    path, made, again = write(tmp_path / "x.jsonl", numbered(100)), tmp_path / "made.gguf", tmp_path / "again.gguf"
-    variant = ("quantize", "variant", own, "Q4_0", "--calibration", path, "--max-drift", "1.9")
+    path, made, again = tmp_path / "x.jsonl.gz", tmp_path / "made.gguf", tmp_path / "again.gguf"
+    path.write_bytes(gzip.compress("".join(json.dumps({"body": text}) + "\n" for text in numbered(100)).encode()))
+    corpus = ("--calibration", path, "--column", "body")
+    variant = ("quantize", "variant", own, "Q4_0", *corpus, "--max-drift", "1.9")
     process = run(*variant, "-o", made, prelude=QUICK)
     assert process.returncode == 0, process.stderr
     drift = read_header(made).values["f2gguf.drift.corpus.mean"]
     assert f"on your corpus: mean drift {drift:.3%} (" in process.stdout
-    assert "over 33 held-out texts of x.jsonl" in process.stdout
+    assert "over 33 held-out texts of x.jsonl.gz" in process.stdout
     options = ("--recipe", made, "--imatrix", made.with_suffix(".imatrix.gguf"), "--json")
     process = run(*variant, *options, "-o", again, prelude=QUICK)
     assert process.returncode == 0, process.stderr

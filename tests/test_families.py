@@ -43,7 +43,7 @@ from safetensors.numpy import save_file
 from unigram import as_xlm_roberta
 
 pytestmark = pytest.mark.slow
-TEXTS = [text.text for text in load_texts()[::48]]
+TEXTS = [text.text for text in load_texts()[::80]]
 LONG = " ".join(text.text for text in load_texts()[:60])[:2000]  # crosses every window
 
 
@@ -177,7 +177,7 @@ def test_vectors_are_those_of_transformers(name: str, make: Callable[[str], Made
     assert drift(found["f16"], wanted).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["mistral", "llama both ways"])
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "llama both ways"])
 def test_layers_in_turn_give_them_too(name: str, make: Callable[[str], Made]) -> None:
     checkpoint, pooling = make(name).facts.checkpoint, make(name).facts.pooling
     ids = checkpoint_ids(make(name).facts, TEXTS[:4])
@@ -188,7 +188,7 @@ def test_layers_in_turn_give_them_too(name: str, make: Callable[[str], Made]) ->
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ids_are_those_of_the_checkpoint(name: str, make: Callable[[str], Made]) -> None:
     """Of hostile strings and added tokens too, by transformers' AutoTokenizer as well."""
-    read_back(make(name).paths["f16"], make(name).facts, load_texts()[::10])
+    read_back(make(name).paths["f16"], make(name).facts, load_texts()[::20])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -482,9 +482,3 @@ def test_gate_1_names_the_stage_that_differs(
         warnings.simplefilter("ignore")
         ids = model.tokenize(LONG)
     assert re.search(cause, likely_cause(tmp_path / "x.gguf", made.facts.checkpoint.folder, ids))
-
-
-def test_qwen2_layer_by_layer_gives_the_whole_models_vectors(make: Callable[[str], Made]) -> None:
-    folder, ids = make("qwen2").facts.checkpoint.folder, [np.arange(20, 60, dtype=np.int32)]
-    whole, streamed = (run(folder, ids, pooling="last") for run in (transformers_vectors, streamed_vectors))
-    assert drift(whole, streamed).max() < 1e-6

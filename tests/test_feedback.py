@@ -176,9 +176,9 @@ def test_a_stopped_run_goes_on_with_the_same_bytes_on_other_cores(
     def run(folder: Path, stop_after: int = 10**6) -> dict[str, Any]:
         n_done = 0
 
-        def on_progress(n: int) -> None:
+        def on_progress(_: int) -> None:
             nonlocal n_done
-            if (n_done := n_done + n) == stop_after:
+            if (n_done := n_done + 1) == stop_after:
                 raise KeyboardInterrupt
 
         return Compensation(weights, ids[8:], ids[:8], {}, {}).run(types, folder, on_progress)

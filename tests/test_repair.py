@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,11 @@ import llama_cpp
 import numpy as np
 import pytest
 from checkpoints import write_outliers
-from conftest import Release, Run, facts_of
+from conftest import NO_SPLICED, Release, Run, facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import embed_texts, load_texts
 from f2gguf.quantize.convert.write import convert
-from f2gguf.quantize.repair import search, study
+from f2gguf.quantize.repair import calibration, search, study
 from f2gguf.quantize.repair.calibration import PATH, Calibration
 from f2gguf.quantize.repair.codes.compensate import Compensation
 from f2gguf.quantize.repair.plan import plan_variant
@@ -38,9 +38,11 @@ Studied = Callable[[Path], Study]
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studied]:
     """The study of a .gguf file, on some of the calibration texts."""
     texts = load_texts(PATH)[::6]
+    quick = pytest.MonkeyPatch()
+    quick.setattr(calibration, "N_SPLICED", 0)
 
     def study(source: Path) -> Study:
         work = tmp_path_factory.mktemp("work")
@@ -53,7 +55,8 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
             tune=False,  # test_tune.py is about that
         )
 
-    return study
+    yield study
+    quick.undo()
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,7 @@ def test_minilm_is_repaired_within_its_bytes(minilm_release: Release) -> None:
 def test_recipe_of_the_header_makes_the_same_bytes(minilm_release: Release, run: Run, tmp_path: Path) -> None:
     made, imatrix = minilm_release.file("Q4_0"), minilm_release.folder / "all-MiniLM-L6-v2.imatrix.gguf"
     arguments = ("quantize", "variant", minilm_release.file("F16"), "Q4_0", "--recipe", made)
-    again = run(*arguments, "--imatrix", imatrix, "-o", tmp_path / "again.gguf")
+    again = run(*arguments, "--imatrix", imatrix, "-o", tmp_path / "again.gguf", prelude=NO_SPLICED)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.gguf").read_bytes() == made.read_bytes()
     others = tmp_path / "others.jsonl"

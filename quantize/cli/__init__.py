@@ -33,7 +33,7 @@ def quantize() -> None:
 @shared.MAX_DRIFT
 @shared.MAX_SIZE
 @shared.STOCK
-@shared.CALIBRATION
+@shared.calibration_options
 @shared.IMATRIX
 @shared.COMPENSATE
 @shared.TUNE
@@ -59,7 +59,7 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     from f2gguf.runtime.files import format_bound
     from f2gguf.runtime.llama.library import require_device
 
-    shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.refuse_together(options, "stock", "max_size", "calibration", "column", "imatrix")
     shared.require_tune(options)
     lock = read_lock(options["lock"])
     names = [require_variant(name.strip()) for name in variants.split(",")]

@@ -19,9 +19,9 @@ from f2gguf.runtime.errors import OverBound, WrongUsage
 @click.argument("source", type=shared.PATH)
 @click.option("-o", "--output", type=shared.PATH, help="File to write [default: beside SOURCE].")
 @shared.FORCE
-@shared.CALIBRATION
+@shared.calibration_options
 @shared.DEVICE
-def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | None, device: str) -> None:
+def imatrix(source: Path, output: Path | None, force: bool, device: str, **options: Any) -> None:
     """Write the importance matrix of the F16 file SOURCE, as llama-quantize reads it."""
     from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.study import study_source
@@ -32,7 +32,7 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
     path = output or source.with_name(_without_type(source) + ".imatrix.gguf")
     require_absent(path, force=force)
     with _work_folder(path) as work:
-        texts = load_calibration(calibration, languages).texts
+        texts = load_calibration(options["calibration"], languages, options["column"]).texts
         study_source(source, imatrix_path=path, work=work, texts=texts, device=device)
     click.echo(str(path))
 
@@ -46,14 +46,17 @@ def imatrix(source: Path, output: Path | None, force: bool, calibration: Path | 
 @shared.MAX_DRIFT
 @shared.MAX_SIZE
 @shared.STOCK
-@shared.CALIBRATION
+@shared.calibration_options
 @shared.IMATRIX
 @shared.COMPENSATE
 @shared.TUNE
 @shared.DEVICE
 @shared.JSON
 def variant(source: Path, name: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Make one VARIANT (Q8_0, Q4_K_M, Q4_0, IQ4_NL) of the F16 file SOURCE, held to the bound, and measured."""
+    """Make one VARIANT of the F16 file SOURCE, held to the bound, and measured.
+
+    There are Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL and IQ4_XS.
+    """
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.repair.tensors import Weights
     from f2gguf.runtime.files import require_absent, writing
@@ -63,7 +66,7 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
         flag = "--no-compensate" if not options["compensate"] else "--tune" if options["tune"] else "--no-tune"
         raise WrongUsage(f"--recipe and {flag}: choose one. The recipe says how codes and scales are chosen.")
     shared.require_tune(options)
-    shared.refuse_together(options, "stock", "max_size", "calibration", "imatrix")
+    shared.refuse_together(options, "stock", "max_size", "calibration", "column", "imatrix")
     name = require_variant(name)
     weights = Weights(source)  # a missing file is reported before its name is taken apart
     path = output or source.with_name(_without_type(source) + f"-{name}.gguf")
@@ -208,7 +211,7 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
     from f2gguf.quantize.repair.search import make_within_bound
     from f2gguf.quantize.repair.study import study_source
 
-    calibration = load_calibration(options["calibration"], weights.header.languages)
+    calibration = load_calibration(options["calibration"], weights.header.languages, options["column"])
     study = study_source(
         weights.header.path,
         imatrix_path=imatrix_path,
@@ -234,7 +237,7 @@ def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work
     recipe = Recipe(variant)
     imatrix: Any = {}
     ready: Any = {}
-    calibration = load_calibration(options["calibration"], weights.header.languages)
+    calibration = load_calibration(options["calibration"], weights.header.languages, options["column"])
     if options["recipe"]:
         recipe = read_recipe(options["recipe"])
         require_inputs(recipe, weights, variant, options["imatrix"], options["recipe"])

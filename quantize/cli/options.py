@@ -29,7 +29,6 @@ def _require_size(_context: click.Context, _option: click.Parameter, text: str |
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-CALIBRATION = click.option("--calibration", type=PATH, help="Corpus of your own that files are made for, of any size.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, metal or cuda.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 IMATRIX = click.option("--imatrix", type=PATH, help="Importance matrix of your own (a GGUF file).")
@@ -58,6 +57,16 @@ TUNE = click.option(
     help="Train scales, norms and biases on the drift, which takes torch; without either, where it takes minutes.",
 )
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that name texts of the user's own."""
+    for option in (
+        click.option("--column", help="Key or column of the text in the --calibration file [default: text]."),
+        click.option("--calibration", type=PATH, help="Corpus of your own that files are made for, of any size."),
+    ):
+        command = option(command)
+    return command
 
 
 def checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:

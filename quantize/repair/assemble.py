@@ -25,7 +25,7 @@ Imatrix = Mapping[str, Rows]  # tensor -> weight of the error in each column, (n
 Ready = Mapping[str, NDArray[np.uint8]]  # tensor -> its bytes, (n_rows, n_bytes), where they are chosen already
 
 # Types whose quantiser weighs columns. Q8_0 and F16 round each value by itself.
-WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+WEIGHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 _N_COMPARED = 32  # rows with which the effect of an importance matrix is checked
 _ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 20  # a task of one thread

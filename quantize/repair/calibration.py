@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from f2gguf.evals.texts import EvalText, claimed_texts, load_texts, prompted
 from f2gguf.quantize.repair.corpus import MIN_TEXTS, Corpus, sample_corpus
+from f2gguf.runtime.errors import WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.packing import Ids
@@ -20,7 +21,8 @@ LONG_TOKENS = 256  # of a long text
 N_SPLICED = 2  # texts that are made of each text that chooses
 HELD_OUT = 5  # every fifth text judges what the others have chosen
 _MEAN_TOKENS = 60  # of a shipped text, its share of the long ones included
-_PRODUCTS = 6e12  # weights times tokens: some minutes on two cores
+N_PRODUCTS = 6e12  # weights times tokens: some minutes on two cores
+_N_NUMBERS = 2.2e8  # tokens times columns of the widest matrix: 0.9 GB, and there are about seven such arrays at a time
 _ROWS_A_COLUMN = 2  # least tokens for each column of the widest matrix
 _FEWEST_WORDS = 4  # of a text that is halved between words; others are between characters
 _SEED = 0
@@ -35,12 +37,17 @@ class Calibration:
     corpus: Corpus | None = None
 
 
-def load_calibration(path: Path | None, languages: Sequence[str]) -> Calibration:
-    """f2gguf's own texts in the model's `languages`, and those that `sample_corpus` takes of the file `path`."""
+def load_calibration(path: Path | None, languages: Sequence[str], column: str | None = None) -> Calibration:
+    """f2gguf's own texts in the model's `languages`, and those that `sample_corpus` takes of the file `path`.
+
+    `column` is the key of the text there. Raises `WrongUsage` for a column without a file.
+    """
     own = claimed_texts(load_texts(PATH), languages)
     if path is None:
+        if column is not None:
+            raise WrongUsage("--column names the text in a --calibration file, and there is none.")
         return Calibration(own)
-    corpus = sample_corpus(path)
+    corpus = sample_corpus(path, column=column)
     return Calibration((*own, *corpus.texts), corpus)
 
 
@@ -98,10 +105,10 @@ def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
 
 
 def _n_tokens(header: Header) -> float:
-    """How many tokens a model of this size runs through in minutes, or those that its widest matrix needs."""
+    """How many tokens this model runs through in minutes and a few GB, or those that its widest matrix needs."""
     matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
     n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
-    return max(_PRODUCTS / max(n_weights, 1), _ROWS_A_COLUMN * widest)
+    return max(min(N_PRODUCTS / max(n_weights, 1), _N_NUMBERS / widest), _ROWS_A_COLUMN * widest)
 
 
 def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:

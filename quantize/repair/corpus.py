@@ -47,15 +47,15 @@ class CorpusDrift(Drifts):
     name: str  # of the corpus
 
 
-def sample_corpus(path: Path, *, n_texts: int = N_TEXTS) -> Corpus:
-    """At most `n_texts` texts of `path`, which `iter_texts` reads, and others that are held out.
+def sample_corpus(path: Path, *, column: str | None = None, n_texts: int = N_TEXTS) -> Corpus:
+    """At most `n_texts` texts of `path`, which `iter_texts` reads by `column`, and others that are held out.
 
     The sample has the texts whose hashes are the smallest: a uniform sample of the different texts, where those that
     differ in white space and case alone count once. Texts with a passage of an evaluation text are left out. Rows may
     state `kind` ('query' gets the model's query prompt) and `language`. Raises `WrongUsage` for too few texts, and
     `InputError` for a file that does not parse.
     """
-    sample = _with_smallest_hashes(_texts(path), n_texts + N_HELD_OUT)
+    sample = _with_smallest_hashes(_texts(path, column), n_texts + N_HELD_OUT)
     judged = _Passages(load_texts())
     kept = [text for text in sample if not judged.shares(text.text)]
     n_shared = len(sample) - len(kept)
@@ -73,8 +73,8 @@ def sample_corpus(path: Path, *, n_texts: int = N_TEXTS) -> Corpus:
     return Corpus(path, tuple(kept[n_held_out:]), tuple(kept[:n_held_out]))
 
 
-def _texts(path: Path) -> Iterator[EvalText]:
-    for i, row in enumerate(iter_texts(str(path)), start=1):
+def _texts(path: Path, column: str | None) -> Iterator[EvalText]:
+    for i, row in enumerate(iter_texts(str(path), column=column), start=1):
         row_id = f"row {i}" if row.id is None else str(row.id)
         if (kind := row.kind or "document") not in KINDS:
             raise WrongUsage(f"{path}: {row_id} is of the kind {kind!r}; there are {', '.join(KINDS)}.")

@@ -19,7 +19,8 @@ from f2gguf.runtime.llama.worker import interruptible
 
 # name of a variant -> llama.cpp's file type
 VARIANTS = {
-    name: int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")) for name in ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_NL")
+    name: int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"))
+    for name in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS")
 }
 DEFAULT_VARIANTS = ("Q8_0", "Q4_K_M", "Q4_0")
 # llama.cpp logs one such line a tensor: name, type, and the new type unless it stays the same

@@ -21,7 +21,7 @@ from f2gguf.quantize.repair.tensors import OnProgress, Weights, as_stored, fits,
 from f2gguf.runtime.llama.threads import default_threads
 
 # From the smallest to the largest. A tensor can take those whose blocks its rows fill.
-LADDER = ("Q4_0", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
+LADDER = ("IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
 TOKEN_EMBD = "token_embd.weight"
 
 

@@ -177,8 +177,10 @@ class Search:
         scales = rescale.scales(study.weights, study.imatrix, recipe.exponents)
         with progress("errors of every type", len(possible)) as advance:
             errors = promote.errors(study.weights, study.activations, study.imatrix, scales, possible, advance)
-            if recipe.compensated:
-                errors |= study.compensation(recipe).errors(possible, advance)
+        if recipe.compensated:
+            compensation = study.compensation(recipe)
+            with progress("errors of feedback", sum(compensation.costs.values())) as advance:
+                errors |= compensation.errors(possible, advance)
         kinds = {kind: noise(self._alone(kind)) for kind in sorted(set(map(kind_of, possible)))}
         return promote.choices(study.weights, errors, types, kinds)
 

@@ -202,7 +202,7 @@ def _run(
     """Choose the codes of `recipe`, and train scales if it says so. Both are kept in `work` under their own names."""
     weights = compensation.weights
     folder = work / f"codes-{_key_of(weights, replace(recipe, tuned=''))}"
-    with progress(f"compensate {recipe.variant}", len(compensation.matrices)) as advance:
+    with progress(f"compensate {recipe.variant}", sum(compensation.costs.values())) as advance:
         ready = compensation.run(types, folder, advance)
     if not recipe.tuned:
         return ready

@@ -139,14 +139,19 @@ def dequantized(data: NDArray[np.uint8], kind: str) -> Rows:
     return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32).reshape(len(data), -1)
 
 
+def rounding_width(kind: str) -> int:
+    """Values in a block of rounded activations: 256 (Q8_K) where the weights' blocks are as large, else 32 (Q8_0)."""
+    return 256 if GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 256 else 32
+
+
 def as_multiplied(rows: Rows, kind: str) -> Rows:
     """Activations as llama.cpp's kernels round them before a product with weights of the type `kind`, same shape.
 
-    A value takes eight bits, and a block has one scale: 256 values for K-quants (Q8_K), 32 otherwise (Q8_0).
+    A value takes eight bits, and a block of `rounding_width` values has one scale.
     """
     if kind in DTYPES:
         return rows
-    width = 256 if kind.endswith("_K") else 32
+    width = rounding_width(kind)
     rounded = np.empty_like(rows)
     for part in slices(len(rows)):
         blocks = rows[part].reshape(-1, rows.shape[1] // width, width)

@@ -18,6 +18,7 @@ from f2gguf.runtime.llama.context import (
     TensorMissing,
     Watch,
 )
+from f2gguf.runtime.llama.kernels import repacked
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, pack
 from f2gguf.runtime.llama.tokenizer import load_overrides
@@ -54,11 +55,12 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """Device, threads and way of computing."""
+        """Device, threads, way of computing, and matrices that are repacked for faster kernels."""
         is_last_token = self._context_type is LastTokenContext
         path = "last-token path" if is_last_token else f"llama.cpp's {self.settings.pooling} pooling"
         n_threads = self.settings.n_threads
-        return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}"
+        repacked = f", {n} matrices repacked" if (n := self.model.n_repacked) else ""
+        return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}{repacked}"
 
     @property
     def compute_seconds(self) -> float:
@@ -90,7 +92,13 @@ class Engine:
 
     def _load(self, device: str) -> Model:
         overrides = load_overrides(self.header)
-        return Model(self.header.path, device=device, n_gpu_layers=self.settings.n_gpu_layers, overrides=overrides)
+        return Model(
+            self.header.path,
+            device=device,
+            n_gpu_layers=self.settings.n_gpu_layers,
+            overrides=overrides,
+            repacked=repacked(self.header),
+        )
 
     def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
         """Vectors of one batch. Texts without a finite vector are tried again in halves, at last each by itself."""

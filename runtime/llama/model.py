@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.pretokenizers import recursive
-from f2gguf.runtime.llama.library import captured_errors, log_to, require_device
+from f2gguf.runtime.llama.kernels import repack
+from f2gguf.runtime.llama.library import backends, captured_errors, log_to, require_device
 from f2gguf.runtime.llama.stack import with_room
 from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
@@ -33,12 +34,17 @@ class Model:
         n_gpu_layers: int = -1,
         vocab_only: bool = False,
         overrides: Mapping[str, bool] | None = None,
+        repacked: Sequence[str] = (),
     ) -> None:
+        """`overrides` replaces header values. Matrices `repacked` get the CPU kernels for repacked weights."""
         require_device(device)
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
-        params.use_extra_bufts = not _has_amx()
+        is_on_cpu = params.n_gpu_layers == 0 or backends() == ["CPU"]
+        self.n_repacked = len(repacked)
+        if not (is_on_cpu and repack(params, repacked)):
+            self.n_repacked, params.use_extra_bufts = 0, not _has_amx()
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)

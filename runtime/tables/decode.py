@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
-from collections.abc import Iterator
-from typing import BinaryIO
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from f2gguf.runtime.errors import InputError
 
 _BLOCK_BYTES = 1 << 18
-PACKED = {  # ending -> how such a file begins, and what unpacks it
-    ".gz": (b"\x1f\x8b", "gunzip --keep"),
-    ".bz2": (b"BZh91AY&SY", "bunzip2 --keep"),
-    ".xz": (b"\xfd7zXZ\0", "unxz --keep"),
-    ".zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
-    ".zip": (b"PK\x03\x04", "unzip"),
+
+
+class Packing(NamedTuple):
+    beginning: bytes  # of such a file
+    command: str  # that unpacks it
+    opened: Callable[[Path, Literal["rb"]], Any] | None = None  # where Python has a reader
+
+
+PACKED = {
+    ".gz": Packing(b"\x1f\x8b", "gunzip --keep", gzip.open),
+    ".bz2": Packing(b"BZh91AY&SY", "bunzip2 --keep", bz2.open),
+    ".xz": Packing(b"\xfd7zXZ\0", "unxz --keep", lzma.open),
+    ".zst": Packing(b"\x28\xb5\x2f\xfd", "unzstd"),
+    ".zip": Packing(b"PK\x03\x04", "unzip"),
 }
-_N_BEGINNING = max(len(beginning) for beginning, _ in PACKED.values())
+_N_BEGINNING = max(len(packing.beginning) for packing in PACKED.values())
 _MARKS = {  # byte order mark -> encoding; the longer ones first
     b"\xff\xfe\0\0": "UTF-32LE",
     b"\0\0\xfe\xff": "UTF-32BE",
@@ -30,9 +42,10 @@ def decoded(name: str, file: BinaryIO) -> Iterator[str]:
     """The text of a file in blocks: UTF-8, or the encoding that the byte order mark at its beginning states."""
     file.seek(0)
     beginning = file.read(_N_BEGINNING)
-    for ending, (first, command) in PACKED.items():
-        if beginning.startswith(first):
-            raise InputError(f"{name}: is no text, but packed as {ending} files are. Unpack it first ({command}).")
+    for ending, packing in PACKED.items():
+        if beginning.startswith(packing.beginning):
+            how = f"Unpack it first ({packing.command})"
+            raise InputError(f"{name}: is no text, but packed as {ending} files are. {how}.")
     mark = next(filter(beginning.startswith, _MARKS), b"")
     file.seek(len(mark))
     encoding, n_lines, is_last = _MARKS.get(mark, "UTF-8"), 1, False

@@ -1,4 +1,4 @@
-"""Texts in: .txt, .jsonl, .json, .csv, .tsv and .parquet files, and lines on stdin."""
+"""Texts in: .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2 or .xz too) and .parquet files, and lines on stdin."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from lzma import LZMAError
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from f2gguf.runtime.calls import described
 from f2gguf.runtime.console import say
@@ -83,16 +85,19 @@ def iter_texts(source: str, *, column: str | None = None) -> Iterator[Row]:
     """What `read_texts` reads, row by row: only a .json file is in memory as a whole. Says nothing."""
     path, name = Path(source), "stdin" if source == "-" else source
     ending = ".txt" if source == "-" else path.suffix.lower()
+    opened: Callable[..., Any] = Path.open
+    if ending in PACKED and (unpacking := PACKED[ending].opened):
+        ending, opened = Path(path.stem).suffix.lower(), unpacking
     if ending in PACKED:
-        raise InputError(f"{name}: is compressed. Unpack it first: {PACKED[ending][1]} {name}")
-    if ending not in READERS:
+        raise InputError(f"{name}: is compressed. Unpack it first: {PACKED[ending].command} {name}")
+    if ending not in READERS or (opened is not Path.open and ending == ".parquet"):
         raise UnknownName("input format", path.suffix or path.name, READERS, " The file's ending decides (--input).")
     try:
-        with io.BytesIO(sys.stdin.buffer.read()) if source == "-" else path.open("rb") as file:
+        with io.BytesIO(sys.stdin.buffer.read()) if source == "-" else opened(path, "rb") as file:
             for where, fields in READERS[ending](name, file, column or "text"):
                 yield _row(where, fields, column)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (OSError, EOFError, LZMAError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _row(where: str, fields: Fields, column: str | None) -> Row:
@@ -211,7 +216,7 @@ def _read_tsv(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
 
 def _read_delimited(name: str, file: BinaryIO, column: str, delimiters: str) -> Iterator[Found]:
     """Rows below a header row. The delimiter is the one that splits the header row into most columns."""
-    csv.field_size_limit(max(csv.field_size_limit(), file.seek(0, io.SEEK_END)))
+    csv.field_size_limit(2**31 - 1)  # the most that it takes everywhere
     headers = {delimiter: _header(name, file, delimiter) for delimiter in delimiters}
     delimiter = max(delimiters, key=lambda it: len(headers[it]))
     names = headers[delimiter]

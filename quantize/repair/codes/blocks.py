@@ -54,6 +54,9 @@ FORMATS = {
     "IQ4_NL": Format((_D, _QS), np.array(_NL_LEVELS, dtype=np.float32)),
     "Q4_K": Format((_D, _DMIN, _K_SCALES, _K_QS), _counting(0, 16), 256, 32, 32),
     "Q5_K": Format((_D, _DMIN, _K_SCALES, ("qh", "u1", 32), _K_QS), _counting(0, 32), 256, 32, 32),
+    "IQ4_XS": Format(
+        (_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), _K_QS), np.array(_NL_LEVELS, dtype=np.float32), 256
+    ),
     "Q6_K": Format((("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D), _counting(-32, 64), 256, 16, 64),
 }
 
@@ -127,8 +130,9 @@ def unpack(data: Codes, kind: str) -> Blocks:
     if kind in ("Q4_K", "Q5_K"):
         sub_steps, sub_minima = (part.reshape(n_rows, -1) for part in _read_k_scales(stored["scales"]))
         return Blocks(kind, codes, stored["d"], stored["dmin"], sub_steps, sub_minima)
-    if kind == "Q6_K":
-        return Blocks(kind, codes, stored["d"], None, stored["scales"].reshape(n_rows, -1))
+    if kind in ("Q6_K", "IQ4_XS"):
+        steps = stored["scales"] if kind == "Q6_K" else _read_xs_scales(stored["scales_l"], stored["scales_h"])
+        return Blocks(kind, codes, stored["d"], None, steps.reshape(n_rows, -1))
     return Blocks(kind, codes, stored["d"], stored["m"] if form.has("m") else None)
 
 
@@ -142,7 +146,10 @@ def pack(blocks: Blocks) -> Codes:
     if blocks.sub_steps is not None:
         steps = blocks.sub_steps.reshape(*blocks.d.shape, -1)
         minima = blocks.sub_minima
-        stored["scales"] = steps if minima is None else _k_scales(steps, minima.reshape(steps.shape))
+        if kind == "IQ4_XS":
+            stored["scales_l"], stored["scales_h"] = _xs_scales(steps)
+        else:
+            stored["scales"] = steps if minima is None else _k_scales(steps, minima.reshape(steps.shape))
     _write_codes(stored, blocks.codes.reshape(*blocks.d.shape, form.block), kind, form)
     return stored.view(np.uint8).reshape(n_rows, -1)
 
@@ -206,3 +213,18 @@ def _read_k_scales(packed: Codes) -> tuple[Codes, Codes]:
 def _k_scales(steps: Codes, minima: Codes) -> Codes:
     first, second = (part[..., :4] | part[..., 4:] >> 4 << 6 for part in (steps, minima))
     return np.concatenate([first, second, steps[..., 4:] & 15 | (minima[..., 4:] & 15) << 4], axis=-1, dtype=np.uint8)
+
+
+def _read_xs_scales(low: Codes, high: NDArray[np.uint16]) -> NDArray[np.int8]:
+    """Eight steps of six bits each, from -32: four bits in half a byte, and two in sixteen bits."""
+    upper = high[..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & np.uint16(3)
+    lower = np.stack([low & 15, low >> 4], axis=-1).reshape(upper.shape)
+    steps: NDArray[np.int8] = ((upper << np.uint16(4) | lower).astype(np.int16) - 32).astype(np.int8)
+    return steps
+
+
+def _xs_scales(steps: NDArray[np.int8]) -> tuple[Codes, NDArray[np.uint16]]:
+    codes = (steps.astype(np.int16) + 32).astype(np.uint16)
+    pairs = (codes & 15).astype(np.uint8).reshape(*codes.shape[:-1], -1, 2)
+    high = (codes >> np.uint16(4) << np.arange(0, 16, 2, dtype=np.uint16)).sum(axis=-1, dtype=np.uint16)
+    return pairs[..., 0] | pairs[..., 1] << np.uint8(4), high

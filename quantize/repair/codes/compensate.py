@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, un
 from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, first_states, run_layer
 from f2gguf.quantize.repair.codes.parallel import all_cores, product, side_by_side
-from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, dequantized, quantize_rows
+from f2gguf.quantize.repair.tensors import (
+    OnProgress,
+    Rows,
+    Weights,
+    as_multiplied,
+    dequantized,
+    quantize_rows,
+    rounding_width,
+)
 from f2gguf.runtime.files import writing
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
@@ -67,16 +75,23 @@ class Compensation:
         self._judged = np.repeat(judged, self.texts.lengths)
         self._token_weights = _token_weights(self.texts, weights.header)[~self._judged]
 
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """About how long each matrix takes: products of numbers, for the tokens and for columns with each other."""
+        shapes = {name: self.weights.infos[name].shape for name in self.matrices}
+        n_tokens = len(self.texts.ids)
+        return {name: n_rows * n_cols * (4 * n_tokens + 16 * n_cols) for name, (n_rows, n_cols) in shapes.items()}
+
     def run(
         self, types: Mapping[str, str], folder: Path, on_progress: OnProgress = lambda _: None
     ) -> dict[str, NDArray[np.uint8]]:
         """Every matrix of the layers in its type, (n_rows, n_bytes), and every bias that changed, as bytes.
 
-        They are kept in `folder`, and a run that was stopped goes on from there.
+        They are kept in `folder`, and a run that was stopped goes on from there. Progress is in units of `costs`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if all(_path(folder, name).exists() for name in self.matrices):
-            on_progress(len(self.matrices))
+            on_progress(sum(self.costs.values()))
         else:
             self._fit(types, folder, on_progress)
         ready: dict[str, NDArray[np.uint8]] = {}
@@ -104,7 +119,7 @@ class Compensation:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
                 both[1].append(near)
-                on_progress(1)
+                on_progress(self.costs[name])
             return both
 
         table = {TOKEN_TABLE: types[TOKEN_TABLE]}
@@ -129,7 +144,7 @@ class Compensation:
                 some = rows[:: max(1, len(rows) // N_ROWS)]
                 found[name] = {kind: self._error(name, some, groups, kind) for kind in types.get(name, ())}
                 sent.append(product(inputs[0], rows.T) + (0 if bias is None else bias))
-                on_progress(1)
+                on_progress(self.costs[name])
             return [sent]
 
         with all_cores():
@@ -155,11 +170,11 @@ class Compensation:
         """What gives the inputs of products with matrices of a type and with or without a bias."""
 
         @cache
-        def of_rounding(is_k: bool, has_bias: bool) -> _Group:
-            rounded = as_multiplied(near, "Q8_K" if is_k else "Q8_0")
+        def of_rounding(width: int, has_bias: bool) -> _Group:
+            rounded = as_multiplied(near, "Q8_K" if width == 256 else "Q8_0")
             return _Group.of(exact, rounded, self._judged, self._token_weights, has_bias=has_bias)
 
-        return lambda kind, has_bias: of_rounding(kind.endswith("_K"), has_bias)
+        return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
 
     def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str) -> Fitted:
         group = groups(kind, bias is not None)
