@@ -222,7 +222,7 @@ def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Releas
 @pytest.fixture(scope="session")
 def nano_release(release_of: Callable[..., Release]) -> Release:
     """Gate 1 compares it with the stored vectors, and MiniLM's with what transformers computes."""
-    return release_of("f2llm-nano", is_real=True, prelude=NO_TRANSFORMERS)
+    return release_of("f2llm-nano", is_real=True, prelude=NO_TRANSFORMERS + NO_SPLICED)
 
 
 @pytest.fixture(scope="session")

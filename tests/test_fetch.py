@@ -118,7 +118,7 @@ def test_licences_come_along_and_are_no_part_of_what_is_converted() -> None:
     legal = ("LICENSE", "License.md", "license.txt", "LICENCE", "NOTICE", "NOTICE.txt")
     assert all(map(is_needed, legal))
     assert not any(Path(name).match(pattern) for name in legal for pattern in READ)
-    assert not any(map(is_needed, ("docs/LICENSE", "README.md", "tokenizer.py", "2_Dense/model.safetensors")))
+    assert not any(map(is_needed, ("docs/LICENSE", "README.md", "tokenizer.py", "2_Dense/pytorch_model.bin")))
 
 
 def test_weights_in_subfolders_are_not_sent(fetch: Fetch, hub: Hub) -> None:

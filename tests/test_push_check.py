@@ -135,7 +135,7 @@ def test_damaged_header_is_refused(folder: Path) -> None:
 def test_variant_in_place_of_the_reference_is_refused(folder: Path) -> None:
     shutil.copy(folder / Q8, folder / "tiny-F16.gguf")
     seal(folder)
-    with pytest.raises(UnfitRelease, match="is no 16-bit file"):
+    with pytest.raises(UnfitRelease, match="is no 16- or 32-bit file"):
         read_release(folder)
 
 

@@ -18,7 +18,7 @@ from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, first_states, run_layer
-from f2gguf.quantize.repair.codes.parallel import all_cores, product, side_by_side
+from f2gguf.quantize.repair.codes.parallel import all_cores, gram, product, side_by_side
 from f2gguf.quantize.repair.tensors import (
     OnProgress,
     Rows,
@@ -246,7 +246,7 @@ class _Group:
             rounded -= near_mean
         for part in (own, rounded):
             part *= np.sqrt(weights)[:, None]
-        moments, shift = factor(product(rounded.T, rounded)), None
+        moments, shift = factor(gram(rounded)), None
         if differ and moments:
             own -= rounded
             shift = (SHIFT * moments.solve(product(rounded.T, own))).T

@@ -56,6 +56,21 @@ def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     return result
 
 
+def gram(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """values.T @ values, (n_cols, n_cols), where each pair of columns is multiplied once."""
+    n_cols = values.shape[1]
+    result = np.empty((n_cols, n_cols), dtype=np.float32)
+    step = max(64, -(-n_cols // _N_BLOCKS))
+
+    def block(first: int) -> None:
+        part, right = slice(first, first + step), slice(first + step, None)
+        result[part, first:] = values[:, part].T @ values[:, first:]
+        result[right, part] = result[part, right].T
+
+    side_by_side(block, range(0, n_cols, step))
+    return result
+
+
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """What `function` gives for every item."""
     return list(_pools[-1].map(function, items) if _pools else map(function, items))
