@@ -34,12 +34,8 @@ OLD_KEYS = {
     }
 }
 _TOKEN_TABLE = "embed_tokens.weight"
-_IN_LAYERS = (
-    "qwen2",
-    "qwen3",
-    "llama",
-    "mistral",
-)  # whose classes in transformers call embeddings, layers and norm alike
+# Their classes in transformers call embeddings, layers and norm alike.
+_IN_LAYERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
 def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:

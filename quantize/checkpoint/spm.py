@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from f2gguf.runtime.llama.carried import steps_of
 
 BLANK = "\u2581"  # "▁" stands for a blank in every piece
 _UNKNOWN, _BYTE = 2, 6  # gguf.TokenType
@@ -43,9 +44,8 @@ def types(path: Path, model: dict[str, Any], ids: dict[str, int], unknown: str) 
 
 def has_prefix(path: Path, spec: dict[str, Any]) -> bool:
     """Whether a blank is put before a text. Raises `UnsupportedCheckpoint` unless blanks become BLANK, and no more."""
-    pre, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
-    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
-    stated = ", ".join(step["type"] for step in steps)
+    pre, steps = spec.get("pre_tokenizer") or {}, steps_of(spec.get("normalizer"), "normalizers")
+    stated = ", ".join(step.get("type", "") for step in steps)
     is_plain = all(
         step.get("prepend", BLANK) == step.get("content", BLANK) == BLANK
         and step.get("pattern", {"String": " "}) == {"String": " "}

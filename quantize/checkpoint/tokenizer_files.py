@@ -22,13 +22,12 @@ from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import FETCH_AGAIN, read_json
 from f2gguf.quantize.checkpoint.spm import BLANK
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
-from f2gguf.runtime.llama.carried import raise_unless_rust
+from f2gguf.runtime.llama.carried import raise_unless_rust, steps_of
 
 Settings = dict[str, Any]  # tokenizer_config.json, and what other files add to it
 Spec = dict[str, Any]  # tokenizer.json
 
 CONFIG = "tokenizer_config.json"
-METASPACE = "\u2581"  # SentencePiece's blank
 _NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -344,15 +343,14 @@ def _roberta(spec: Spec, settings: Settings) -> None:
 
 def _xlm_roberta(spec: Spec, settings: Settings) -> None:
     spec["model"] |= {"unk_id": 3, "byte_fallback": False}
-    normalizer = spec.get("normalizer") or {}
-    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    steps = steps_of(spec.get("normalizer"), "normalizers")
     spec["normalizer"] = next((step for step in steps if step.get("type") == "Precompiled"), None)
     scheme = "always" if settings.get("add_prefix_space", True) else "never"
     spec["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
             {"type": "WhitespaceSplit"},
-            {"type": "Metaspace", "replacement": METASPACE, "prepend_scheme": scheme, "split": True},
+            {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": True},
         ],
     }
     spec["added_tokens"] = []

@@ -14,9 +14,9 @@ from f2gguf.quantize.checkpoint import spm
 from f2gguf.quantize.checkpoint.architectures import ARCHITECTURES
 from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.json_files import read_json
-from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, METASPACE, build_tokenizer
+from f2gguf.quantize.checkpoint.tokenizer_files import CONFIG, build_tokenizer
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnsupportedCheckpoint
-from f2gguf.runtime.llama.carried import carried_json, charsmap_steps, gguf_text, score_steps
+from f2gguf.runtime.llama.carried import carried_json, charsmap_steps, gguf_text, score_steps, steps_of
 
 # The split pattern of a byte-level BPE, letter for letter -> llama.cpp's name for its own code of that pattern
 PRE_TOKENIZERS = {
@@ -225,24 +225,19 @@ def _unigram(spec: dict[str, Any], checkpoint: Checkpoint, opening: list[str], e
 
 def _unigram_blanks(spec: dict[str, Any], checkpoint: Checkpoint) -> dict[str, bool]:
     """What llama.cpp does with blanks: whether it puts one before a text, and makes one of several."""
-    pre = spec["pre_tokenizer"] or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    steps = steps_of(spec["pre_tokenizer"], "pretokenizers")
     if [step.get("type") for step in steps] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]) or (
-        steps[-1]["replacement"] != METASPACE
+        steps[-1]["replacement"] != spm.BLANK
     ):
         kinds = ", ".join(str(step.get("type")) for step in steps)
         words = f"its pre-tokenizer {kinds} is not supported with Unigram; WhitespaceSplit and Metaspace are"
         raise UnsupportedCheckpoint(f"{checkpoint.tokenizer_path}: {words}.")
     joins_blanks = len(steps) > 1 or any(
-        step.get("type") == "Replace" and step["pattern"] == {"Regex": " {2,}"} for step in _normalizer_steps(spec)
+        step.get("type") == "Replace" and step["pattern"] == {"Regex": " {2,}"}
+        for step in steps_of(spec["normalizer"], "normalizers")
     )
     scheme = steps[-1]["prepend_scheme"]
     return {"add_space_prefix": scheme != "never", "remove_extra_whitespaces": joins_blanks}
-
-
-def _normalizer_steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    normalizer = spec["normalizer"] or {}
-    return list(normalizer["normalizers"]) if normalizer.get("type") == "Sequence" else [normalizer]
 
 
 _FAMILIES = {"BPE": _bpe, "WordPiece": _wordpiece, "Unigram": _unigram}
@@ -293,8 +288,7 @@ def _tokens(checkpoint: Checkpoint, spec: dict[str, Any]) -> tuple[list[str], li
 
 def _template(spec: dict[str, Any], checkpoint: Checkpoint, ids: dict[str, int]) -> tuple[list[str], list[str]]:
     """The special tokens that the post-processor puts before and after a single text, at most one each."""
-    post, path = spec.get("post_processor") or {}, checkpoint.tokenizer_path
-    processors = post["processors"] if post.get("type") == "Sequence" else [post]
+    processors, path = steps_of(spec.get("post_processor"), "processors"), checkpoint.tokenizer_path
     steps = [step for step in processors if step.get("type") not in (None, "ByteLevel")]  # which changes offsets alone
     if len(steps) > 1 or (
         steps and steps[0]["type"] not in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
@@ -331,8 +325,7 @@ def _around(step: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[tuple[st
 
 def _pre_tokenizer(spec: dict[str, Any], checkpoint: Checkpoint) -> str:
     """llama.cpp's name for the split. That of transformers' classes is the one of `build_tokenizer`."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    steps = steps_of(spec.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if steps[-1].get("add_prefix_space"):
         raise UnsupportedCheckpoint(

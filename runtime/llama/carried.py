@@ -49,13 +49,18 @@ def _checkpoint_text(token: str, kind: str) -> str:
     return token[1:] if token.startswith(_WORD_START) else "##" + token
 
 
-def charsmap_steps(normalizer: Any) -> list[dict[str, Any]]:
+def steps_of(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json: those that a Sequence has under `name`, else itself; {} for none."""
+    part = part or {}
+    return list(part[name]) if part.get("type") == "Sequence" else [part]
+
+
+def charsmap_steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normaliser, as tokenizer.json states it, that have a charsmap of SentencePiece's."""
-    if not normalizer:
-        return []
-    if normalizer["type"] == "Sequence":
-        return [step for part in normalizer["normalizers"] for step in charsmap_steps(part)]
-    return [normalizer] if normalizer["type"] == "Precompiled" else []
+    steps = steps_of(normalizer, "normalizers")
+    nested = [step for step in steps if step.get("type") == "Sequence"]
+    found = [step for step in steps if step.get("type") == "Precompiled"]
+    return found + [step for sequence in nested for step in charsmap_steps(sequence)]
 
 
 def score_steps(scores: Sequence[float]) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
     dense_targets,
     head_dim,
     in_every_layer,
+    require_tables_by_kind,
     shared_facts,
 )
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
@@ -122,10 +123,7 @@ def _rope_base(checkpoint: Checkpoint, kind: str) -> float:
     """The base of RoPE in layers of a kind. Later configurations state it in `rope_parameters`, by kind."""
     config, path = checkpoint.config, checkpoint.folder / "config.json"
     key, default = _BASES[kind]
-    scaling, tables = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if not isinstance(tables, dict) or not tables.keys() <= _BASES.keys():
-        raise UnsupportedCheckpoint(f"{path}: rope_parameters is {tables!r}; {' and '.join(_BASES)} are supported.")
-    table = tables.get(kind) or {}
+    scaling, table = config.get("rope_scaling") or {}, require_tables_by_kind(checkpoint, _BASES).get(kind) or {}
     for stated, plain in ((scaling, {}), (table, {"rope_theta": ...})):
         known = {"rope_type": "default", "type": "default", **plain}
         if not isinstance(stated, dict) or any(known.get(name) not in (value, ...) for name, value in stated.items()):

@@ -15,6 +15,7 @@ from f2gguf.quantize.checkpoint.architectures.shared import (
     head_dim,
     in_every_layer,
     plain_rope_base,
+    require_tables_by_kind,
     shared_facts,
 )
 from f2gguf.quantize.checkpoint.config_keys import ConfigKeys
@@ -76,11 +77,8 @@ def _period(checkpoint: Checkpoint) -> int:
 
 
 def _rope_base(checkpoint: Checkpoint, kind: str) -> float:
-    by_kind, (key, default) = checkpoint.config.get("rope_parameters") or {}, _BASES[kind]
-    if not isinstance(by_kind, dict) or by_kind.keys() - {*_BASES}:
-        what = f"rope_parameters is {by_kind!r:.200}, which does not state it by kind of layer"
-        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: {what}.")
-    stated = by_kind.get(kind) or {}
+    key, default = _BASES[kind]
+    stated = require_tables_by_kind(checkpoint, _BASES).get(kind) or {}
     if isinstance(stated, dict) and stated.get("rope_theta") is None:
         stated = {**stated, "rope_theta": checkpoint.config.get(key, default)}
     return plain_rope_base(checkpoint, stated)

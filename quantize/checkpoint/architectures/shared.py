@@ -6,7 +6,7 @@ Names and keys are those of llama.cpp (gguf-py, tensor_mapping.py and constants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,16 @@ def shared_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "feed_forward_length": checkpoint.count("intermediate_size"),
         "attention.head_count": checkpoint.count("num_attention_heads"),
     }
+
+
+def require_tables_by_kind(checkpoint: Checkpoint, kinds: Collection[str]) -> Mapping[str, Any]:
+    """RoPE's tables of `rope_parameters` by kind of layer. Raises `UnsupportedCheckpoint` for others."""
+    tables = checkpoint.config.get("rope_parameters") or {}
+    if not isinstance(tables, dict) or tables.keys() - {*kinds}:
+        known = " and ".join(kinds)
+        words = f"rope_parameters is {tables!r:.200}; {known} are supported"
+        raise UnsupportedCheckpoint(f"{checkpoint.folder / 'config.json'}: {words}.")
+    return tables
 
 
 def head_dim(checkpoint: Checkpoint, *, default: int | None = None) -> int:
