@@ -7,6 +7,7 @@ ggml-quants.c. What ggml's quantiser made comes out of `pack` again, bit for bit
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +118,26 @@ class Blocks:
         halves = scales.astype(np.float16)
         d, minimum = np.split(halves, 2, axis=1) if self.minimum is not None else (halves, None)
         return replace(self, d=d, minimum=minimum)
+
+    def rows(self, part: slice) -> Blocks:
+        """The blocks of some rows."""
+        return self._with(lambda name: self._array(name)[part])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """The blocks of the rows of all `parts`, one part after another."""
+        return parts[0]._with(lambda name: np.concatenate([part._array(name) for part in parts]))
+
+    def _array(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = getattr(self, name)
+        return array
+
+    def _with(self, new: Callable[[str], NDArray[Any]]) -> Blocks:
+        """The same type with the arrays that `new` gives by their names."""
+        arrays: dict[str, Any] = {
+            name: new(name) for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **arrays)
 
     def _spread(self, of_blocks: Floats) -> Floats:
         return np.repeat(of_blocks, self.format.block // self.format.sub_block, axis=1)

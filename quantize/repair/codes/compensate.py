@@ -110,11 +110,11 @@ class Compensation:
             groups = self._groups(inputs[0], inputs[1])
             for name in names:
                 rows, bias, path = self._rows(name), self._bias(name), _path(folder, name)
+                exact = product(inputs[0], rows.T)
                 if not path.exists():
-                    _save(path, self._fitted(name, rows, bias, groups, types[name]))
+                    _save(path, self._fitted(name, rows, bias, groups, types[name], exact[self._judged]))
                 fitted = _load(path)
-                rounded = as_multiplied(inputs[1], types[name])
-                exact, near = product(inputs[0], rows.T), product(rounded, dequantized(fitted.data, types[name]).T)
+                near = product(as_multiplied(inputs[1], types[name]), dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
@@ -171,18 +171,20 @@ class Compensation:
 
         @cache
         def of_rounding(width: int, has_bias: bool) -> _Group:
-            rounded = as_multiplied(near, "Q8_K" if width == 256 else "Q8_0")
-            return _Group.of(exact, rounded, self._judged, self._token_weights, has_bias=has_bias)
+            kind = "Q8_K" if width == 256 else "Q8_0"
+            judged = exact[self._judged], as_multiplied(near[self._judged], kind)
+            chosen = exact[~self._judged], as_multiplied(near[~self._judged], kind)
+            return _Group.of(*chosen, *judged, self._token_weights, has_bias=has_bias)
 
         return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
 
-    def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str) -> Fitted:
+    def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str, exact: Rows) -> Fitted:
+        """`exact` are the products that the exact model has in the texts that judge, without a bias."""
         group = groups(kind, bias is not None)
         plain = quantize_rows(rows, kind, self.imatrix.get(name))
         if kind not in COMPENSATED or group.moments is None:
             return Fitted(plain, bias)
         data = _with_feedback(rows, plain, kind, group)
-        exact = product(group.judged_exact, rows.T)
         change = group.bias_change(rows, dequantized(data, kind))
         errors = [
             float(np.square(product(group.judged_near, dequantized(codes, kind).T) + added - exact).mean())
@@ -227,30 +229,43 @@ class _Group:
     """
 
     moments: Moments | None
-    shift: Floats | None  # what `rows @ shift` adds to a matrix, (n_cols, n_cols); None where the models do not differ
+    rounded: Rows  # (n_tokens, n_cols) of the texts that choose, times the roots of their weights
+    missing: Rows | None  # what the exact model has more, (n_tokens, n_cols); None where the models do not differ
     means: tuple[Floats, Floats] | None  # of the inputs, (n_cols,), where a bias can take up the mean of the error
     judged_exact: Rows  # (n_tokens, n_cols) of the texts that judge
     judged_near: Rows
 
     @classmethod
-    def of(cls, exact: Rows, near: Rows, judged: NDArray[np.bool_], token_weights: Floats, *, has_bias: bool) -> _Group:
-        """The group of inputs (n_tokens, n_cols); `token_weights` of the texts that choose have the mean 1."""
-        own, rounded = exact[~judged], near[~judged]
-        weights: Floats = token_weights / np.float32(len(token_weights))
-        differ, means = not np.array_equal(own, rounded), None
+    def of(
+        cls, exact: Rows, rounded: Rows, judged_exact: Rows, judged_near: Rows, weights: Floats, *, has_bias: bool
+    ) -> _Group:
+        """The group of inputs (n_tokens, n_cols), which it keeps for itself; token `weights` have the mean 1."""
+        weights = weights / np.float32(len(weights))
+        means, differ = None, not np.array_equal(exact, rounded)
         if has_bias:
-            exact_mean: Floats = weights @ own
+            exact_mean: Floats = weights @ exact
             near_mean: Floats = weights @ rounded
             means = exact_mean, near_mean
-            own -= exact_mean  # in place: no array is larger
+            exact -= exact_mean  # in place: no array is larger
             rounded -= near_mean
-        for part in (own, rounded):
+        exact -= rounded
+        for part in (exact, rounded):
             part *= np.sqrt(weights)[:, None]
-        moments, shift = factor(gram(rounded)), None
-        if differ and moments:
-            own -= rounded
-            shift = (SHIFT * moments.solve(product(rounded.T, own))).T
-        return cls(moments, shift, means, exact[judged], near[judged])
+        return cls(factor(gram(rounded)), rounded, exact if differ else None, means, judged_exact, judged_near)
+
+    def target(self, rows: Rows) -> Rows:
+        """What the codes of `rows` aim at: part of the way to the weights that undo the difference of the models."""
+        if self.missing is None or self.moments is None:
+            return rows
+        if len(rows) < rows.shape[1]:  # the order with fewer multiplications
+            return rows + self.moments.solve(product(self.rounded.T, product(self.missing, SHIFT * rows.T))).T
+        return rows + product(rows, self._shift)
+
+    @cached_property
+    def _shift(self) -> Floats:
+        """What `rows @ shift` adds to a matrix, (n_cols, n_cols)."""
+        assert self.missing is not None and self.moments is not None
+        return (SHIFT * self.moments.solve(product(self.rounded.T, self.missing))).T
 
     def bias_change(self, rows: Rows, values: Rows) -> Floats | np.float32:
         """What keeps the mean of the products `rows` give when `values` take their place, (n_rows,)."""
@@ -266,8 +281,7 @@ def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
 def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:
     """`rows` in ggml's scales of `plain`, with codes chosen for the inputs of `group`."""
     assert group.moments is not None
-    target = rows if group.shift is None else rows + product(rows, group.shift)
-    return pack(choose_codes(target, unpack(plain, kind), group.moments))
+    return pack(choose_codes(group.target(rows), unpack(plain, kind), group.moments))
 
 
 def _token_weights(texts: Texts, header: Header) -> Floats:

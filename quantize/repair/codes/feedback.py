@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from f2gguf.quantize.repair.codes.blocks import Blocks, Codes, Floats, Format
-from f2gguf.quantize.repair.codes.parallel import product
+from f2gguf.quantize.repair.codes.parallel import product, side_by_side
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
-PANEL = 128  # columns between two products that carry errors on: 32 take 1.5 times as long for 9,728 rows of 2,560
+PANEL = 128  # columns that share one product with all errors
+_FEWEST_ROWS, _MOST_ROWS, _N_PARTS = 256, 1280, 4  # of a matrix that a core takes at a time; parts of a matrix
 DAMPING = 0.01  # of each channel's second moment
 _WEAKEST = 1e-9  # of the mean: the second moment that a channel has at least
 N_SWEEPS = 2
@@ -67,11 +68,24 @@ def factor(matrix: Floats) -> Moments | None:
 
 
 def choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:
-    """`blocks` with the codes of least error of the product for `weights` (n_rows, n_cols), at the same scales."""
-    grid = _Grid.of(blocks)
+    """`blocks` with the codes of least error of the product for `weights` (n_rows, n_cols), at the same scales.
+
+    Rows do not depend on each other, so that every core takes some of them.
+    """
+
+    n_rows = min(max(-(-len(weights) // _N_PARTS), _FEWEST_ROWS), _MOST_ROWS)
+
+    def some(first: int) -> Blocks:
+        part = slice(first, first + n_rows)
+        return _choose_codes(weights[part], blocks.rows(part), moments)
+
+    return Blocks.joined(side_by_side(some, range(0, len(weights), n_rows)))
+
+
+def _choose_codes(weights: Floats, blocks: Blocks, moments: Moments) -> Blocks:
     target = np.ascontiguousarray(weights.T)
-    codes = _with_feedback(target.copy(), grid, moments)
-    codes = _polish(codes, target, grid, moments)
+    codes = _with_feedback(target, _Grid.of(blocks), moments)
+    codes = _polish(codes, target, _Grid.of(blocks), moments)
     for _ in range(N_REFITS):
         blocks = _refitted(replace(blocks, codes=np.ascontiguousarray(codes.T)), weights, moments)
         codes = _polish(codes, target, _Grid.of(blocks), moments)
@@ -99,16 +113,18 @@ class _Grid:
     def nearest(self, column: int, values: Floats) -> tuple[Codes, Floats]:
         """The codes of `values` (n_rows,) in a column, and what these codes stand for."""
         i, levels = column // self.form.sub_block, self.form.levels
-        scaled = values if self.offsets is None else values - self.offsets[i]
-        scaled = scaled * self.inverse[i]
+        scaled: Floats = (values if self.offsets is None else values - self.offsets[i]) * self.inverse[i]
         if self.edges.size:
             codes = np.searchsorted(self.edges, scaled).astype(np.uint8)
             rounded = levels[codes]
         else:
-            rounded = np.clip(np.rint(scaled), levels[0], levels[-1])
+            rounded = np.rint(scaled, out=scaled)
+            np.minimum(np.maximum(rounded, levels[0], out=rounded), levels[-1], out=rounded)  # np.clip takes longer
             codes = (rounded - levels[0]).astype(np.uint8)
-        rounded = rounded * self.steps[i]
-        return codes, rounded if self.offsets is None else rounded + self.offsets[i]
+        rounded *= self.steps[i]
+        if self.offsets is not None:
+            rounded += self.offsets[i]
+        return codes, rounded
 
     def values(self, codes: Codes) -> Floats:
         """What codes (n_cols, n_rows) stand for."""
@@ -117,18 +133,17 @@ class _Grid:
         return values if self.offsets is None else values + np.repeat(self.offsets, width, axis=0)
 
 
-def _with_feedback(weights: Floats, grid: _Grid, moments: Moments) -> Codes:
-    """Round column by column, the strongest first, and carry each error on to the columns that are left."""
-    n_cols, upper, order = len(weights), moments.upper, moments.order
-    left, codes = weights[order], np.empty(weights.shape, dtype=np.uint8)
-    for begin in range(0, n_cols, PANEL):
-        end = min(begin + PANEL, n_cols)
-        errors = np.empty((end - begin, weights.shape[1]), dtype=np.float32)
+def _with_feedback(target: Floats, grid: _Grid, moments: Moments) -> Codes:
+    """Round column by column, the strongest first, each beside the errors that the columns before it carry on."""
+    upper, order = moments.upper, moments.order
+    codes, errors = np.empty(target.shape, dtype=np.uint8), np.empty_like(target)
+    for begin in range(0, len(target), PANEL):
+        end = min(begin + PANEL, len(target))
+        left = target[order[begin:end]] - upper[:begin, begin:end].T @ errors[:begin]
         for j in range(begin, end):
-            codes[order[j]], value = grid.nearest(int(order[j]), left[j])
-            error = errors[j - begin] = (left[j] - value) / upper[j, j]
-            left[j + 1 : end] -= upper[j, j + 1 : end, None] * error
-        left[end:] -= product(upper[begin:end, end:].T, errors)
+            value = left[j - begin] - upper[begin:j, j] @ errors[begin:j]
+            codes[order[j]], rounded = grid.nearest(int(order[j]), value)
+            errors[j] = (value - rounded) / upper[j, j]
     return codes
 
 
@@ -140,15 +155,16 @@ def _refitted(blocks: Blocks, weights: Floats, moments: Moments) -> Blocks:
     """
     shapes, n_rows, width = blocks.shapes(), len(weights), blocks.format.block
     scales, n_blocks = blocks.scales(), blocks.d.shape[1]
-    system = np.empty((n_rows, scales.shape[1], scales.shape[1]), dtype=np.float32)
-    for i in range(scales.shape[1]):
-        shape, begin = shapes[i // n_blocks], i % n_blocks * width
-        carried = product(np.ascontiguousarray(shape[:, begin : begin + width]), moments.matrix[begin : begin + width])
-        for j, other in enumerate(shapes):
-            sums = (carried * other).reshape(n_rows, n_blocks, width).sum(axis=2)
-            system[:, i, j * n_blocks : (j + 1) * n_blocks] = sums
-    aimed = product(weights, moments.matrix)
-    wanted = np.concatenate([(aimed * shape).reshape(n_rows, n_blocks, width).sum(axis=2) for shape in shapes], axis=1)
+    sums = np.empty((n_rows, len(shapes), n_blocks, len(shapes), n_blocks), dtype=np.float32)
+    for i in range(n_blocks):
+        block = slice(i * width, (i + 1) * width)
+        for j, shape in enumerate(shapes):
+            carried = shape[:, block] @ moments.matrix[block, block.start :]
+            for k, other in enumerate(shapes):
+                sums[:, j, i, k, i:] = sums[:, k, i:, j, i] = _block_sums(carried * other[:, block.start :], width)
+    system = sums.reshape(n_rows, scales.shape[1], -1)
+    aimed = weights @ moments.matrix
+    wanted = np.concatenate([_block_sums(aimed * shape, width) for shape in shapes], axis=1)
     diagonal = np.einsum("rii->ri", system)
     diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
     solved: Floats = np.linalg.solve(system, wanted[..., None])[..., 0]
@@ -156,24 +172,26 @@ def _refitted(blocks: Blocks, weights: Floats, moments: Moments) -> Blocks:
     return blocks.with_scales(np.where(sane[:, None], solved, scales))
 
 
+def _block_sums(values: Floats, width: int) -> Floats:
+    """Sums over each block of a row, (n_rows, n_blocks)."""
+    sums: Floats = values.reshape(len(values), -1, width).sum(axis=2)
+    return sums
+
+
 def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments) -> Codes:
     """Coordinate descent: each code in turn becomes the best one beside all others. The error never grows."""
-    matrix, values = moments.matrix, grid.values(codes)
-    diagonal = np.diagonal(matrix)
-    gradient = product(matrix, values - target)
+    matrix, errors = moments.matrix, grid.values(codes) - target
     for _ in range(N_SWEEPS):
-        n_moved = 0
+        before = codes.copy()
         for begin in range(0, len(codes), PANEL):
             end = min(begin + PANEL, len(codes))
-            part, moves = gradient[begin:end].copy(), np.zeros((end - begin, codes.shape[1]), dtype=np.float32)
+            slopes, moves = matrix[begin:end] @ errors, np.zeros((end - begin, codes.shape[1]), dtype=np.float32)
             for j in range(begin, end):
-                code, value = grid.nearest(j, values[j] - part[j - begin] / diagonal[j])
-                moved = code != codes[j]
-                move = moves[j - begin] = np.where(moved, value - values[j], 0)
-                codes[j], values[j] = code, values[j] + move
-                part[j - begin + 1 :] += matrix[j, j + 1 : end, None] * move
-                n_moved += int(np.count_nonzero(moved))
-            gradient += product(matrix[:, begin:end], moves)
-        if not n_moved:
+                slope, now = slopes[j - begin] + matrix[j, begin:j] @ moves[: j - begin], target[j] + errors[j]
+                code, value = grid.nearest(j, now - slope / matrix[j, j])
+                np.multiply(value - now, code != codes[j], out=moves[j - begin])
+                codes[j] = code
+            errors[begin:end] += moves
+        if np.array_equal(codes, before):
             break
     return codes
