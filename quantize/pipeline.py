@@ -23,6 +23,7 @@ from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
+from f2gguf.quantize.outlook import Outlook, expect
 from f2gguf.quantize.release.write import copy_legal_files, write_release
 from f2gguf.quantize.repair.calibration import Calibration, load_calibration
 from f2gguf.quantize.repair.plan import DEFAULT_VARIANTS, plan_variant, require_variant
@@ -93,13 +94,20 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         texts = load_texts()
         claimed = claimed_texts(texts, job.facts.entry.languages)
         calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages, job.column)
-        report = start_report(job, texts, claimed)
+        report, outlook = start_report(job, texts, claimed), None
         if report.base not in report.files:
-            report = _make_base(job, report, texts, claimed)
+            outlook = expect(job, report.base, variants, texts, claimed, calibration)
+            say(str(outlook))
+            report = _make_base(job, report, texts, claimed, outlook)
         inputs = variant_inputs(job, report, calibration)
         report = keep_current(job, report, variants, inputs)
         if missing := [name for name in variants if name not in report.variants]:
-            report = _make_variants(job, report, missing, claimed, calibration, inputs)
+            if outlook is None:
+                outlook = expect(job, None, missing, texts, claimed, calibration)
+                say(str(outlook))
+            report = _make_variants(job, report, missing, claimed, calibration, inputs, outlook)
+        if outlook:
+            say(outlook.summary())
         copy_legal_files(job.facts.checkpoint.folder, job.folder)
         report = _saved(job, drop_lost_recipes(report))
         write_release(job.folder, report)
@@ -127,18 +135,23 @@ def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[Eva
     return stock_differs
 
 
-def _make_base(job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequence[EvalText]) -> Report:
+def _make_base(
+    job: Job, report: Report, texts: Sequence[EvalText], claimed: Sequence[EvalText], outlook: Outlook
+) -> Report:
     """Convert, read back, pass gate 1 on all texts; keep the vectors of the claimed ones for the variants."""
     path = job.base_path
     shutil.rmtree(job.work, ignore_errors=True)  # it was made with another base file
     with writing(path) as part:
-        stock_differs = convert_checked(job.facts, part, dtype=job.facts.base, texts=texts)
-        # the claimed texts apart, as a resumed run embeds them: vectors move by 1e-7 with the rest of their batch
-        reference, is_claimed = _embed(job, part, claimed), np.array([text in claimed for text in texts])
-        vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
-        vectors[is_claimed] = reference
-        vectors[~is_claimed] = _embed(job, part, [text for text in texts if text not in claimed])
-        check = pass_gate_1(job.facts, part, vectors, texts)
+        with outlook.stage("convert"):
+            stock_differs = convert_checked(job.facts, part, dtype=job.facts.base, texts=texts)
+        with outlook.stage(f"measure {report.base}"):
+            # the claimed texts apart, as a resumed run embeds them: vectors move by 1e-7 with the rest of their batch
+            reference, is_claimed = _embed(job, part, claimed), np.array([text in claimed for text in texts])
+            vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
+            vectors[is_claimed] = reference
+            vectors[~is_claimed] = _embed(job, part, [text for text in texts if text not in claimed])
+        with outlook.stage("gate 1"):
+            check = pass_gate_1(job.facts, part, vectors, texts)
         with writing(job.reference_path) as cached, cached.open("wb") as file:
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
@@ -153,16 +166,20 @@ def _make_variants(
     texts: Sequence[EvalText],
     calibration: Calibration | None,
     inputs: VariantInputs,
+    outlook: Outlook,
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
     held_out = embed_held_out(job.base_path, calibration.corpus if calibration else None, job.device)
     evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out)
-    study = _study(job, calibration) if calibration else None
-    if study:
+    study = None
+    if calibration:
+        with outlook.stage("calibrate"):
+            study = _study(job, calibration)
         report = replace(report, imatrix=described(job.imatrix_path))
     for name in names:
         say("\n".join(plan_variant(job.base_path, name).lines()))
-        report = _make_variant(job, report, name, study, evaluation, inputs)
+        with outlook.stage(name):
+            report = _make_variant(job, report, name, study, evaluation, inputs)
     return report
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from f2gguf.evals.texts import EvalText, claimed_texts, load_texts, prompted
 from f2gguf.quantize.repair.corpus import MIN_TEXTS, Corpus, sample_corpus
 from f2gguf.runtime.errors import WrongUsage
-from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.encoder import Encoder
 from f2gguf.runtime.llama.packing import Ids
 
@@ -51,9 +51,20 @@ def load_calibration(path: Path | None, languages: Sequence[str], column: str | 
     return Calibration((*own, *corpus.texts), corpus)
 
 
-def sampled(texts: Sequence[EvalText], header: Header) -> tuple[EvalText, ...]:
-    """Evenly spread texts, so many that a model of this size runs through them in minutes."""
-    return tuple(texts[:: math.ceil(len(texts) / max(MIN_TEXTS, _n_tokens(header) / _MEAN_TOKENS))])
+def layer_shapes(tensors: Iterable[tuple[str, Any]]) -> list[tuple[int, int]]:
+    """Rows and columns of the matrices of all layers; `tensors` are names and what has a shape."""
+    return [tensor.shape for name, tensor in tensors if len(tensor.shape) == 2 and name.startswith("blk.")]
+
+
+def n_tokens(shapes: Sequence[tuple[int, int]]) -> float:
+    """How many tokens a model of these `layer_shapes` runs through in minutes and a few GB, or its widest needs."""
+    n_weights, widest = sum(map(math.prod, shapes)), max((n_cols for _, n_cols in shapes), default=1)
+    return max(min(N_PRODUCTS / max(n_weights, 1), _N_NUMBERS / widest), _ROWS_A_COLUMN * widest)
+
+
+def sampled(texts: Sequence[EvalText], budget: float) -> tuple[EvalText, ...]:
+    """Evenly spread texts of about `budget` tokens."""
+    return tuple(texts[:: math.ceil(len(texts) / max(MIN_TEXTS, budget / _MEAN_TOKENS))])
 
 
 def fitting(texts: Sequence[EvalText]) -> list[EvalText]:
@@ -66,11 +77,11 @@ def judging(texts: Sequence[EvalText]) -> list[EvalText]:
     return _with_long(texts[::HELD_OUT])
 
 
-def spliced(texts: Sequence[EvalText], header: Header) -> list[EvalText]:
+def spliced(texts: Sequence[EvalText], budget: float) -> list[EvalText]:
     """More texts that codes are chosen with: half of one and half of another, and long ones made of them.
 
     Any text will do there, as the 16-bit file says what it is to give. There are N_SPLICED for each of `fitting`, or as
-    many as a model of this size runs through in minutes.
+    many as the `budget` of tokens takes.
     """
     texts, generator = [text for i, text in enumerate(texts) if i % HELD_OUT], np.random.default_rng(_SEED)
     by_language: dict[str, list[EvalText]] = {}
@@ -85,7 +96,7 @@ def spliced(texts: Sequence[EvalText], header: Header) -> list[EvalText]:
         return blank.join(units[first : first + n])
 
     made = []
-    for number in range(min(N_SPLICED, int(_n_tokens(header) / (_MEAN_TOKENS * len(texts))) - 1)):
+    for number in range(min(N_SPLICED, int(budget / (_MEAN_TOKENS * len(texts))) - 1)):
         some = []
         for text in texts:
             others = by_language[text.language]
@@ -102,13 +113,6 @@ def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
     return [
         encoder.tokenize([prompted(text, prompts)], max_tokens=n).ids[0] for text, n in zip(texts, most, strict=True)
     ]
-
-
-def _n_tokens(header: Header) -> float:
-    """How many tokens this model runs through in minutes and a few GB, or those that its widest matrix needs."""
-    matrices = [t.shape for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
-    n_weights, widest = sum(math.prod(shape) for shape in matrices), max((shape[1] for shape in matrices), default=1)
-    return max(min(N_PRODUCTS / max(n_weights, 1), _N_NUMBERS / widest), _ROWS_A_COLUMN * widest)
 
 
 def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:

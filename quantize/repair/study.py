@@ -18,6 +18,8 @@ from f2gguf.quantize.repair.calibration import (
     Calibration,
     fitting,
     judging,
+    layer_shapes,
+    n_tokens,
     sampled,
     spliced,
     token_ids,
@@ -151,7 +153,7 @@ def compensated(
 
     Raises `WrongRecipe` for other texts.
     """
-    texts, corpus = sampled(calibration.texts, weights.header), calibration.corpus
+    texts, corpus = sampled(calibration.texts, _budget(weights)), calibration.corpus
     if texts_sha256(texts) != recipe.calibration_sha256:
         here = corpus.path if corpus else "those that f2gguf ships"
         raise WrongRecipe(
@@ -172,8 +174,12 @@ def compensated(
 def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
     """Of the texts that choose, and of those that judge."""
     with Embedder(weights.header.path, max_tokens=min(LONG_TOKENS, weights.header.max_tokens)) as model:
-        chosen = [*fitting(texts), *spliced(texts, weights.header)]
+        chosen = [*fitting(texts), *spliced(texts, _budget(weights))]
         return token_ids(model.encoder, chosen), token_ids(model.encoder, judging(texts))
+
+
+def _budget(weights: Weights) -> float:
+    return n_tokens(layer_shapes(weights.infos.items()))
 
 
 def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress = lambda _: None) -> Rows:
@@ -241,7 +247,7 @@ def study_source(
     `own_imatrix` is a file of the user that is used instead. A run that was stopped goes on from `work`.
     """
     weights = Weights(source)
-    texts = sampled(texts, weights.header)
+    texts = sampled(texts, _budget(weights))
     if own_imatrix:
         read_imatrix(own_imatrix, weights)  # refuses a wrong file before the work
     work.mkdir(parents=True, exist_ok=True)

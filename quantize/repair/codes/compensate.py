@@ -18,7 +18,7 @@ from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, first_states, run_layer
-from f2gguf.quantize.repair.codes.parallel import all_cores, gram, product, side_by_side
+from f2gguf.quantize.repair.codes.parallel import all_cores, by_rows, gram, product, side_by_side
 from f2gguf.quantize.repair.tensors import (
     OnProgress,
     Rows,
@@ -52,6 +52,12 @@ class Fitted:
     bias: Floats | None  # (n_rows,)
 
 
+def cost(shape: Sequence[int], n_tokens: int) -> int:
+    """About how long a matrix takes, in products of numbers: for the tokens, and for columns with each other."""
+    n_rows, n_cols = shape
+    return n_rows * n_cols * (4 * n_tokens + 16 * n_cols)
+
+
 class Compensation:
     """The layers of `weights`, with re-scaled channels, over calibration texts.
 
@@ -77,10 +83,8 @@ class Compensation:
 
     @cached_property
     def costs(self) -> dict[str, int]:
-        """About how long each matrix takes: products of numbers, for the tokens and for columns with each other."""
-        shapes = {name: self.weights.infos[name].shape for name in self.matrices}
-        n_tokens = len(self.texts.ids)
-        return {name: n_rows * n_cols * (4 * n_tokens + 16 * n_cols) for name, (n_rows, n_cols) in shapes.items()}
+        """About how long each matrix takes, in products of numbers."""
+        return {name: cost(self.weights.infos[name].shape, len(self.texts.ids)) for name in self.matrices}
 
     def run(
         self, types: Mapping[str, str], folder: Path, on_progress: OnProgress = lambda _: None
@@ -114,7 +118,7 @@ class Compensation:
                 if not path.exists():
                     _save(path, self._fitted(name, rows, bias, groups, types[name], exact[self._judged]))
                 fitted = _load(path)
-                near = product(as_multiplied(inputs[1], types[name]), dequantized(fitted.data, types[name]).T)
+                near = product(_rounded(inputs[1], types[name]), dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
@@ -172,8 +176,8 @@ class Compensation:
         @cache
         def of_rounding(width: int, has_bias: bool) -> _Group:
             kind = "Q8_K" if width == 256 else "Q8_0"
-            judged = exact[self._judged], as_multiplied(near[self._judged], kind)
-            chosen = exact[~self._judged], as_multiplied(near[~self._judged], kind)
+            judged = exact[self._judged], _rounded(near[self._judged], kind)
+            chosen = exact[~self._judged], _rounded(near[~self._judged], kind)
             return _Group.of(*chosen, *judged, self._token_weights, has_bias=has_bias)
 
         return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
@@ -181,7 +185,7 @@ class Compensation:
     def _fitted(self, name: str, rows: Rows, bias: Floats | None, groups: Groups, kind: str, exact: Rows) -> Fitted:
         """`exact` are the products that the exact model has in the texts that judge, without a bias."""
         group = groups(kind, bias is not None)
-        plain = quantize_rows(rows, kind, self.imatrix.get(name))
+        plain = by_rows(lambda part: quantize_rows(part, kind, self.imatrix.get(name)), rows)
         if kind not in COMPENSATED or group.moments is None:
             return Fitted(plain, bias)
         data = _with_feedback(rows, plain, kind, group)
@@ -276,6 +280,10 @@ def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
     """Run a layer up to its next products, after it was sent the last ones."""
     layer, products = step
     return layer.send(products)
+
+
+def _rounded(rows: Rows, kind: str) -> Rows:
+    return by_rows(lambda part: as_multiplied(part, kind), rows)
 
 
 def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:

@@ -19,6 +19,8 @@ _N_BLOCKS = 16
 _SMALL = 1 << 22  # multiplications that are not worth threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Array = NDArray[np.float32]
+Out = TypeVar("Out", bound=np.generic)
 
 
 _pools: list[ThreadPoolExecutor] = []  # that of the block that runs, if any
@@ -69,6 +71,11 @@ def gram(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
     side_by_side(block, range(0, n_cols, step))
     return result
+
+
+def by_rows(function: Callable[[Array], NDArray[Out]], rows: Array) -> NDArray[Out]:
+    """`function(rows)` where it does the same with every row: some rows at a time, side by side."""
+    return np.concatenate(side_by_side(function, np.array_split(rows, min(_N_BLOCKS, len(rows)))))
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

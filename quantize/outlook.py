@@ -1,0 +1,191 @@
+"""How long a run of the main job takes on this machine, and how much memory and disk: said before the work starts.
+
+It follows from the shapes of the tensors and half a second's sample of the machine, and is corrected by every stage
+that ends. What the search does beyond llama.cpp's own types is not in it, as nobody knows it before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import numpy as np
+from f2gguf.evals.conversion import can_check
+from f2gguf.evals.texts import EvalText
+from f2gguf.quantize.job import Job
+from f2gguf.quantize.repair.calibration import (
+    LONG_TOKENS,
+    Calibration,
+    fitting,
+    judging,
+    layer_shapes,
+    n_tokens,
+    sampled,
+    spliced,
+)
+from f2gguf.quantize.repair.codes.compensate import COMPENSATED, cost
+from f2gguf.quantize.repair.codes.parallel import all_cores, product
+from f2gguf.quantize.repair.codes.tune import MAX_MINUTES
+from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
+from f2gguf.runtime.console import say
+from f2gguf.runtime.files import format_size
+from f2gguf.runtime.llama.threads import default_threads
+
+_WORTH_SAYING = 120  # seconds
+_BYTES_A_TOKEN = 3.5  # of text in UTF-8
+_PASSES = 5  # over a checkpoint's bytes: hashed, cast, written, and read back
+_FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, and the file itself
+# What is done in the time of a product of large float32 matrices, on two cores with AVX-512: `scripts/bench-repair`
+# prints both sides. Stages of the same kind correct it while the job runs.
+_ARRAYS = 7  # of a number for each token and each of the widest columns, at a time
+_SQUARES = 5  # of a number for each pair of the widest columns
+_SPEED = {"torch": 0.6, "llama.cpp": 1.9, "codes": 0.7}
+_TYPE = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of most weights of a variant, where it is called otherwise
+Seconds = dict[str, float]  # by kind of work
+
+
+@dataclass
+class Outlook:
+    """The stages of a run with what each is expected to take, and what those that ended took."""
+
+    stages: dict[str, Seconds]
+    memory_bytes: int
+    disk_bytes: int
+    took: dict[str, float] = field(default_factory=dict)  # seconds
+    _pace: dict[str, float] = field(default_factory=dict)  # of a kind: seconds that passed for one that was expected
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the stages that have not ended."""
+        return sum(self._expected(name) for name in self.stages if name not in self.took)
+
+    def _expected(self, stage: str) -> float:
+        return sum(seconds * self._pace.get(kind, 1) for kind, seconds in self.stages.get(stage, {}).items())
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, correct what is expected of the others of its kinds, and say what is left."""
+        begin = time.monotonic()
+        yield
+        passed, expected = time.monotonic() - begin, self._expected(name)
+        for kind in self.stages.get(name, {}):
+            self._pace[kind] = self._pace.get(kind, 1) * passed / max(expected, 1e-9)
+        self.took[name] = passed
+        if self.seconds_left > _WORTH_SAYING:
+            say(f"{name} took {_minutes(passed)}; about {_minutes(self.seconds_left)} left")
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_minutes(self._expected(name))}" for name in self.stages)
+        memory, disk = format_size(self.memory_bytes), format_size(self.disk_bytes)
+        return f"expected: {_minutes(self.seconds_left)} ({parts}), {memory} of memory beside the files, {disk} of disk"
+
+    def summary(self) -> str:
+        """Where the time went."""
+        parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in self.took.items())
+        return f"took {_minutes(sum(self.took.values()))}: {parts}"
+
+
+def expect(
+    job: Job,
+    base: str | None,
+    variants: Sequence[str],
+    texts: Sequence[EvalText],
+    claimed: Sequence[EvalText],
+    calibration: Calibration | None,
+) -> Outlook:
+    """What a run takes that makes `variants`, and before them the file `base` if it is named.
+
+    Work with matrices is counted in products: one for each weight of the layers and each token.
+    """
+    facts, machine = job.facts, _Machine.sample()
+    shapes, n_all = layer_shapes(facts.tensors.items()), facts.checkpoint.n_parameters
+    n_weights, widest = sum(map(math.prod, shapes)), max(n_cols for _, n_cols in shapes)
+    base_bytes = n_all * (2 if facts.base == "f16" else 4)
+    stages: dict[str, Seconds] = {}
+    memory_bytes, disk_bytes = 0.0, float(base_bytes if base else 0)
+
+    def through(kind: str, some: Sequence[EvalText]) -> Seconds:
+        return {kind: _n_tokens(some, facts.max_tokens) * n_weights / (_SPEED[kind] * machine.products)}
+
+    if base:
+        stages["convert"] = {"bytes": _PASSES * base_bytes / machine.bytes}
+        stages[f"measure {base}"] = through("llama.cpp", texts)
+        if can_check():
+            stages["gate 1"] = through("torch", texts)
+    chosen: list[EvalText] = []
+    judged: list[EvalText] = []
+    codes = 0.0
+    if calibration:
+        budget = n_tokens(shapes)
+        some = sampled(calibration.texts, budget)
+        chosen, judged = fitting(some), judging(some)
+        stages["calibrate"] = through("llama.cpp", [*chosen, *judged])
+        n = _n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
+        memory_bytes = 4 * (_ARRAYS * n * widest + _SQUARES * widest**2)
+        codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
+    for name in variants:
+        kind = _TYPE.get(name, name)
+        compensates = bool(calibration) and job.compensate and kind in COMPENSATED
+        n_made = 1 + bool(calibration) + compensates  # llama.cpp's own recipe, then candidates
+        quantise = n_made * n_all / _weights_a_second(kind)
+        stages[name] = {"quantise": quantise} | through("llama.cpp", [*claimed, *judged * (n_made - 1)])
+        if compensates:
+            stages[name]["codes"] = codes
+            training = _training_seconds(job.tune, n_weights, int(_n_tokens(chosen, LONG_TOKENS)))
+            stages[name] |= {} if training is None else {"training": training}
+        disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
+    return Outlook(stages, int(memory_bytes), int(disk_bytes))
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What this machine does in a second, on all cores."""
+
+    products: float  # of float32 numbers
+    bytes: float  # hashed
+
+    @classmethod
+    def sample(cls) -> _Machine:
+        square, data = np.ones((1024, 1024), dtype=np.float32), bytes(1 << 24)
+        with all_cores():
+            products = 1024**3 / _seconds(lambda: product(square, square))
+        return cls(products, len(data) / _seconds(lambda: hashlib.sha256(data)))
+
+
+def _weights_a_second(kind: str) -> float:
+    rows = np.random.default_rng(0).standard_normal((64, 1024), dtype=np.float32)
+    return default_threads() * rows.size / _seconds(lambda: quantize_rows(rows, kind, np.ones(1024, dtype=np.float32)))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest of some runs."""
+    took = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - begin)
+    return min(took)
+
+
+def _training_seconds(wanted: bool | None, n_weights: int, n: int) -> float | None:
+    """How long scales are trained, if they are."""
+    if wanted is False or find_spec("torch") is None:
+        return None
+    from f2gguf.quantize.repair.codes.training import estimated_seconds
+
+    seconds = estimated_seconds(n_weights, n)
+    return seconds if wanted or seconds <= 60 * MAX_MINUTES else None
+
+
+def _n_tokens(texts: Sequence[EvalText], most: int) -> float:
+    """About how many tokens texts have that are cut after `most`; no tokenizer has to be there."""
+    return sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
