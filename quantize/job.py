@@ -42,6 +42,7 @@ class Job:
     imatrix: Path | None = None  # an importance matrix of the user's own
     compensate: bool = True  # choose codes that compensate for each other's errors
     tune: bool | None = None  # train scales and vectors; None: where torch is there and it takes minutes
+    quick: bool = False  # measure on some of the evaluation texts
 
     @property
     def name(self) -> str:
@@ -127,6 +128,7 @@ def _new_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText]
         languages=entry.languages or ("all that are shipped",),
         n_conversion=len(texts),
         conversion_sha256=texts_sha256(texts),
+        quick=job.quick or None,
     )
     return Report(job.name, made_with(), source, judged, job.max_drift)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from f2gguf.evals.drift import MAX_DRIFT
 from f2gguf.evals.neighbours import Vectors
-from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts
+from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, quick_texts
 from f2gguf.quantize.convert.gate import pass_gate_1
 from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.reserved import stamp_golden
@@ -66,6 +66,7 @@ def quantize_model(
     force: bool = False,
     compensate: bool = True,
     tune: bool | None = None,
+    quick: bool = False,
 ) -> Report:
     """Fetch, convert, quantise and measure `model`, write its release to `out`/NAME, and give the report of it.
 
@@ -78,7 +79,19 @@ def quantize_model(
     calibration, imatrix, lock = (Path(path) if path else None for path in (calibration, imatrix, lock))
     facts = open_facts(str(model), stated=Stated(pooling, eos_token, tuple(allowed_keys), name), lock=lock)
     job = Job(
-        facts, Path(out), max_drift, device, force, stock, max_size, calibration, column, imatrix, compensate, tune
+        facts,
+        Path(out),
+        max_drift,
+        device,
+        force,
+        stock,
+        max_size,
+        calibration,
+        column,
+        imatrix,
+        compensate,
+        tune,
+        quick,
     )
     return make_release(job, names)
 
@@ -91,7 +104,7 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with locked(job.folder):
-        texts = load_texts()
+        texts = quick_texts(load_texts()) if job.quick else load_texts()
         claimed = claimed_texts(texts, job.facts.entry.languages)
         calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages, job.column)
         report, outlook = start_report(job, texts, claimed), None
@@ -170,7 +183,7 @@ def _make_variants(
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
     held_out = embed_held_out(job.base_path, calibration.corpus if calibration else None, job.device)
-    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out)
+    evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out, quick=job.quick)
     study = None
     if calibration:
         with outlook.stage("calibrate"):

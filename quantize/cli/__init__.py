@@ -37,6 +37,7 @@ def quantize() -> None:
 @shared.IMATRIX
 @shared.COMPENSATE
 @shared.TUNE
+@click.option("--quick", is_flag=True, help="Measure on about a quarter of the evaluation texts; the files say so.")
 @shared.checkpoint_options
 @shared.DEVICE
 @shared.LOCK

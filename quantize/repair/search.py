@@ -47,6 +47,7 @@ class Evaluation:
     max_drift: float
     device: str
     held_out: HeldOut | None = None
+    quick: bool = False  # they are some of the evaluation texts
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def make_measured(
     """Make the file of `recipe` at `path`, measure it, and fill the verdict into its header."""
     texts, held_out, max_drift = evaluation.texts, evaluation.held_out, float(evaluation.max_drift)
     header: dict[str, Value] = {**VERDICT, keys.KEY_MAX_DRIFT: max_drift, keys.KEY_N_TEXTS: len(texts)}
+    if evaluation.quick:
+        header[keys.KEY_QUICK] = True
     if held_out:
         header |= {keys.KEY_CORPUS: held_out.corpus.name, keys.KEY_CORPUS_N_TEXTS: len(held_out.reference)}
         header |= CORPUS_DRIFT

@@ -50,6 +50,7 @@ class Texts:
     languages: tuple[str, ...]
     n_conversion: int
     conversion_sha256: str
+    quick: bool | None = None  # True where they are about a quarter of them all
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,16 @@ def _measurement(report: Report) -> str:
         "(such as decomposed Unicode) differently; f2gguf runs it."
     )
     return (
-        f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts in the model's languages "
-        f"({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, edge cases. The "
-        "bound holds when the upper end of the mean's 95% interval, and the mean of every language and kind, are under "
-        f"{format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}.{stock if n_stock else ''}"
+        f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts{_quick(report)} in the "
+        f"model's languages ({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, "
+        "edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every language "
+        f"and kind, are under {format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}."
+        f"{stock if n_stock else ''}"
     )
+
+
+def _quick(report: Report) -> str:
+    return " (about a quarter of f2gguf's evaluation texts: `--quick`)" if report.texts.quick else ""
 
 
 def _recipe(name: str, verdict: Measured) -> Iterator[Block]:

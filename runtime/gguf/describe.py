@@ -46,8 +46,9 @@ def describe_drift(header: Header) -> str:
     drift = drift_of(header)
     if drift is None:
         return "this is a reference" if is_reference(header) else "not measured"
+    quick = " (--quick: about a quarter of them all)" if header.values.get(keys.KEY_QUICK) else ""
     return (
-        f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over {drift.n_texts} texts: "
+        f"mean {drift.mean:.3%}, at most {drift.upper:.3%} with 95% confidence, over {drift.n_texts} texts{quick}: "
         f"{'under' if drift.holds else 'OVER'} the bound of {format_bound(drift.max_drift)}"
     )
 

@@ -34,6 +34,7 @@ KEY_UPPER_DRIFT = "f2gguf.drift.upper"
 KEY_MAX_DRIFT = "f2gguf.drift.bound"
 KEY_HOLDS = "f2gguf.drift.holds"
 KEY_N_TEXTS = "f2gguf.drift.n_texts"
+KEY_QUICK = "f2gguf.drift.quick"  # True where only about a quarter of the evaluation texts were measured
 KEY_CORPUS = "f2gguf.drift.corpus.name"  # the file whose held-out texts were measured too, besides the evaluation texts
 KEY_CORPUS_MEAN = "f2gguf.drift.corpus.mean"
 KEY_CORPUS_UPPER = "f2gguf.drift.corpus.upper"
@@ -307,6 +308,7 @@ _CHECKS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     KEY_MEAN_DRIFT: _DRIFT,
     KEY_UPPER_DRIFT: _DRIFT,
     KEY_MAX_DRIFT: _DRIFT,
+    KEY_QUICK: (bool, lambda _: True),
     KEY_CORPUS: _TEXT,
     KEY_CORPUS_MEAN: _DRIFT,
     KEY_CORPUS_UPPER: _DRIFT,
