@@ -44,7 +44,7 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     Raises `ExtraMissing` without transformers, `MemoryMissing` for a model that neither fits nor can be run in layers.
     """
     require_transformers()
-    needed_bytes, free_bytes = 5 * n_parameters, available_memory_bytes()  # float32 weights, and room for activations
+    needed_bytes, free_bytes = whole_bytes(n_parameters), available_memory_bytes()
     if needed_bytes < free_bytes:
         return transformers_vectors, TRANSFORMERS
     kind = _read_config(folder).get("model_type")
@@ -53,6 +53,11 @@ def choose_run(folder: Path, n_parameters: int) -> tuple[Run, str]:
     sizes = f"need {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
     layers = f"a {kind} model is not run layer by layer: use a machine with more memory"
     raise MemoryMissing(f"the checkpoint's float32 weights {sizes}, and {layers}")
+
+
+def whole_bytes(n_parameters: int) -> int:
+    """Memory that a whole checkpoint takes: float32 weights, and room for activations."""
+    return 5 * n_parameters
 
 
 def require_transformers() -> None:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 import numpy as np
 from f2gguf.evals.conversion import can_check
+from f2gguf.evals.full_precision import available_memory_bytes, whole_bytes
 from f2gguf.evals.texts import EvalText
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.repair.calibration import (
@@ -77,17 +78,17 @@ class Outlook:
             self._pace[kind] = self._pace.get(kind, 1) * passed / max(expected, 1e-9)
         self.took[name] = passed
         if self.seconds_left > _WORTH_SAYING:
-            say(f"{name} took {_minutes(passed)}; about {_minutes(self.seconds_left)} left")
+            say(f"{name} took {_time(passed)}; about {_time(self.seconds_left)} left")
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_minutes(self._expected(name))}" for name in self.stages)
+        parts = ", ".join(f"{name} {_time(self._expected(name))}" for name in self.stages)
         memory, disk = format_size(self.memory_bytes), format_size(self.disk_bytes)
-        return f"expected: {_minutes(self.seconds_left)} ({parts}), {memory} of memory beside the files, {disk} of disk"
+        return f"expected: {_time(self.seconds_left)} ({parts}), {memory} of memory beside the files, {disk} of disk"
 
     def summary(self) -> str:
         """Where the time went."""
-        parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in self.took.items())
-        return f"took {_minutes(sum(self.took.values()))}: {parts}"
+        parts = ", ".join(f"{name} {_time(seconds)}" for name, seconds in self.took.items())
+        return f"took {_time(sum(self.took.values()))}: {parts}"
 
 
 def expect(
@@ -117,6 +118,7 @@ def expect(
         stages[f"measure {base}"] = through("llama.cpp", texts)
         if can_check():
             stages["gate 1"] = through("torch", texts)
+            memory_bytes = min(whole_bytes(n_all), available_memory_bytes())  # it runs in layers where there is less
     chosen: list[EvalText] = []
     judged: list[EvalText] = []
     codes = 0.0
@@ -126,7 +128,7 @@ def expect(
         chosen, judged = fitting(some), judging(some)
         stages["calibrate"] = through("llama.cpp", [*chosen, *judged])
         n = _n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
-        memory_bytes = 4 * (_ARRAYS * n * widest + _SQUARES * widest**2)
+        memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
         codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
     for name in variants:
         kind = _TYPE.get(name, name)
@@ -187,5 +189,9 @@ def _n_tokens(texts: Sequence[EvalText], most: int) -> float:
     return sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
+def _time(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -123,8 +123,8 @@ def _measurement(report: Report) -> str:
     return (
         f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts{_quick(report)} in the "
         f"model's languages ({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, "
-        "edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every language "
-        f"and kind, are under {format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}."
+        "edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every "
+        f"language and kind, are under {format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}."
         f"{stock if n_stock else ''}"
     )
 
