@@ -104,9 +104,7 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with locked(job.folder):
-        texts = quick_texts(load_texts()) if job.quick else load_texts()
-        claimed = claimed_texts(texts, job.facts.entry.languages)
-        calibration = None if job.stock else load_calibration(job.calibration, job.facts.entry.languages, job.column)
+        texts, claimed, calibration = _all_texts(job)
         report, outlook = start_report(job, texts, claimed), None
         if report.base not in report.files:
             outlook = expect(job, report.base, variants, texts, claimed, calibration)
@@ -126,6 +124,18 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         write_release(job.folder, report)
         shutil.rmtree(job.work, ignore_errors=True)
         return report
+
+
+def forecast(job: Job, variants: Sequence[str]) -> Outlook:
+    """What `make_release` takes where nothing is there yet."""
+    return expect(job, job.facts.base.upper(), variants, *_all_texts(job))
+
+
+def _all_texts(job: Job) -> tuple[tuple[EvalText, ...], tuple[EvalText, ...], Calibration | None]:
+    """Those of gate 1, those that variants are judged on, and those that choose recipes."""
+    texts, languages = quick_texts(load_texts()) if job.quick else load_texts(), job.facts.entry.languages
+    calibration = None if job.stock else load_calibration(job.calibration, languages, job.column)
+    return texts, claimed_texts(texts, languages), calibration
 
 
 def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[EvalText]) -> list[str]:

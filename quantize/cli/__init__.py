@@ -71,8 +71,8 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     sources = [find_model(model, lock, name=options["name"]) for model in models]
     _require_different_names([entry.name for entry, _ in sources], models)
     if dry_run:
-        for entry, folder in sources:
-            click.echo("\n".join(_dry_run_lines(entry, folder, options["out"], names)))
+        for model, (entry, folder) in zip(models, sources, strict=True):
+            click.echo("\n".join(_dry_run_lines(model, entry, folder, names, options)))
         return
     reports = []
     for model in models:
@@ -115,10 +115,26 @@ def _require_different_names(names: list[str], models: tuple[str, ...]) -> None:
             raise WrongUsage(f"{first} and {models[i]}: both are called {name}. Run them with different --out folders.")
 
 
-def _dry_run_lines(entry: Any, folder: Path | None, out: Path, variants: list[str]) -> list[str]:
-    source = folder or f"{entry.repo}@{entry.revision} on the Hub"
-    lines = [f"{entry.name}: from {source}"]
-    for variant_name in ["F16", *variants]:
-        path = out / entry.name / f"{entry.name}-{variant_name}.gguf"
-        lines.append(f"  {path}: {'there, would be checked' if path.exists() else 'would be made and measured'}")
-    return lines
+def _dry_run_lines(
+    model: str, entry: Any, folder: Path | None, variants: list[str], options: dict[str, Any]
+) -> list[str]:
+    """What would be made; and, of a checkpoint that is here, how long that takes."""
+    from f2gguf.quantize.job import Job
+    from f2gguf.quantize.pipeline import forecast
+
+    base, lines, out = "F16", [], options["out"]
+    if folder is not None:
+        stated = {name: options[name] for name in ("pooling", "eos_token", "allowed_keys", "name")}
+        facts = shared.facts_of(model, options["lock"], **stated)
+        chosen = ("max_drift", "device", "stock", "calibration", "column", "compensate", "tune", "quick")
+        job = Job(facts, out, **{name: options[name] for name in chosen})
+        base, lines = facts.base.upper(), [f"  {forecast(job, variants)}"]
+    files = [out / entry.name / f"{entry.name}-{name}.gguf" for name in [base, *variants]]
+    return [
+        f"{entry.name}: from {folder or f'{entry.repo}@{entry.revision} on the Hub'}",
+        *(
+            f"  {path}: {'there, would be checked' if path.exists() else 'would be made and measured'}"
+            for path in files
+        ),
+        *lines,
+    ]

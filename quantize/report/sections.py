@@ -121,9 +121,9 @@ def _measurement(report: Report) -> str:
         "(such as decomposed Unicode) differently; f2gguf runs it."
     )
     return (
-        f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts{_quick(report)} in the "
-        f"model's languages ({', '.join(report.texts.languages)}): queries with the prompt, documents, code, long texts, "
-        "edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every "
+        f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts{_quick(report)} in "
+        f"the model's languages ({', '.join(report.texts.languages)}): queries with the prompt, documents, code, "
+        "long texts, edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every "
         f"language and kind, are under {format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}."
         f"{stock if n_stock else ''}"
     )
