@@ -1,0 +1,49 @@
+"""How long a run takes, as it is said before it and while it runs; and what --quick measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import NANO
+from conftest import Run
+from f2gguf.evals.texts import KINDS, load_texts, quick_texts
+from f2gguf.quantize import outlook
+from f2gguf.quantize.outlook import Outlook
+
+
+def test_every_stage_corrects_what_is_expected_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 500.0, 500.0, 600.0, 600.0, 900.0])
+    monkeypatch.setattr(outlook.time, "monotonic", lambda: next(clock))
+    stages = {"measure": {"llama": 1000.0}, "hash": {"bytes": 100.0}, "variant": {"llama": 200.0, "codes": 200.0}}
+    run = Outlook(stages, memory_bytes=0, disk_bytes=0)
+    assert run.seconds_left == 1500
+    assert "expected: 25.0 min (measure 16.7 min, hash 1.7 min, variant 6.7 min)" in str(run)
+    with run.stage("measure"):
+        pass
+    assert run.seconds_left == 100 + 100 + 200, "llama takes half the time that was expected, and the others all"
+    assert capsys.readouterr().err == "measure took 8.3 min; about 6.7 min left\n"
+    for name in ("hash", "variant"):
+        with run.stage(name):
+            pass
+    assert run.seconds_left == 0
+    assert run.summary() == "took 15.0 min: measure 8.3 min, hash 1.7 min, variant 5.0 min"
+
+
+def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: Path) -> None:
+    line = run("quantize", "all", NANO, "--out", tmp_path, "--dry-run", "--no-tune").stdout.splitlines()[-1]
+    for stage in ("convert", "measure F16", "calibrate", "Q8_0", "Q4_K_M", "Q4_0"):
+        assert f"{stage} " in line
+    assert "of memory" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_quick_texts_are_of_every_kind_and_hold_the_answers() -> None:
+    texts = load_texts()
+    some = quick_texts(texts)
+    ids = {text.id for text in some}
+    assert len(texts) / 5 < len(some) < len(texts) / 3
+    assert {text.kind for text in some} == set(KINDS)
+    assert all(name in ids for text in some for name in text.relevant)
