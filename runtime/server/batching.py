@@ -18,6 +18,7 @@ import asyncio
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -34,6 +35,9 @@ from f2gguf.runtime.llama.packing import Ids
 # Of the time, for long requests while short ones wait. Where queries could fill the machine, they take 1.25 times as
 # long as alone (at most 1.5 are promised, and pauses and caches cost something too).
 LONG_SHARE = 0.2
+# Batches in a step of short requests. With 1 instead of 4, a query of f2llm-nano costs 1.2 times the processor time:
+# Python is busy with the answers to the first while the second is computed.
+SHORT_BATCHES = 4
 # Seconds that a model's short requests take in one go while those of another model wait
 TURN_S = 0.25
 _ACTIVE_S = 1.0  # for which short requests are thought to come again
@@ -59,7 +63,7 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """Texts of one client. Texts of like length share batches, so the longest are taken first."""
+    """Texts of one client. The longest that fit a batch are taken first, which fills batches best."""
 
     texts: Sequence[Ids]
     prompt: Ids | None
@@ -73,14 +77,22 @@ class Request:
         n_prompt = len(self.prompt) - _MERGED if self.prompt is not None and self.batcher.shares_prompts else 0
         costs = [max(1, len(ids) - n_prompt) for ids in self.texts]
         self.is_short = sum(costs) <= self.batcher.batch_tokens
-        # What waits: index and cost of each text. The cost is its tokens without those of the prompt.
-        self.waiting = deque((i, costs[i]) for i in sorted(range(len(costs)), key=lambda i: -costs[i]))
+        # Negative cost and index of each text that waits. The cost is its tokens without those of the prompt.
+        self.waiting = sorted((-cost, i) for i, cost in enumerate(costs))
         self._rows: list[Rows | None] = [None] * len(self.texts)
         self._n_left = len(self.texts)
 
     @property
     def waiting_tokens(self) -> int:
-        return sum(len(self.texts[i]) for i, _ in self.waiting)
+        return sum(len(self.texts[i]) for _, i in self.waiting)
+
+    def take(self, n_tokens: float) -> tuple[int, int] | None:
+        """Index and cost of the longest waiting text of at most `n_tokens`, which waits no more; None if none fits."""
+        at = bisect_left(self.waiting, (-n_tokens,))
+        if at == len(self.waiting):
+            return None
+        cost, index = self.waiting.pop(at)
+        return index, -cost
 
     def give(self, i: int, outcome: Rows | Exception) -> None:
         """Receive the vector of a text, or its error. The last vector finishes the request."""
@@ -132,13 +144,12 @@ class _Lane:
         used = 0
         while clients:
             client, requests = next(iter(clients.items()))
-            index, cost = requests[0].waiting[0]
-            if step and used + cost > n_tokens:
+            taken = requests[0].take(n_tokens - used if step else math.inf)
+            if taken is None:
                 break
             request = requests.popleft()
-            request.waiting.popleft()
-            step.append((request, index))
-            used += cost
+            step.append((request, taken[0]))
+            used += taken[1]
             del clients[client]
             if request.waiting:
                 requests.append(request)
@@ -209,7 +220,7 @@ class Schedule:
             if not self._short.models:  # cancelled
                 return
             model = self._short.next_model()
-            n_tokens = model.batch_tokens
+            n_tokens = SHORT_BATCHES * model.batch_tokens
             if len(self._short.models) > 1:
                 n_tokens = min(n_tokens, int(TURN_S * model.tokens_per_s))
             step, used = self._take(self._short, model, n_tokens)
