@@ -6,7 +6,8 @@ Token ids are compared before vectors, and vectors are computed from the maker's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from f2gguf.runtime.llama.engine import Rows
 from f2gguf.runtime.llama.packing import Ids, leading_length
 from numpy.typing import NDArray
 
+Compute = Callable[[list[Ids]], Rows]
 CHECKS = ("tokenizer", "closing token", "prompt", "pooling", "vectors")
 # A cosine may be lower than the maker's by this much and half of the drift that the maker measured. 16-bit files change
 # by less than 1e-6 on the CPU; one published GPU gave 0.9998 (llama.cpp issue 26044). Quantised files change with the
@@ -70,22 +72,67 @@ class Selftest:
         return {**asdict(self), "path": str(self.path), "min_cosine": cosine, "holds": not self.faults}
 
 
-def selftest(encoder: Encoder) -> Selftest:
-    """Compare token ids and vectors of the golden texts with the header's. Raises `SelftestMissing` if it has none."""
-    golden = require_golden(encoder.header)
-    cosines = golden.cosines_of(probe_vectors(encoder, golden))
+def selftest(encoder: Encoder, golden: Golden | None = None, *, compute: Compute | None = None) -> Selftest:
+    """Compare token ids and vectors of the golden texts with the header's. Raises `SelftestMissing` if it has none.
+
+    `golden` may be a part of them, and `compute` another way to the encoder's raw vectors.
+    """
+    golden = golden or require_golden(encoder.header)
+    cosines = golden.cosines_of(probe_vectors(encoder, golden, compute=compute))
     faults = [*_token_faults(encoder, golden), *_vector_faults(encoder, golden, cosines)]
     return Selftest(
         path=encoder.header.path,
         device=encoder.engine.description,
         n_texts=len(golden.texts),
-        min_cosine=float(cosines[golden.is_compared].min()),
-        maker_min_cosine=float(golden.cosines[golden.is_compared].min()),
+        min_cosine=float(cosines[golden.is_compared].min(initial=1)),
+        maker_min_cosine=float(golden.cosines[golden.is_compared].min(initial=1)),
         faults=tuple(sorted(faults, key=lambda fault: CHECKS.index(fault.check))),
     )
 
 
-def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
+class SelftestInParts:
+    """A selftest for a server, which is to answer soon: `begin`, then `finish` beside the first requests.
+
+    `begin` tests the shortest text of each prompt, and the next longer ones as long as there is time. Together the two
+    compare what `selftest` does. Raises `SelftestMissing`.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._golden = require_golden(encoder.header)
+        self.n_texts = len(self._golden.texts)
+        self._left = sorted(range(self.n_texts), key=lambda i: len(self._golden.ids[i]))
+
+    @property
+    def n_left(self) -> int:
+        """Texts that were not compared yet."""
+        return len(self._left)
+
+    def begin(self, budget_s: float) -> None:
+        """Compare texts for about `budget_s` seconds. Raises `SelftestFailed`."""
+        prompts = self._golden.prompts
+        first = list({prompts[i]: i for i in reversed(self._left)}.values())
+        begin = time.perf_counter()
+        self._compare(first)
+        seconds_a_token = (time.perf_counter() - begin) / self._n_tokens(first)
+        room = int((begin + budget_s - time.perf_counter()) / seconds_a_token)
+        more = [i for n, i in enumerate(self._left, start=1) if self._n_tokens(self._left[:n]) <= room]
+        self._compare(more)
+
+    def finish(self, compute: Compute | None = None) -> None:
+        """Compare the other texts. Raises `SelftestFailed`."""
+        self._compare(self._left, compute)
+
+    def _compare(self, which: list[int], compute: Compute | None = None) -> None:
+        if which:
+            selftest(self._encoder, self._golden.part(which), compute=compute).require_sound()
+        self._left = [i for i in self._left if i not in which]
+
+    def _n_tokens(self, which: list[int]) -> int:
+        return sum(len(self._golden.ids[i]) for i in which)
+
+
+def probe_vectors(encoder: Encoder, golden: Golden, *, compute: Compute | None = None) -> Rows:
     """L2-normalised vectors of the maker's token ids, (n_texts, n_embd) float32; NaN for a text without one.
 
     Texts of one prompt are one call, as a user would make it.
@@ -93,7 +140,7 @@ def probe_vectors(encoder: Encoder, golden: Golden) -> Rows:
     vectors = np.empty_like(golden.vectors)
     for name in dict.fromkeys(golden.prompts):
         rows = [i for i, prompt in enumerate(golden.prompts) if prompt == name]
-        vectors[rows] = encoder.compute([golden.ids[i] for i in rows])
+        vectors[rows] = (compute or encoder.compute)([golden.ids[i] for i in rows])
     return normalized(vectors)
 
 

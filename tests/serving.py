@@ -18,7 +18,7 @@ import httpx
 import uvicorn
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.server.app import create_app
-from f2gguf.runtime.server.batching import Compute
+from f2gguf.runtime.server.batching import Compute, Schedule
 from f2gguf.runtime.server.connections import ServerConfig
 from f2gguf.runtime.server.metrics import Metrics
 from f2gguf.runtime.server.models import Limits, ServedModel
@@ -71,7 +71,7 @@ def serving_thread(
 ) -> Iterator[str]:
     """The app under the name 'nano', in a thread; its URL. `compute` stands in for the model's own."""
     limits, metrics = limits or Limits(), Metrics()
-    app = create_app([ServedModel("nano", embedder, limits, metrics, compute=compute)], limits, metrics)
+    app = create_app([ServedModel("nano", embedder, limits, metrics, Schedule(), compute=compute)], limits, metrics)
     server = uvicorn.Server(ServerConfig(app, limits, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -164,6 +164,13 @@ def test_file_without_pooling_needs_the_callers_word(tiny: Path, tmp_path: Path)
         assert model.encode("a").shape == (32,)
 
 
+def test_another_pooling_than_the_files_own_is_warned_of(nano_f16: Path) -> None:
+    with pytest.warns(FileWarning, match="its header says last pooling. With mean"), Embedder(nano_f16, pooling="mean"):
+        pass
+    with Embedder(nano_f16, pooling="last") as model:
+        assert model.file_warnings == ()
+
+
 @pytest.mark.parametrize(("folder", "fixture"), [(NANO, "nano"), (MINILM, "minilm")])
 def test_token_ids_equal_the_checkpoints_on_any_text(
     folder: Path, fixture: str, request: pytest.FixtureRequest

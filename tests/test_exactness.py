@@ -92,7 +92,7 @@ def test_mean_pooling_of_a_causal_model_sees_all_of_a_long_text(tmp_path: Path) 
 def test_a_graph_without_the_tensor_falls_back_to_stock_pooling_and_says_so(
     nano: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(context, "TAPPED", b"not in this graph")
+    monkeypatch.setattr(context.LastTokenContext, "tapped", "not in this graph")
     # Batches are packed before the first one, a long text, fails: those behind it count on a prompt that they share
     texts = ["word " * 240, *(f"n{i}" for i in range(60)), *TEXTS]
     with Embedder(nano.header.path) as model:

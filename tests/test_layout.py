@@ -15,6 +15,7 @@ from pathlib import Path
 import f2gguf
 import pytest
 from conftest import Release, Run
+from f2gguf.runtime.gguf.reader import TENSOR_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("quantize", "evals", "runtime")
@@ -110,6 +111,35 @@ def test_commands_load_nothing_heavy_for_their_help() -> None:
     code = f"import f2gguf.quantize.cli, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_embed_imports_only_what_it_uses(nano_f16: Path) -> None:
+    """Each of these takes 20 ms or more of a command that should take a third of a second."""
+    unused = (
+        "gguf",
+        "yaml",
+        "scipy",
+        "pydantic",
+        "safetensors",
+        "huggingface_hub",
+        "httpx",
+        "torch",
+        "fastapi",
+        "tqdm",
+    )
+    code = (
+        "import sys\nfrom f2gguf.quantize.cli import f2gguf\n"
+        f"f2gguf(['embed', '-m', {str(nano_f16)!r}, 'a text'], standalone_mode=False)\n"
+        f"print([m for m in {unused!r} if m in sys.modules])"
+    )
+    embedded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert embedded.splitlines()[-1] == "[]"
+
+
+def test_tensor_types_are_those_of_the_package_gguf() -> None:
+    from gguf import GGML_QUANT_SIZES
+
+    assert {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()} == TENSOR_TYPES
 
 
 def test_every_script_imports_what_is_there() -> None:

@@ -1,32 +1,37 @@
-"""Texts of many requests in one queue: company, turns, cancellation, back-pressure, and texts that fail alone."""
+"""Texts of many requests: company, who is next, pauses, cancellation, back-pressure, and texts that fail alone."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from f2gguf.runtime.errors import GGUFError
+from f2gguf.runtime.llama.context import Pause
 from f2gguf.runtime.llama.packing import Ids
-from f2gguf.runtime.server.batching import Batcher, QueueFull
+from f2gguf.runtime.server.batching import CLIENT, Batcher, QueueFull, Schedule
 from f2gguf.runtime.server.metrics import Metrics
 
 POISON = 666
 
 
 class Model:
-    """Stands in for llama.cpp: a text's vector is its first id. Holds its first step back until told."""
+    """Stands in for llama.cpp: a text's vector is its first id. Holds its steps back until told."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], int | None]] = []  # first ids of the texts, first id of the prompt
         self.may_go_on = threading.Event()
 
-    def __call__(self, texts: list[Ids], prompt: Ids | None) -> np.ndarray:
+    def __call__(self, texts: list[Ids], prompt: Ids | None, *, pause: Pause | None = None) -> np.ndarray:
         self.calls.append(([int(ids[0]) for ids in texts], None if prompt is None else int(prompt[0])))
         self.may_go_on.wait(10)
+        time.sleep(0.002)
+        if pause:
+            pause()
         if any(POISON in ids for ids in texts):
             raise GGUFError("llama.cpp failed on a batch")
         return np.array([[ids[0]] for ids in texts], dtype=np.float32)
@@ -39,10 +44,9 @@ def text(first: int, n_tokens: int = 10) -> Ids:
 def run(test: Callable[[Batcher, Model], Awaitable[Any]], **limits: int) -> Model:
     """Run a test on a batcher whose model is busy with text 0."""
     model = Model()
-    limits = {"step_tokens": 100, "max_waiting_tokens": 10_000, **limits}
 
     async def main() -> None:
-        batcher = Batcher(model, metrics=Metrics().of("model"), **limits)
+        batcher = new_batcher(model, Schedule(), **limits)
         busy = asyncio.create_task(batcher([text(0)], None))
         while not model.calls:
             await asyncio.sleep(0.001)
@@ -57,13 +61,19 @@ def run(test: Callable[[Batcher, Model], Awaitable[Any]], **limits: int) -> Mode
     return model
 
 
+def new_batcher(model: Model, schedule: Schedule, **limits: int) -> Batcher:
+    options: dict[str, Any] = {"batch_tokens": 100, "max_waiting_tokens": 10_000, **limits}
+    return Batcher(model, schedule, shares_prompts=True, can_pause=True, metrics=Metrics().of("model"), **options)
+
+
 async def release(model: Model, *waiting: asyncio.Task[Any]) -> list[Any]:
     model.may_go_on.set()
     return await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def ask(batcher: Batcher, *texts: Ids, prompt: Ids | None = None) -> asyncio.Task[Any]:
+async def ask(batcher: Batcher, *texts: Ids, prompt: Ids | None = None, client: str = "a client") -> asyncio.Task[Any]:
     """A request that waits in the queue."""
+    CLIENT.set(client)
     task = asyncio.create_task(batcher(list(texts), prompt))
     await asyncio.sleep(0)
     return task
@@ -78,17 +88,62 @@ def test_requests_that_wait_are_computed_together() -> None:
     assert run(test).calls[1:] == [([1, 2, 3, 101, 102, 103], None)]
 
 
-def test_a_small_request_is_in_the_next_step_whatever_waits_before_it() -> None:
+def test_a_small_request_goes_before_a_huge_one_whose_steps_have_full_size() -> None:
     async def test(batcher: Batcher, model: Model) -> None:
         huge = await ask(batcher, *[text(1)] * 500)
         small = await ask(batcher, text(2))
-        await release(model, small)
-        assert not huge.done()
-        await huge
+        await release(model, small, huge)
 
-    calls = run(test).calls
-    assert 2 in calls[1][0]
-    assert [len(texts) for texts, _ in calls[1:4]] == [10, 10, 10], "every step has its budget of 100 tokens"
+    calls = [texts for texts, _ in run(test).calls[1:]]
+    assert calls[:2] == [[2], [1] * 10], "as many as fit 100 tokens"
+
+
+def test_what_is_short_is_computed_in_the_pauses_of_what_is_long() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        model.may_go_on.set()
+        while batcher.waiting_tokens:
+            await asyncio.sleep(0.001)
+        model.may_go_on.clear()
+        huge = await ask(batcher, text(1, 500), text(2, 500))
+        while len(model.calls) < 2:
+            await asyncio.sleep(0.001)
+        small = await ask(batcher, text(3))
+        await release(model, small, huge)
+
+    assert [texts for texts, _ in run(test).calls[1:]] == [[1], [3], [2]]
+
+
+def test_a_stream_of_short_requests_leaves_a_share_to_long_ones() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        huge = await ask(batcher, *[text(1, 90)] * 5)
+        await release(model, huge, *[await ask(batcher, text(i, 90)) for i in range(10, 60)])
+
+    order = [texts[0] for texts, _ in run(test).calls]
+    assert order[1] == 10, "what is short goes first"
+    assert order[-1] > 1, "and is not all done before the last text of the long one"
+
+
+def test_a_client_with_many_requests_does_not_hold_up_another() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        many = [await ask(batcher, text(i), client="many") for i in range(100, 150)]
+        one = await ask(batcher, text(2), client="one")
+        long = [await ask(batcher, *[text(n, 60)] * 4, client=str(n)) for n in (3, 4)]
+        await release(model, one, *many, *long)
+
+    calls = [texts for texts, _ in run(test).calls]
+    assert 2 in calls[1]
+    long = [texts[0] for texts in calls if texts[0] in (3, 4)]
+    assert long == [3, 4] * 4, "text by text, in turns"
+
+
+def test_models_take_turns() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        second = new_batcher(model, batcher._schedule)
+        many = [await ask(batcher, text(i, 90)) for i in range(100, 130)]
+        await release(model, *many, *[await ask(second, text(1, 90)) for _ in range(3)])
+
+    order = [texts[0] for texts, _ in run(test).calls]
+    assert max(i for i, first in enumerate(order) if first == 1) < 15
 
 
 def test_texts_of_one_prompt_are_computed_together_and_cost_only_their_own_tokens() -> None:
@@ -107,7 +162,7 @@ def test_a_text_over_the_budget_is_a_step_of_its_own() -> None:
         waiting = [await ask(batcher, text(1, 500)), await ask(batcher, text(2)), await ask(batcher, text(3))]
         await release(model, *waiting)
 
-    assert [texts for texts, _ in run(test).calls[1:]] == [[1], [2, 3]]
+    assert [texts for texts, _ in run(test).calls[1:]] == [[2, 3], [1]]
 
 
 def test_a_cancelled_request_leaves_the_queue() -> None:
@@ -131,7 +186,7 @@ def test_a_request_that_is_cancelled_half_way_is_not_computed_to_its_end() -> No
         await asyncio.gather(huge, return_exceptions=True)
         assert batcher.waiting_tokens == 0
 
-    assert len(run(test).calls) <= 4
+    assert len(run(test).calls) <= 40
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:

@@ -195,7 +195,7 @@ def test_a_long_computation_is_not_cut_off(nano: Embedder) -> None:
     """Nor is it by a further request that the client has begun to send."""
     may_go_on = Event()
 
-    def slow(texts: list[Ids], _prompt: Ids | None) -> np.ndarray:
+    def slow(texts: list[Ids], _prompt: Ids | None, **_: Any) -> np.ndarray:
         may_go_on.wait(20)
         return np.ones((len(texts), 256), dtype=np.float32)
 

@@ -13,10 +13,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import Run
+from conftest import Release, Run
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.server.app import create_app
+from f2gguf.runtime.server.batching import Schedule
 from f2gguf.runtime.server.cli import named_files
+from f2gguf.runtime.server.metrics import Metrics
+from f2gguf.runtime.server.models import Limits, open_model
 from serving import Served, figure, serving_process
+from starlette.testclient import TestClient
 
 SECRET = "a text that nobody else may read"
 
@@ -78,6 +83,30 @@ def test_selftest_runs_where_a_file_has_golden_vectors_and_can_be_insisted_on(
     refused = run("f2gguf", "serve", "-m", nano_f16, "--selftest", "--port", "0")
     assert refused.returncode == 1
     assert "golden" in refused.stderr
+
+
+def test_a_selftest_is_finished_beside_requests_and_stops_a_model_that_fails(
+    nano_release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("f2gguf.runtime.server.models._BEGIN_S", 0)  # one text of each prompt
+    limits, metrics, schedule = Limits(), Metrics(), Schedule()
+    path = nano_release.file("Q8_0")
+    sound, broken = (open_model(path, name, limits, metrics, schedule) for name in ("sound", "broken"))
+    app = create_app([sound, broken], limits, metrics)
+    with sound.embedder, broken.embedder, TestClient(app, base_url="http://localhost") as client:
+        before = client.get("/health")
+        assert (before.status_code, before.json()["models"]["sound"]) == (200, "3 of 16 texts passed, the others run")
+        assert client.post("/embed", json={"inputs": "a", "model": "broken"}).status_code == 200
+        monkeypatch.setattr(broken.batcher, "_compute", lambda texts, *_, **__: np.ones((len(texts), 256), np.float32))
+        for model in (sound, broken):
+            model.finish_selftest()
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert health.json()["models"] == {"sound": "passed", "broken": "failed"}
+        refused = client.post("/v1/embeddings", json={"input": "a", "model": "broken"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "selftest_failed")
+        assert "do not use vectors that it gave before" in refused.json()["error"]["message"]
+        assert client.post("/v1/embeddings", json={"input": "a", "model": "sound"}).status_code == 200
 
 
 def test_term_under_load_loses_no_request_that_was_accepted(nano_f16: Path) -> None:

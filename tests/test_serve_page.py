@@ -409,7 +409,7 @@ def test_a_server_that_is_gone_can_be_asked_again(page: Page, served: Served) ->
 
 
 def test_an_answer_for_another_width_comes_too_late(page: Page, nano: Embedder) -> None:
-    def slow(texts: list[Any], prompt: Any) -> np.ndarray:
+    def slow(texts: list[Any], prompt: Any, **_: Any) -> np.ndarray:
         time.sleep(0.5)
         return np.ones((len(texts), 256), np.float32)
 

@@ -301,7 +301,7 @@ class Slow:
     def __init__(self) -> None:
         self.may_go_on = Event()
 
-    def __call__(self, texts: list[Ids], _prompt: Ids | None) -> np.ndarray:
+    def __call__(self, texts: list[Ids], _prompt: Ids | None, **_: Any) -> np.ndarray:
         self.may_go_on.wait(20)
         return np.ones((len(texts), 256), dtype=np.float32)
 
@@ -367,7 +367,7 @@ def test_a_text_without_a_vector_fails_alone_and_is_counted(nano: Embedder, path
     poison = nano.tokenize(" zebra")[0]
     began, may_go_on = Event(), Event()
 
-    def faulty(texts: list[Ids], prompt: Ids | None) -> np.ndarray:
+    def faulty(texts: list[Ids], prompt: Ids | None, **_: Any) -> np.ndarray:
         began.set()
         may_go_on.wait(20)
         rows = nano.encoder.compute(texts, prompt)
@@ -394,7 +394,7 @@ def test_a_text_without_a_vector_fails_alone_and_is_counted(nano: Embedder, path
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_model_that_breaks_is_a_500_in_the_dialects_words(nano: Embedder, path: str) -> None:
-    def broken(_texts: list[Ids], _prompt: Ids | None) -> np.ndarray:
+    def broken(_texts: list[Ids], _prompt: Ids | None, **_: Any) -> np.ndarray:
         raise RuntimeError("secret")
 
     with serving_thread(nano, compute=broken) as url:

@@ -26,16 +26,21 @@ def examine(header: Header, pooling: str | None = None) -> list[Finding]:
 
 
 def warnings_of(header: Header, pooling: str) -> tuple[str, ...]:
-    """What can make the vectors of a file wrong, a line each; none where f2gguf made it, and it is as it was.
+    """What can make the vectors of a file wrong, a line each.
 
-    Raises `NotGGUF` for what llama.cpp would end the process for.
+    Where f2gguf made it, and it is as it was, only another pooling than its own can. Raises `NotGGUF` for what
+    llama.cpp would end the process for.
     """
+    other: tuple[str, ...] = ()
+    if header.pooling not in (None, pooling):
+        words = f"its header says {header.pooling} pooling. With {pooling}, as you asked for, its vectors are others"
+        other = (f"{header.path}: {words}. Leave --pooling out, unless the header is wrong.",)
     if is_sealed(header) and KEY_MENDED not in header.values:
-        return ()
+        return other
     found = examine(header, pooling)
     if errors := [finding for finding in found if finding.severity == "error"]:
         raise NotGGUF(f"{header.path}: {errors[0]}")
-    return tuple(f"{header.path}: {finding}" for finding in found if finding.severity == "warning")
+    return other + tuple(f"{header.path}: {finding}" for finding in found if finding.severity == "warning")
 
 
 def is_sound(findings: list[Finding]) -> bool:

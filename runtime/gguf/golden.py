@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,16 @@ class Golden:
     def is_compared(self) -> NDArray[np.bool_]:
         """Which texts have a reference vector, (n_texts,)."""
         return np.asarray(self.vectors.any(axis=1))
+
+    def part(self, which: Sequence[int]) -> Golden:
+        """The probes `which`, by their indices."""
+        return Golden(
+            texts=tuple(self.texts[i] for i in which),
+            prompts=tuple(self.prompts[i] for i in which),
+            ids=tuple(self.ids[i] for i in which),
+            vectors=self.vectors[[*which]],
+            cosines=self.cosines[[*which]],
+        )
 
     def cosines_of(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         """Cosines of L2-normalised `vectors` (n_texts, n_embd) with the reference, NaN for a NaN row, (n_texts,)."""

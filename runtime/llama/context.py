@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,9 @@ GPU_TOKENS = 2048
 # On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
 # file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
 MIN_FLASH = 64
-TAPPED = "result_norm"  # llama.cpp's name for the final norm's output
+# What llama.cpp calls the outputs of attention, and of the two halves of the feed-forward network: about equal parts of
+# a layer, behind each of which a pass can pause.
+PAUSES = ("ffn_inp-", "ffn_up-", "ffn_out-")
 _HELD = 0  # the sequence that holds the shared prefix
 
 libggml.ggml_get_name.argtypes = [ctypes.c_void_p]
@@ -61,13 +63,28 @@ class Watch(Protocol):
         """Called with a tensor that `wants` asked for, once it and its operands are computed."""
 
 
-class Context:
-    """KV cache and compute buffers for one batch of texts of up to `n_ctx` tokens; a cache in F32 if `f32`."""
+Pause = Callable[[], None]  # called between the parts of a pass; must keep its errors as well
 
+
+class Context:
+    """KV cache and compute buffers for one batch of texts of up to `n_ctx` tokens; a cache in F32 if `f32`.
+
+    `pauses`: whether `embed` can be given a `pause`.
+    """
+
+    tapped: str | None = None  # name of the tensor that vectors are taken from; None for llama.cpp's own pooling
     cpu_tokens = 512  # short texts are packed up to this; 256 took 1.09 of the time for all-MiniLM-L6-v2
 
     def __init__(
-        self, model: Model, settings: ComputeSettings, *, n_ctx: int, flash: bool, f32: bool, watch: Watch | None = None
+        self,
+        model: Model,
+        settings: ComputeSettings,
+        *,
+        n_ctx: int,
+        flash: bool,
+        f32: bool,
+        pauses: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         params = llama_cpp.llama_context_default_params()
         # llama.cpp pools each pass by itself, so that a text must fit one
@@ -84,7 +101,10 @@ class Context:
         )
         params.n_threads = params.n_threads_batch = settings.n_threads
         self._n_pass = GPU_TOKENS if model.offloaded else N_UBATCH
-        self._prepare(params, watch)
+        self._tap = _Tap(self.tapped, watch)
+        if self.tapped or watch or pauses:
+            params.cb_eval = self._tap.callback
+        self._prepare(params)
         with captured_errors() as errors:
             pointer = llama_cpp.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -103,11 +123,13 @@ class Context:
         """Tokens up to which short texts of this model are packed into one batch."""
         return GPU_TOKENS if model.offloaded else cls.cpu_tokens
 
-    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0, pause: Pause | None = None) -> NDArray[np.float32]:
         """Pooled raw vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32.
 
-        The `n_shared` leading ids are the same in all texts. Only the last-token path uses that.
+        The `n_shared` leading ids are the same in all texts. Only the last-token path uses that. `pause` is called a
+        few times in each layer. Another context may be used there, this one must not.
         """
+        self._tap.pauses[:] = filter(None, [pause])
         if self._memory:
             llama_cpp.llama_memory_clear(self._memory, False)
         self._decode(texts, outputs="all")
@@ -117,11 +139,8 @@ class Context:
     def close(self) -> None:
         self._free()
 
-    def _prepare(self, params: Any, watch: Watch | None) -> None:
+    def _prepare(self, params: Any) -> None:
         """Set the parameters that depend on how vectors are taken."""
-        if watch:
-            self._tap = _Tap(None, watch)
-            params.cb_eval = self._tap.callback
 
     def _decode(self, texts: Sequence[Ids], *, outputs: str, first_position: int = 0, first_sequence: int = 0) -> None:
         batch = _batch(texts, outputs, first_position, first_sequence)
@@ -137,24 +156,24 @@ class LastTokenContext(Context):
     """Last-token pooling from the final norm's rows of the last tokens, without the LM head.
 
     llama.cpp's own pooling makes every token an output and runs the LM head on each: half of the work of an 80M model.
-    Here only last tokens are outputs, and the graph is stopped once the rows of its `result_norm` were taken. Leading
+    Here only last tokens are outputs, and the graph is stopped once the rows of `tapped` were taken. Leading
     ids that all texts of a batch share are computed once and stay for the next batch.
     """
 
+    tapped = "result_norm"  # llama.cpp's name for the final norm's output
     cpu_tokens = 256  # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
 
-    def _prepare(self, params: Any, watch: Watch | None) -> None:
-        self._tap = _Tap(TAPPED, watch)
+    def _prepare(self, params: Any) -> None:
         self._held = np.empty(0, dtype=np.int32)  # ids whose keys and values the sequence _HELD keeps
         self._flash = params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_batch = params.n_ubatch = min(params.n_ctx, self._n_pass)
         params.embeddings = False
         params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
         params.n_outputs_max = N_SEQ_MAX
-        params.cb_eval = self._tap.callback
 
-    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0) -> NDArray[np.float32]:
-        """See `Context.embed`. Raises `TensorMissing` where the model's graph has no tensor TAPPED."""
+    def embed(self, texts: Sequence[Ids], *, n_shared: int = 0, pause: Pause | None = None) -> NDArray[np.float32]:
+        """See `Context.embed`. Raises `TensorMissing` where the model's graph has no tensor `tapped`."""
+        self._tap.pauses[:] = filter(None, [pause])
         own = [ids[n_shared:] for ids in texts]
         llama_cpp.llama_memory_seq_keep(self._memory, _HELD)
         if len(self._held) + sum(map(len, own)) > self.n_ctx:
@@ -167,7 +186,7 @@ class LastTokenContext(Context):
         self._decode_passes(own, outputs="last", first_position=n_shared, first_sequence=1)
         values = np.concatenate([np.empty(0, np.float32), *self._tap.rows])
         if len(values) != len(texts) * self.n_embd:
-            raise TensorMissing(f"{len(values) // self.n_embd} rows of {TAPPED} for {len(texts)} texts")
+            raise TensorMissing(f"{len(values) // self.n_embd} rows of {self.tapped} for {len(texts)} texts")
         return values.reshape(-1, self.n_embd)
 
     def _decode_passes(self, texts: Sequence[Ids], *, outputs: str, first_position: int, first_sequence: int) -> None:
@@ -200,22 +219,29 @@ class TensorMissing(Exception):
 
 
 class _Tap:
-    """Takes the rows of one named tensor while the graph runs, and stops the graph there; shows others to `watch`."""
+    """Takes the rows of one named tensor while the graph runs, and stops the graph there; shows others to `watch`.
+
+    Where there is one of `pauses`, it is called behind each part of the graph that PAUSES names.
+    """
 
     def __init__(self, name: str | None, watch: Watch | None) -> None:
         self.rows: list[NDArray[np.float32]] = []
-        rows = self.rows  # the callback must not keep its own owner alive
+        self.pauses: list[Pause] = []  # at most one
+        rows, pauses = self.rows, self.pauses  # the callback must not keep its own owner alive
 
         @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
         def callback(tensor: int, ask: bool, _user_data: int) -> bool:
-            is_named = tensor_name(tensor) == name
+            this = tensor_name(tensor)
             if ask:
-                return bool(is_named or (watch and watch.wants(tensor)))
-            if watch and not is_named:
+                return bool(this == name or (watch and watch.wants(tensor)) or (pauses and this.startswith(PAUSES)))
+            if this == name:
+                rows.append(read_rows(tensor))
+                return False
+            if watch:
                 watch.take(tensor)
-                return True
-            rows.append(read_rows(tensor))
-            return False
+            for pause in pauses:
+                pause()
+            return True
 
         self.callback = callback
 

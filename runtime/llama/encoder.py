@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.context import ComputeSettings, Watch
+from f2gguf.runtime.llama.context import ComputeSettings, Pause, Watch
 from f2gguf.runtime.llama.engine import Engine, Rows
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
 from f2gguf.runtime.llama.tokenizer import Tokenizer, own_tokenizer
@@ -94,12 +94,18 @@ class Encoder:
         return [(i, model.piece(i).decode(errors="replace"), model.is_special(i)) for i in ids.tolist()]
 
     def compute(
-        self, texts: Sequence[Ids], prompt: Ids | None = None, *, on_progress: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[Ids],
+        prompt: Ids | None = None,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+        pause: Pause | None = None,
     ) -> Rows:
         """Raw vectors of token ids, (n_texts, n_embd), NaN rows for texts that have no finite one.
 
         Equal texts are computed once, and so are the ids that all begin with: of their `prompt`, where they have one.
-        `on_progress` is told how many texts a batch has finished.
+        `on_progress` is told how many texts a batch has finished. `pause` is called a few times in each layer, in the
+        thread that computes; it must raise nothing, and may compute other texts, without a `pause`.
         """
         different, index = unique(texts)
         counts = np.bincount(index, minlength=len(different))
@@ -107,6 +113,7 @@ class Encoder:
             different,
             n_shared=shared_length(different if prompt is None else [*different, prompt]),
             on_batch=lambda batch: on_progress(int(counts[batch].sum())) if on_progress else None,
+            pause=pause,
         )[index]
 
     def finish(self, rows: Rows, *, width: int, normalize: bool | None = None) -> Rows:

@@ -15,6 +15,7 @@ from f2gguf.runtime.llama.context import (
     ComputeSettings,
     Context,
     LastTokenContext,
+    Pause,
     TensorMissing,
     Watch,
 )
@@ -47,7 +48,8 @@ class Engine:
         self._context_type = LastTokenContext if header.takes_last_tokens(settings.pooling) else Context
         self.model = self._load(settings.device)
         self._needs_f32 = False  # an F16 KV cache, and flash attention, were too small for a text
-        self._contexts: dict[bool, Context] = {}  # with flash attention or without -> the context
+        # (with flash attention or without, with pauses or without) -> the context
+        self._contexts: dict[tuple[bool, bool], Context] = {}
         self._past_seconds = 0.0
         self._worker = Worker()
         if self.model.offloaded:
@@ -67,18 +69,36 @@ class Engine:
         """Time spent inside llama.cpp's llama_decode so far."""
         return self._past_seconds + sum(context.compute_seconds for context in list(self._contexts.values()))
 
-    def embed(self, texts: Sequence[Ids], *, n_shared: int, on_batch: Callable[[list[int]], None]) -> Rows:
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens up to which short texts are packed into one batch."""
+        return self._context_type.batch_tokens(self.model)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether leading ids that all texts of a batch share are computed once."""
+        return not (self.settings.deterministic or self._watch or self._context_type is Context)
+
+    def embed(
+        self,
+        texts: Sequence[Ids],
+        *,
+        n_shared: int,
+        on_batch: Callable[[list[int]], None],
+        pause: Pause | None = None,
+    ) -> Rows:
         """Raw vectors, (n_texts, n_embd) float32; NaN rows for texts that have no finite vector.
 
-        `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished.
+        `n_shared` leading ids are the same in all texts. `on_batch` is told which texts a batch has finished. `pause`
+        is called a few times in each layer. It may embed other texts, without a `pause`.
         """
-        if self.settings.deterministic or self._watch or self._context_type is Context:
+        if not self.shares_prefixes:
             n_shared = 0  # a watch sees every text whole
         vectors = np.empty((len(texts), self.header.n_embd), dtype=np.float32)
         lengths = [len(ids) - n_shared for ids in texts]
         n_texts = 1 if self.settings.deterministic else MAX_TEXTS
-        for batch in pack(lengths, n_tokens=self._context_type.batch_tokens(self.model), n_texts=n_texts):
-            vectors[batch] = self._worker(partial(self._embed, [texts[i] for i in batch], n_shared))
+        for batch in pack(lengths, n_tokens=self.batch_tokens, n_texts=n_texts):
+            vectors[batch] = self._worker(partial(self._embed, [texts[i] for i in batch], n_shared, pause))
             on_batch(batch)
         return vectors
 
@@ -88,7 +108,7 @@ class Engine:
 
     def close(self, *, wait: bool = True) -> None:
         """Free the context behind every call that came before; the model goes with its last user."""
-        self._worker.close(self._drop_contexts, wait=wait)
+        self._worker.close(self._drop_all, wait=wait)
 
     def _load(self, device: str) -> Model:
         overrides = load_overrides(self.header)
@@ -100,41 +120,44 @@ class Engine:
             repacked=repacked(self.header),
         )
 
-    def _embed(self, texts: Sequence[Ids], n_shared: int) -> Rows:
+    def _embed(self, texts: Sequence[Ids], n_shared: int, pause: Pause | None) -> Rows:
         """Vectors of one batch. Texts without a finite vector are tried again in halves, at last each by itself."""
-        rows = self._run(texts, n_shared)
+        rows = self._run(texts, n_shared, pause)
         bad = unusable(rows)
         if not bad:
             return rows
-        self._drop_contexts()  # their memory holds the NaN, and 0 * NaN is NaN for the next batch
+        self._drop_contexts(pause)  # their memory holds the NaN, and 0 * NaN is NaN for the next batch
         if len(texts) == 1:
             return self._retry(texts[0])
         for half in filter(len, np.array_split(bad, 2)):
-            rows[half] = self._embed([texts[i] for i in half], 0)
+            rows[half] = self._embed([texts[i] for i in half], 0, pause)
         return rows
 
-    def _run(self, texts: Sequence[Ids], n_shared: int) -> Rows:
+    def _run(self, texts: Sequence[Ids], n_shared: int, pause: Pause | None) -> Rows:
         if self._context_type is Context:
             n_shared = 0  # also of batches that were packed before stock pooling took over
         try:
-            return self._context_for(texts, n_shared).embed(texts, n_shared=n_shared)
+            return self._context_for(texts, n_shared, pause).embed(texts, n_shared=n_shared, pause=pause)
         except TensorMissing as missing:
             log.warning("%s: %s; llama.cpp's own pooling is used, which is slower", self.header.path, missing)
             self._context_type = Context
-            self._drop_contexts()
-            return self._run(texts, 0)
+            self._drop_contexts(pause)
+            return self._run(texts, 0, pause)
         except BaseException:
-            self._drop_contexts()
+            self._drop_contexts(pause)
             raise
 
-    def _context_for(self, texts: Sequence[Ids], n_shared: int) -> Context:
+    def _context_for(self, texts: Sequence[Ids], n_shared: int, pause: Pause | None) -> Context:
         n_tokens = sum(len(ids) - n_shared for ids in texts)
         flash = (n_tokens >= MIN_FLASH or bool(self.model.offloaded)) and not self._needs_f32
-        context = self._contexts.get(flash)
+        key = (flash, pause is not None)
+        context = self._contexts.get(key)
         if context is None or context.n_ctx < n_shared + n_tokens:
-            self._drop_contexts([flash])
-            context = self._new_context(self.model, n_shared + n_tokens, flash=flash, f32=self._needs_f32)
-            self._contexts[flash] = context
+            self._drop(key)
+            context = self._new_context(
+                self.model, n_shared + n_tokens, flash=flash, f32=self._needs_f32, pauses=pause is not None
+            )
+            self._contexts[key] = context
         return context
 
     def _retry(self, ids: Ids) -> Rows:
@@ -152,11 +175,22 @@ class Engine:
                 return row
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
 
-    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool) -> Context:
+    def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool, pauses: bool = False) -> Context:
         n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
-        return self._context_type(model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, watch=self._watch)
+        return self._context_type(
+            model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, pauses=pauses, watch=self._watch
+        )
 
-    def _drop_contexts(self, which: Sequence[bool] = (True, False)) -> None:
-        for context in filter(None, (self._contexts.pop(flash, None) for flash in which)):
+    def _drop_contexts(self, pause: Pause | None) -> None:
+        """Free those of texts with a `pause`, or those of texts without: the others may be half way through a batch."""
+        for flash in (True, False):
+            self._drop((flash, pause is not None))
+
+    def _drop_all(self) -> None:
+        for key in list(self._contexts):
+            self._drop(key)
+
+    def _drop(self, key: tuple[bool, bool]) -> None:
+        if context := self._contexts.pop(key, None):
             self._past_seconds += context.compute_seconds
             context.close()

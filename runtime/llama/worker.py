@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +27,18 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp", initializer=self._start)
+        self._thread: int | None = None
         self._process: int | None = None  # that the calls are bound to
 
     def __call__(self, work: Callable[[], Result]) -> Result:
-        """Run `work` and give its result, or raise what it raised. Raises `Closed` after `close`, or `Forked`."""
+        """Run `work` and give its result, or raise what it raised. Raises `Closed` after `close`, or `Forked`.
+
+        A call out of another call, which a callback of llama.cpp makes, is run at once.
+        """
         self.bind()
+        if threading.get_ident() == self._thread:
+            return work()
         try:
             future = self._executor.submit(work)
         except RuntimeError as error:
@@ -50,6 +57,9 @@ class Worker:
                 "this Embedder was used before this process was forked, and the fork has none of its threads. Open the "
                 "file again here, or start processes by multiprocessing.get_context('spawn'): they open what they get."
             )
+
+    def _start(self) -> None:
+        self._thread = threading.get_ident()
 
     @property
     def _is_elsewhere(self) -> bool:

@@ -84,6 +84,7 @@ STATUSES = {
     "no_finite_vector": 422,
     "rate_limit_exceeded": 429,
     "shutting_down": 503,
+    "selftest_failed": 503,
     "internal_error": 500,
 }
 

@@ -175,9 +175,11 @@ def serve(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float = 60.
 def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain) -> None:
     @app.get("/health", tags=["operations"], response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """200 once the models are loaded and tested; 503 while the server is shutting down."""
-        status, code = ("draining", 503) if drain.has_begun else ("ok", 200)
+        """200 once models are loaded; 503 if the selftest of one failed, or while the server is shutting down."""
         tested = {name: model.selftest for name, model in models.items()}
+        status, code = ("failed", 503) if "failed" in tested.values() else ("ok", 200)
+        if drain.has_begun:
+            status, code = "draining", 503
         return json_response({"status": status, "models": tested}, status=code)
 
     @app.get("/metrics", tags=["operations"], response_class=Response)

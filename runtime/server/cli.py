@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
@@ -102,6 +103,7 @@ def serve(
     if missing:
         raise ExtraMissing(f"serve: not installed: {', '.join(missing)}. Run: pip install 'f2gguf[serve]'")
     from f2gguf.runtime.server import app as server
+    from f2gguf.runtime.server.batching import Schedule
     from f2gguf.runtime.server.metrics import Metrics, log_as_json
     from f2gguf.runtime.server.models import Limits, open_model
 
@@ -109,9 +111,11 @@ def serve(
     limits, metrics = Limits(api_keys=keys, host_names=_host_names(host, allowed_hosts), **stated), Metrics()
     log_as_json()
     with server.bound(host, port) as listener:
-        served = [open_model(file, name, limits, metrics, selftest=selftest, **options) for name, file in files.items()]
+        opening = {"schedule": Schedule(), "selftest": selftest, **options}
+        served = [open_model(file, name, limits, metrics, **opening) for name, file in files.items()]
         for model in served:
             say(f"{model.name}: {model.embedder.description}; selftest: {model.selftest}")
+            threading.Thread(target=model.finish_selftest, name="selftest", daemon=True).start()
         say(f"http://{host}:{listener.getsockname()[1]}")
         server.serve(server.create_app(served, limits, metrics), listener, drain_timeout_s=drain_timeout_s)
         for model in served:

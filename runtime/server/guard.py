@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from f2gguf.runtime.server.answers import Refused
+from f2gguf.runtime.server.batching import CLIENT
 from f2gguf.runtime.server.metrics import Metrics
 from f2gguf.runtime.server.models import Limits
 from starlette.datastructures import Headers, MutableHeaders
@@ -106,6 +107,7 @@ class Guard:
         facts: dict[str, Any] = {"request_id": uuid.uuid4().hex, "method": scope["method"]}
         scope.setdefault("state", {})["facts"] = facts
         answer = _Answer(send, facts["request_id"], self.drain, self.headers)
+        CLIENT.set(self._client(scope))
         self.drain.n_in_flight += 1
         self.metrics.in_flight.inc()
         try:
@@ -162,10 +164,15 @@ class Guard:
             words = f"{self.limits.max_requests} requests are in flight."
             raise Refused("rate_limit_exceeded", words, headers={"Retry-After": "1"})
 
+    def _client(self, scope: Scope) -> str:
+        """Who takes turns with others: who has a key, or an address. It is never logged."""
+        if self._keys:
+            return _key(Headers(scope=scope))
+        return str((scope.get("client") or [""])[0])
+
     def _knows_key(self, headers: Mapping[str, str]) -> bool:
         """Whether the request has one of the keys, in a time that tells nothing about them."""
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        digest = _digest(token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        digest = _digest(_key(headers))
         equal = [hmac.compare_digest(key, digest) for key in self._keys]  # no early end, whose time could tell a key
         return any(equal)
 
@@ -279,6 +286,11 @@ def _unzipped(body: bytes, limit: int) -> bytes:
     if not reader.eof or reader.unused_data:
         raise Refused("invalid_value", "the body is no whole gzip stream, or more than one.")
     return plain
+
+
+def _key(headers: Mapping[str, str]) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def _digest(key: str) -> bytes:

@@ -25,7 +25,7 @@ _OF_MODEL: dict[str, tuple[type[MetricWrapperBase], str, dict[str, Any]]] = {
     "queue_tokens": (Gauge, "Tokens that wait.", {}),
     "tokenize_seconds": (Histogram, "A request's texts become ids.", {"buckets": _SECONDS}),
     "queue_seconds": (Histogram, "A request waits for its first text's turn.", {"buckets": _SECONDS}),
-    "compute_seconds": (Histogram, "One step of the model.", {"buckets": _SECONDS}),
+    "compute_seconds": (Histogram, "One step of the model, with the short ones in its pauses.", {"buckets": _SECONDS}),
     "batch_fill": (Histogram, "Tokens of a step, as a share of its budget.", {"buckets": _SHARES}),
 }
 

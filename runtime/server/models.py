@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
 from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.encoder import Input, Tokens
-from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.engine import Rows, unusable
+from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.selftest import SelftestInParts
 from f2gguf.runtime.server.answers import Answer, Job, Refused
-from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull
+from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull, Schedule
 from f2gguf.runtime.server.metrics import Metrics
 
 # What checkpoints call the prompts of the two kinds of texts, the usual name first. Every model knows both kinds; where
@@ -34,6 +37,7 @@ _SEND_TEXTS = (
     "Send texts. LangChain sends tiktoken's ids by default: pass check_embedding_ctx_length=False to OpenAIEmbeddings."
 )
 log = logging.getLogger("f2gguf.serve")
+_BEGIN_S = 1.5  # of a selftest before the first request is answered
 _INLINE_CHARS = 1000  # tokenising fewer takes less time than handing them to a thread
 
 
@@ -53,35 +57,67 @@ class Limits:
     max_requests: int = 512  # in flight
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
-    # 32 queries of a dozen tokens and their shared prompt take one step; a newcomer waits for one step at most
-    step_tokens: int = 1024
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """An open file and its queue. Tests of failures pass a `compute` of their own."""
+    """An open file and its way into the schedule. Tests of failures pass a `compute` of their own."""
 
     name: str
     embedder: Embedder
     limits: Limits
     all_metrics: InitVar[Metrics]
+    schedule: InitVar[Schedule]  # of all models of the server
     _: KW_ONLY
-    selftest: str = "not run"
+    sha256: str = ""  # of the file
+    selftest: str = "not run"  # the state that clients are told
+    test: SelftestInParts | None = None
     compute: InitVar[Compute | None] = None
 
-    def __post_init__(self, all_metrics: Metrics, compute: Compute | None) -> None:
+    def __post_init__(self, all_metrics: Metrics, schedule: Schedule, compute: Compute | None) -> None:
         self.encoder = self.embedder.encoder
         self.header = self.embedder.header
         path = self.header.path
         self.warnings = [line.replace(str(path), path.name) for line in self.embedder.file_warnings]
-        self.sha256 = sha256_file(path)  # at the start: a large file takes a while
+        self.sha256 = self.sha256 or sha256_file(path)
+        self._fault = ""  # what the selftest found
         self.metrics = all_metrics.of(self.name)
+        engine = self.encoder.engine
         self.batcher = Batcher(
             compute or self.encoder.compute,
-            step_tokens=self.limits.step_tokens,
+            schedule,
+            batch_tokens=engine.batch_tokens,
+            shares_prompts=engine.shares_prefixes,
+            can_pause=not engine.model.offloaded,
             max_waiting_tokens=self.limits.max_waiting_tokens,
             metrics=self.metrics,
         )
+
+    def finish_selftest(self) -> None:
+        """Compare the probes that had no time before the first request. If it fails, the model answers no more."""
+        if self.test is None or not self.test.n_left:
+            return
+        try:
+            self.test.finish(self._probe_rows)
+        except Exception as error:  # whatever it is, the model was not tested
+            log.error("selftest failed", exc_info=error)
+            self._fault = "its selftest failed after the first requests: do not use vectors that it gave before. "
+            self._fault += "The server's log says what is wrong."
+            self.selftest = "failed"
+            return
+        self.selftest = "passed"
+        log.info("%s: selftest passed", self.name)
+
+    def _probe_rows(self, texts: list[Ids]) -> Rows:
+        while True:
+            try:
+                return self.batcher.submit(texts, None, client="selftest").done.result()
+            except QueueFull as full:
+                time.sleep(full.retry_after_s)
+
+    def _require_sound(self) -> None:
+        if self._fault:
+            raise Refused("selftest_failed", f"{self.name}: {self._fault}", param="model")
 
     def fingerprint(self, prompt: str | None = None, dimensions: int | None = None) -> str:
         """'SPACE' or 'SPACE.PROMPT', 16 and 8 hexadecimal digits.
@@ -101,6 +137,7 @@ class ServedModel:
 
     async def embed(self, job: Job, facts: dict[str, Any]) -> Answer:
         """Vectors of a job. Raises `Refused`. Puts into `facts` what the log may hold of it."""
+        self._require_sound()
         begin = time.perf_counter()
         facts |= {"model": self.name, "n_texts": len(job.inputs)}
         prompt, width = self._prompt_for(job), self._width(job.dimensions)
@@ -115,6 +152,7 @@ class ServedModel:
         except QueueFull as full:
             wait = {"Retry-After": str(full.retry_after_s)}
             raise Refused("rate_limit_exceeded", f"{self.name}: {full}.", headers=wait) from full
+        self._require_sound()
         rows = self.encoder.finish(rows, width=width, normalize=job.normalize)
         if bad := unusable(rows):
             self.metrics["quarantined_texts"].inc(len(bad))
@@ -202,20 +240,34 @@ Models = Mapping[str, ServedModel]  # by name; a request that names none means t
 
 
 def open_model(
-    model: str | Path, name: str, limits: Limits, metrics: Metrics, *, selftest: bool = False, **options: Any
+    model: str | Path,
+    name: str,
+    limits: Limits,
+    metrics: Metrics,
+    schedule: Schedule,
+    *,
+    selftest: bool = False,
+    **options: Any,
 ) -> ServedModel:
-    """Load a file, and run its selftest where it has golden vectors; `selftest` refuses a file without them.
+    """Load a file, and begin its selftest where it has golden vectors; `selftest` refuses a file without them.
 
-    `options` are those of `Embedder`, which raises the errors.
+    `options` are those of `Embedder`. It raises the errors, and `SelftestMissing` and `SelftestFailed`.
     """
     header = open_header(model)
-    tested = selftest or has_golden(header)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FileWarning)  # they go to the log
-        embedder = Embedder(header.path, selftest=tested, **options)
-    for line in embedder.file_warnings:
-        log.warning("%s", line)
-    return ServedModel(name, embedder, limits, metrics, selftest="passed" if tested else "file has no golden vectors")
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+        sha256 = pool.submit(sha256_file, header.path)  # a large file takes a while
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FileWarning)  # they go to the log
+            embedder = Embedder(header.path, **options)
+        for line in embedder.file_warnings:
+            log.warning("%s", line)
+        test, state = None, "file has no golden vectors"
+        if selftest or has_golden(header):
+            test = SelftestInParts(embedder.encoder)
+            test.begin(_BEGIN_S)
+            n_passed = test.n_texts - test.n_left
+            state = f"{n_passed} of {test.n_texts} texts passed, the others run" if test.n_left else "passed"
+        return ServedModel(name, embedder, limits, metrics, schedule, sha256=sha256.result(), selftest=state, test=test)
 
 
 def stated_name(models: Models, name: str | None) -> str:

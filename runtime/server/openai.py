@@ -79,7 +79,7 @@ class Model(BaseModel):
     drift: StatedDrift | None = Field(description="Null where the file states none.")
     max_tokens: int = Field(description="Longest text, its prompt and special tokens included.")
     device: str
-    selftest: str = Field(description="'passed', or why it was not run.")
+    selftest: str = Field(description="'passed', 'failed', how many texts passed so far, or why it was not run.")
     warnings: list[str] = Field(
         description="What may make the vectors of somebody else's file wrong, and what mends it."
     )

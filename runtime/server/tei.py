@@ -186,7 +186,7 @@ def _info(model: ServedModel) -> dict[str, Any]:
         "model_type": {"embedding": {"pooling": model.embedder.pooling}},
         "max_concurrent_requests": limits.max_requests,
         "max_input_length": model.embedder.max_seq_length,
-        "max_batch_tokens": limits.step_tokens,
+        "max_batch_tokens": model.batcher.batch_tokens,
         "max_client_batch_size": limits.max_texts,
         "auto_truncate": limits.truncate,
         "tokenization_workers": 1,
