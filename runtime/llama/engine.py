@@ -82,6 +82,10 @@ class Engine:
             on_batch(batch)
         return vectors
 
+    def renew(self) -> None:
+        """Forget what earlier texts left behind, so that the next vectors are those that a new process gives."""
+        self._worker(self._forget)
+
     def require_here(self) -> None:
         """Raise `Forked` in a fork of the process that has computed."""
         self._worker.require_here()
@@ -155,6 +159,10 @@ class Engine:
     def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool) -> Context:
         n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
         return self._context_type(model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, watch=self._watch)
+
+    def _forget(self) -> None:
+        self._drop_contexts()
+        self._needs_f32 = False
 
     def _drop_contexts(self, which: Sequence[bool] = (True, False)) -> None:
         for context in filter(None, (self._contexts.pop(flash, None) for flash in which)):
