@@ -1,4 +1,4 @@
-"""The command `f2gguf`: embed, search, pull, list, inspect, selftest."""
+"""The command `f2gguf`: embed, pull, list, inspect, selftest."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _embed_corpus(
 ) -> None:
     from f2gguf.runtime.corpus.job import embed_corpus
 
-    with _open(model, **opening) as embedder:
+    with open_embedder(model, **opening) as embedder:
         prompts = prompts or {"prompt": embedder.header.document_prompt}
         totals = embed_corpus(inputs, folder, embedder, **prompts, **vectors, **options)
     say(f"{totals.n_texts:,} vectors of {totals.n_tokens:,} tokens in {totals.n_shards:,} shards")
@@ -197,7 +197,7 @@ def _embed_file(
     from f2gguf.runtime.tables.vectors import WRITERS, json_rows
 
     failure = None
-    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
+    with open_embedder(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
         prompts = prompts or {"prompt": embedder.header.document_prompt}
         try:
             embeddings = embedder.embed(rows.texts, **prompts, **vectors, on_progress=advance)
@@ -207,50 +207,6 @@ def _embed_file(
         click.echo(line)
     if failure:
         raise failure
-
-
-@f2gguf.command()
-@click.argument("query")
-@MODEL
-@click.option("--docs", required=True, metavar="FILE", help=f"{INPUT_FILE} of documents.")
-@COLUMN
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
-@DIMS
-@MAX_TOKENS
-@POOLING
-@ADD_EOS
-@DEVICE
-@GPU_LAYERS
-@THREADS
-@JSON
-def search(
-    query: str,
-    model: str | None,
-    docs: str,
-    column: str | None,
-    top: int,
-    dims: int | None,
-    as_json: bool,
-    **opening: Any,
-) -> None:
-    """Rank the documents of --docs by their similarity to QUERY."""
-    from f2gguf.runtime.tables.texts import read_texts
-
-    rows = read_texts(docs, column=column)
-    if not rows.texts:
-        raise WrongUsage(f"{docs}: holds no documents (--docs).")
-    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
-        documents = embedder.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
-        scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
-    for rank, i in enumerate((-scores).argsort(kind="stable")[:top], start=1):
-        if as_json:
-            hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
-            click.echo(json.dumps(hit, ensure_ascii=False))
-            continue
-        line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
-        shown = line if len(line) <= 100 else line[:97] + "..."
-        row_id = "-" if rows.ids[i] is None else rows.ids[i]
-        click.echo(f"{rank:>3}  {scores[i]:.3f}  {row_id}  {shown}")
 
 
 @f2gguf.command()
@@ -389,7 +345,7 @@ def selftest(model: str, as_json: bool, **opening: Any) -> None:
     Says what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors of this device. The exit
     code is then 1.
     """
-    with _open(model, **opening) as embedder:
+    with open_embedder(model, **opening) as embedder:
         outcome = embedder.selftest()
     click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else "\n".join(outcome.lines()))
     outcome.require_sound()
@@ -418,7 +374,8 @@ def _texts(arguments: tuple[str, ...], input_path: str | None, column: str | Non
     return rows
 
 
-def _open(model: str | None, **options: Any) -> Any:
+def open_embedder(model: str | None, **options: Any) -> Any:
+    """The model that -m names. Says on a terminal how it computes."""
     from f2gguf.runtime.embedder import Embedder
 
     embedder = Embedder(require_model(model), **options)

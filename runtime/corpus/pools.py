@@ -93,7 +93,7 @@ def ray_cluster(address: str, options: Options, size_bytes: int) -> Iterator[Poo
     shared = ray.put(options)
 
     def n_slots() -> int:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources: dict[str, float] = ray.cluster_resources()
         return max(1, int(resources.get("CPU", 1)) // n_threads)
 
     try:
