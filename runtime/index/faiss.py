@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ class Faiss:
     @classmethod
     def build(cls, store: Store, keys: Keys) -> Faiss:
         """An empty index of the type that suits so many vectors, trained where it must be."""
-        import faiss
-
+        faiss = _faiss()
         width, metric = store.facts["width"], faiss.METRIC_INNER_PRODUCT
         type_ = cls.type_for(len(keys))
         if type_ == "flat":
@@ -43,8 +43,7 @@ class Faiss:
     @classmethod
     def load(cls, path: Path, *, to_add: bool = False) -> Faiss:
         """The lists of IVF are mapped into memory, unless it is `to_add`."""
-        import faiss
-
+        faiss = _faiss()
         try:
             return cls(faiss.read_index(str(path), 0 if to_add else faiss.IO_FLAG_MMAP))
         except RuntimeError as error:
@@ -57,13 +56,8 @@ class Faiss:
     @property
     def type(self) -> str:
         inner = getattr(self._index, "index", self._index)
-        return {"IndexHNSWFlat": "HNSW", "IndexIVFFlat": "IVF"}.get(self._downcast(inner), "flat")
-
-    @staticmethod
-    def _downcast(index: Any) -> str:
-        import faiss
-
-        return type(faiss.downcast_index(index)).__name__
+        name = type(_faiss().downcast_index(inner)).__name__
+        return {"IndexHNSWFlat": "HNSW", "IndexIVFFlat": "IVF"}.get(name, "flat")
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -75,8 +69,7 @@ class Faiss:
         """Searches leave them out."""
 
     def search(self, queries: Rows, top: int, without: Keys) -> tuple[Rows, Keys]:
-        import faiss
-
+        faiss = _faiss()
         chosen = faiss.IDSelectorNot(faiss.IDSelectorBatch(without)) if len(without) else None
         options: dict[str, Any] = {
             "flat": faiss.SearchParameters,
@@ -87,6 +80,9 @@ class Faiss:
         return np.where(keys < 0, -np.inf, scores), keys
 
     def save(self, path: Path) -> None:
-        import faiss
-
+        faiss = _faiss()
         faiss.write_index(self._index, str(path))
+
+
+def _faiss() -> Any:
+    return import_module("faiss")  # its type hints lack what is used here
