@@ -183,7 +183,7 @@ def _embed_corpus(
         say(f"{totals.n_rejects:,} rows have no vector: {folder}/_rejects-*.jsonl says which, and why")
     click.echo(str(folder))
     if totals.broken:
-        raise InputError(f"{', '.join(totals.broken)}: could not be read to the end. All rows before it have vectors.")
+        raise InputError(f"{', '.join(totals.broken)}: could not be read to the end. What was read has vectors.")
 
 
 def _embed_file(
