@@ -72,9 +72,7 @@ def f2gguf() -> None:
     "--processes",
     "n_processes",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Compute shards in as many processes, which share the threads.",
+    help="Compute shards in as many processes, which share the threads [default: one a thread for small models].",
 )
 @click.option(
     "--ray",

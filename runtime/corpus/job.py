@@ -15,7 +15,7 @@ from typing import Any
 from f2gguf.runtime.console import Advance, progress
 from f2gguf.runtime.corpus.cut import Shard, cut
 from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, stat_inputs
-from f2gguf.runtime.corpus.pools import Pool, own_process, processes, ray_cluster
+from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster
 from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
 from f2gguf.runtime.embedder import Embedder, require_precision
@@ -88,16 +88,17 @@ def embed_corpus(
     column: str | None = None,
     keep_text: bool = False,
     shard_rows: int | None = None,
-    n_processes: int = 1,
+    n_processes: int | None = 1,
     ray: str | None = None,
     force: bool = False,
 ) -> Totals:
     """Embed the rows of files, globs and folders into Parquet shards in `folder`, beside a manifest.
 
     Prompt, width and precision are those of `Embedder.embed`. Rows that cannot be embedded are written to files of
-    rejects. `model` is closed where other processes compute: `n_processes` of this machine, or those of a Ray cluster.
-    Raises `OutputError` for a folder of another job, and `InputError` for a file that cannot be read
-    at all. Of a file that is damaged from some row on, the rest is one reject, and `broken` of the totals names it.
+    rejects. `model` is closed where other processes compute: `n_processes` of this machine, of which None starts
+    several where they are quicker, or those of a Ray cluster. Of a file that is damaged from some row on, the rest is
+    one reject, and `broken` of the totals names it. Raises `OutputError` for a folder of another job, and `InputError`
+    for a file that cannot be read at all.
     """
     require_pyarrow(folder, "writes Parquet")
     files = find_inputs(names, apart_from=folder)
@@ -133,6 +134,8 @@ def embed_corpus(
                 shard_rows=settings.shard_rows,
                 done={number: facts.end for number, facts in done.items()},
             )
+            if n_processes is None:
+                n_processes = choose_processes(model, sum(file.size_bytes for file in settings.inputs))
             with _open_pool(model, options, size_bytes, n_processes=n_processes, ray=ray) as pool:
                 done.update(_write_all(folder, settings, pool, shards))
         if totals is None:
