@@ -117,8 +117,14 @@ def ray_cluster(address: str, options: Options, size_bytes: int) -> Iterator[Poo
 
 def _end_with_parent() -> None:
     """Let this process end when its parent is killed, where it would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _with_threads(options: Options, n_threads: int) -> Options:

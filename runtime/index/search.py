@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from f2gguf.runtime.embedder import Embedder
+from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.index.kinds import kind_of, searcher
 from f2gguf.runtime.index.store import Store
 from f2gguf.runtime.index.update import require_fingerprint
@@ -18,8 +19,11 @@ def search_index(
 ) -> list[list[tuple[float, Id | None, str]]]:
     """Cosine, id and text of the `top` nearest documents of every query, the best first.
 
-    Queries get the model's query prompt. Raises `InputError` where the model gives other vectors than the index has.
+    Queries get the model's query prompt. Raises `InputError` for an index without documents, or where the model gives other
+    vectors than the index has.
     """
+    if not store.n_documents:
+        raise InputError(f"{store.folder}: holds no documents (--index). Add some: f2gguf index DOCS -o {store.folder}")
     width = store.facts["width"]
     require_fingerprint(store, model.fingerprint(width), model.header.path.name)
     vectors = normalized(model.encode_query(list(queries), truncate_dim=width))
