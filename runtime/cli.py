@@ -142,8 +142,11 @@ def embed(
 
 
 def _is_folder(output: str) -> bool:
-    """Whether -o names a folder of shards: one that is there, or a name that ends in a slash or has no ending."""
-    return Path(output).is_dir() or output.endswith("/") or not Path(output).suffix
+    """Whether -o names a folder of shards: by a slash at its end, no ending, or because it is one."""
+    from f2gguf.runtime.tables.vectors import WRITERS
+
+    suffix = Path(output).suffix
+    return output.endswith("/") or not suffix or (suffix not in WRITERS and Path(output).is_dir())
 
 
 def _require_one_file(inputs: tuple[str, ...], shards: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def search_index(
     vectors than the index has.
     """
     if not store.n_documents:
-        raise InputError(f"{store.folder}: holds no documents (--index). Add some: f2gguf index DOCS -o {store.folder}")
+        raise InputError(f"{store.folder}: holds no documents. Add some: f2gguf index DOCS -o {store.folder}")
     width = store.facts["width"]
     require_fingerprint(store, model.fingerprint(width), model.header.path.name)
     vectors = normalized(model.encode_query(list(queries), truncate_dim=width))
