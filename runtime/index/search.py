@@ -19,8 +19,8 @@ def search_index(
 ) -> list[list[tuple[float, Id | None, str]]]:
     """Cosine, id and text of the `top` nearest documents of every query, the best first.
 
-    Queries get the model's query prompt. Raises `InputError` for an index without documents, or where the model gives other
-    vectors than the index has.
+    Queries get the model's query prompt. Raises `InputError` for an index without documents, and for a
+    model that gives other vectors than the index has.
     """
     if not store.n_documents:
         raise InputError(f"{store.folder}: holds no documents. Add some: f2gguf index DOCS -o {store.folder}")
