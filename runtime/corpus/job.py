@@ -140,10 +140,8 @@ def embed_corpus(
                 done.update(_write_all(folder, settings, pool, shards))
         if totals is None:
             finished = [done[number] for number in sorted(done)]
-            n_repeated = (
-                0 if settings.ids == "position" else count_repeated_ids(folder, sum(it.n_texts for it in finished))
-            )
-            totals = vars(Totals.of(finished, n_repeated_ids=n_repeated))
+            n_ids = 0 if settings.ids == "position" else sum(it.n_texts for it in finished)
+            totals = vars(Totals.of(finished, n_repeated_ids=count_repeated_ids(folder, n_ids) if n_ids else 0))
             _write_manifest(folder, settings, totals)
     return Totals(**totals | {"broken": tuple(totals["broken"])})
 

@@ -22,7 +22,6 @@ from f2gguf.runtime.llama.threads import default_threads, require_threads
 # processes 30 and 33 s, and one with two threads 49 and 51 s, on two cores that were busy with other work
 SMALL_BYTES = 100_000_000  # of a file that every core may have a copy of
 _BYTES_A_PROCESS = 2_000_000  # of input: fewer are embedded before a process has started
-LOCAL = "local"  # a Ray of this machine alone, which ends with the command
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,11 @@ def ray_cluster(address: str, options: Options, size_bytes: int) -> Iterator[Poo
     started = not ray.is_initialized()
     try:
         if started:
-            ray.init(address=None if address == LOCAL else address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise WrongUsage(
             f"--ray {address}: there is no Ray cluster: {str(error).splitlines()[0]} "
-            f"Start one with `ray start --head`, or use --ray {LOCAL}."
+            f"Start one with `ray start --head`, or use --ray local."
         ) from error
     task = ray.remote(num_cpus=n_threads, max_retries=-1)(embed_texts)
     shared = ray.put(options)
