@@ -131,6 +131,12 @@ def test_damaged_and_outdated_files_are_said_and_searched_exactly(
     np.testing.assert_array_equal(searcher(store, kind)(queries, 5)[1], expected)
 
 
+def test_a_stop_before_the_first_document_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "documents.sqlite").touch()
+    with contextlib.closing(Store(tmp_path, facts=FACTS)) as store:
+        assert store.n_documents == 0
+
+
 def test_what_a_stop_left_behind_is_not_seen(store: Store) -> None:
     store._write_vectors(N, unit_vectors(9, seed=2))  # and the documents were not written
     assert store.vectors().shape == (N, 16)

@@ -59,13 +59,13 @@ class Store:
     def __init__(self, folder: Path, *, facts: dict[str, Any] | None = None) -> None:
         self.folder = folder
         path = folder / DOCUMENTS
-        is_new = not path.exists()
-        if is_new and facts is None:
+        if facts is None and not path.exists():
             raise InputError(f"{folder}: is no index of f2gguf (--index). Make one: f2gguf index DOCS -o {folder}")
         try:
             self.db = sqlite3.connect(path, isolation_level=None)
             self.db.execute("PRAGMA synchronous = FULL")
-            if is_new:
+            has_tables = self.db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'facts'").fetchone()[0]
+            if not has_tables and facts is not None:
                 with self.transaction():
                     for statement in _TABLES.strip().split(";\n"):
                         self.db.execute(statement)
