@@ -1,4 +1,4 @@
-"""The command `f2gguf`: embed, search, pull, list, inspect, selftest."""
+"""The command `f2gguf`: embed, pull, list, inspect, selftest."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from f2gguf.runtime.console import Commands, progress, say, text_table
-from f2gguf.runtime.errors import NoVector, WrongUsage
+from f2gguf.runtime.errors import InputError, NoVector, WrongUsage
 
 MODEL = click.option(
     "-m",
@@ -31,7 +32,7 @@ ADD_EOS = click.option(
     "--add-eos", is_flag=True, help="Close every text, where the header of somebody else's file does not say so."
 )
 MAX_TOKENS = click.option("--max-tokens", type=int, help="Cut texts to this many tokens [default: the model's limit].")
-INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2 or .xz too) or .parquet file"
+INPUT_FILE = "A .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2, .xz or .zst too) or .parquet file"
 DIMS = click.option("--dims", type=int, help="Keep this many leading dimensions (Matryoshka).")
 COLUMN = click.option(
     "--column", help="Key or column that holds the text [default: text, behind the row's title where it has one]."
@@ -49,12 +50,37 @@ def f2gguf() -> None:
 @f2gguf.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @MODEL
-@click.option("--input", "input_path", metavar="FILE", help=f"{INPUT_FILE}, or - for lines on stdin.")
+@click.option(
+    "--input",
+    "inputs",
+    metavar="PATH",
+    multiple=True,
+    help=f"{INPUT_FILE}, or - for lines on stdin. With a folder as -o also a folder or a quoted glob; repeatable.",
+)
 @COLUMN
 @click.option("--query", is_flag=True, help="Put the model's query prompt before every text.")
 @click.option("--prompt", help="Put this text before every text.")
 @click.option("--prompt-name", help="Put this prompt of the model before every text.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file to write.")
+@click.option(
+    "-o",
+    "--output",
+    help="A .npy, .jsonl or .safetensors file to write, or a folder of Parquet shards (without an ending, or NAME/).",
+)
+@click.option("--keep-text", is_flag=True, help="Write the texts into the Parquet shards too.")
+@click.option("--shard-rows", type=click.IntRange(1), help="Rows of a Parquet shard [default: by the model's size].")
+@click.option(
+    "--processes",
+    "n_processes",
+    type=click.IntRange(1),
+    help="Compute shards in as many processes, which share the threads [default: one a thread for small models].",
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Compute shards on a Ray cluster: the running one, the one at ADDRESS, or 'local' for this machine.",
+)
 @FORCE
 @DIMS
 @click.option("--dtype", default="float32", show_default=True, help="Type of the vectors: float32 or float16.")
@@ -71,98 +97,117 @@ def f2gguf() -> None:
 def embed(
     texts: tuple[str, ...],
     model: str | None,
-    input_path: str | None,
+    inputs: tuple[str, ...],
     column: str | None,
     query: bool,
     prompt: str | None,
     prompt_name: str | None,
-    output: Path | None,
+    output: str | None,
     force: bool,
     dims: int | None,
     dtype: str,
     no_normalize: bool,
-    **opening: Any,
+    **options: Any,
 ) -> None:
     """Turn texts into vectors: arguments, lines on stdin, or --input.
 
     Without -o, one JSON object for each text is printed: its id, its number of tokens, whether it was cut, its
     embedding. Texts are documents unless --query says otherwise. If texts have no finite vector, an error names them,
     and the vectors of all others are written.
+
+    A folder as -o takes a corpus of any size: the same command goes on after a stop, and ends in the same bytes. Rows
+    that cannot be embedded are written to _rejects-*.jsonl there, with the reason.
     """
-    from f2gguf.runtime.tables.vectors import WRITERS, json_rows, require_output
+    from f2gguf.runtime.tables.vectors import require_output
 
     flags = {"--query": query or None, "--prompt": prompt, "--prompt-name": prompt_name}
     chosen = [flag for flag, value in flags.items() if value is not None]
     if len(chosen) > 1:
         raise WrongUsage(f"{' and '.join(chosen)}: choose one.")
     _warn_of_backslash(prompt)
-    if output:
-        require_output(output, force=force)
-    rows = _texts(texts, input_path, column)
+    shards = {name: options.pop(name) for name in ("keep_text", "shard_rows", "n_processes", "ray")}
+    vectors = {"truncate_dim": dims, "precision": dtype, "normalize": False if no_normalize else None}
+    prompts = {"prompt": prompt, "prompt_name": "query" if query else prompt_name} if chosen else None
+    if output is not None and _is_folder(output):
+        if texts or not inputs:
+            raise WrongUsage(f"-o {output}: a folder takes the texts of files. Name them with --input.")
+        _embed_corpus(inputs, Path(output), model, prompts, options, vectors, column=column, force=force, **shards)
+    else:
+        _require_one_file(inputs, shards)
+        path = Path(output) if output is not None else None
+        if path:
+            require_output(path, force=force)
+        rows = _texts(texts, inputs[0] if inputs else None, column)
+        _embed_file(rows, path, model, prompts, options, vectors)
+
+
+def _is_folder(output: str) -> bool:
+    """Whether -o names a folder of shards: by a slash at its end, no ending, or because it is one."""
+    from f2gguf.runtime.tables.vectors import WRITERS
+
+    suffix = Path(output).suffix
+    return output.endswith("/") or not suffix or (suffix not in WRITERS and Path(output).is_dir())
+
+
+def _require_one_file(inputs: tuple[str, ...], shards: dict[str, Any]) -> None:
+    """Refuse what only a folder of shards can take."""
+    from f2gguf.runtime.corpus.inputs import is_plain_file
+
+    if len(inputs) > 1 or not all(map(is_plain_file, inputs)):
+        raise WrongUsage(f"--input {inputs[0]}: several files become a folder of Parquet shards. Name it: -o FOLDER.")
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in shards and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+            raise WrongUsage(f"{option.opts[0]}: is for a folder of Parquet shards. Name it: -o FOLDER.")
+
+
+def _embed_corpus(
+    inputs: tuple[str, ...],
+    folder: Path,
+    model: str | None,
+    prompts: dict[str, Any] | None,
+    opening: dict[str, Any],
+    vectors: dict[str, Any],
+    **options: Any,
+) -> None:
+    from f2gguf.runtime.corpus.job import embed_corpus
+
+    with open_embedder(model, **opening) as embedder:
+        prompts = prompts or {"prompt": embedder.header.document_prompt}
+        totals = embed_corpus(inputs, folder, embedder, **prompts, **vectors, **options)
+    say(f"{totals.n_texts:,} vectors of {totals.n_tokens:,} tokens in {totals.n_shards:,} shards")
+    if totals.n_truncated:
+        say(f"{totals.n_truncated:,} texts are longer than the model's limit and were cut (column truncated)")
+    if totals.n_repeated_ids:
+        say(f"{totals.n_repeated_ids:,} rows have an id that an earlier row has")
+    if totals.n_rejects:
+        say(f"{totals.n_rejects:,} rows have no vector: {folder}/_rejects-*.jsonl says which, and why")
+    click.echo(str(folder))
+    if totals.broken:
+        raise InputError(f"{', '.join(totals.broken)}: could not be read to the end. What was read has vectors.")
+
+
+def _embed_file(
+    rows: Any,
+    output: Path | None,
+    model: str | None,
+    prompts: dict[str, Any] | None,
+    opening: dict[str, Any],
+    vectors: dict[str, Any],
+) -> None:
+    from f2gguf.runtime.tables.vectors import WRITERS, json_rows
+
     failure = None
-    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
-        if not chosen:
-            prompt = embedder.header.document_prompt
+    with open_embedder(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
+        prompts = prompts or {"prompt": embedder.header.document_prompt}
         try:
-            embeddings = embedder.embed(
-                rows.texts,
-                prompt=prompt,
-                prompt_name="query" if query else prompt_name,
-                normalize=False if no_normalize else None,
-                truncate_dim=dims,
-                precision=dtype,
-                on_progress=advance,
-            )
+            embeddings = embedder.embed(rows.texts, **prompts, **vectors, on_progress=advance)
         except NoVector as error:
             failure, embeddings, rows = error, error.embeddings, rows.without(error.indices)
     for line in WRITERS[output.suffix](output, rows, embeddings) if output else json_rows(rows, embeddings):
         click.echo(line)
     if failure:
         raise failure
-
-
-@f2gguf.command()
-@click.argument("query")
-@MODEL
-@click.option("--docs", required=True, metavar="FILE", help=f"{INPUT_FILE} of documents.")
-@COLUMN
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
-@DIMS
-@MAX_TOKENS
-@POOLING
-@ADD_EOS
-@DEVICE
-@GPU_LAYERS
-@THREADS
-@JSON
-def search(
-    query: str,
-    model: str | None,
-    docs: str,
-    column: str | None,
-    top: int,
-    dims: int | None,
-    as_json: bool,
-    **opening: Any,
-) -> None:
-    """Rank the documents of --docs by their similarity to QUERY."""
-    from f2gguf.runtime.tables.texts import read_texts
-
-    rows = read_texts(docs, column=column)
-    if not rows.texts:
-        raise WrongUsage(f"{docs}: holds no documents (--docs).")
-    with _open(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
-        documents = embedder.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
-        scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
-    for rank, i in enumerate((-scores).argsort(kind="stable")[:top], start=1):
-        if as_json:
-            hit = {"rank": rank, "score": round(float(scores[i]), 6), "id": rows.ids[i], "text": rows.texts[i]}
-            click.echo(json.dumps(hit, ensure_ascii=False))
-            continue
-        line = "".join(c if c.isprintable() else " " for c in " ".join(rows.texts[i].split()))
-        shown = line if len(line) <= 100 else line[:97] + "..."
-        row_id = "-" if rows.ids[i] is None else rows.ids[i]
-        click.echo(f"{rank:>3}  {scores[i]:.3f}  {row_id}  {shown}")
 
 
 @f2gguf.command()
@@ -301,7 +346,7 @@ def selftest(model: str, as_json: bool, **opening: Any) -> None:
     Says what is wrong: the tokenizer, the closing token, a prompt, the pooling, or the vectors of this device. The exit
     code is then 1.
     """
-    with _open(model, **opening) as embedder:
+    with open_embedder(model, **opening) as embedder:
         outcome = embedder.selftest()
     click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else "\n".join(outcome.lines()))
     outcome.require_sound()
@@ -330,7 +375,8 @@ def _texts(arguments: tuple[str, ...], input_path: str | None, column: str | Non
     return rows
 
 
-def _open(model: str | None, **options: Any) -> Any:
+def open_embedder(model: str | None, **options: Any) -> Any:
+    """The model that -m names. Says on a terminal how it computes."""
     from f2gguf.runtime.embedder import Embedder
 
     embedder = Embedder(require_model(model), **options)

@@ -9,13 +9,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from f2gguf.runtime.errors import F2ggufError
 
+if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
+
 _SECONDS_A_LINE = 60  # at least, where progress is not drawn
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+class Advance(Protocol):
+    """Advances progress by `n`; a `note`, such as the speed, is shown until the next one comes."""
+
+    def __call__(self, n: int, note: str = "") -> None: ...
+
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 class Commands(click.Group):
@@ -48,23 +59,26 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, length: int) -> Iterator[Advance]:
     """Say on stderr how far work is: as a bar on a terminal, elsewhere as a line now and then.
 
     Gives the function that advances it. The time left is right if every unit of `length` takes equally long.
     """
     if sys.stderr is not None and sys.stderr.isatty():
-        with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=False) as bar:
-            yield bar.update
+        bar: ProgressBar[str | None]
+        with click.progressbar(
+            length=length, label=label, file=sys.stderr, show_pos=False, item_show_func=lambda note: note
+        ) as bar:
+            yield lambda n, note="": bar.update(n, note)
     else:
         yield _in_lines(label, length)
 
 
-def _in_lines(label: str, length: int) -> Callable[[int], None]:
+def _in_lines(label: str, length: int) -> Advance:
     begin = said = time.monotonic()
     done = 0
 
-    def advance(n: int) -> None:
+    def advance(n: int, note: str = "") -> None:
         nonlocal done, said
         done += n
         now = time.monotonic()
@@ -72,7 +86,8 @@ def _in_lines(label: str, length: int) -> Callable[[int], None]:
         if now - said >= max(_SECONDS_A_LINE, passed / 10) and 0 < done < length:
             said = now
             left = passed * (length / done - 1)
-            say(f"  {label}: {done / length:.0%} in {passed / 60:.0f} min, about {left / 60:.0f} left")
+            pace = f", {note}" * bool(note)
+            say(f"  {label}: {done / length:.0%} in {passed / 60:.0f} min{pace}, about {left / 60:.0f} left")
 
     return advance
 

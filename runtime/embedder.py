@@ -24,6 +24,7 @@ from f2gguf.runtime.errors import (
     UnknownName,
     WrongUsage,
 )
+from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.doctor import warnings_of
 from f2gguf.runtime.gguf.golden import golden_of
 from f2gguf.runtime.gguf.header import KEY_ADD_EOS, Header
@@ -39,6 +40,17 @@ from numpy.typing import NDArray
 
 log = logging.getLogger("f2gguf")
 PRECISIONS = ("float32", "float16")
+
+
+def require_precision(precision: str) -> None:
+    """Raise `UnknownName` for a type that vectors cannot have."""
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+
+
+def space_of(sha256: str, pooling: str, width: int, *, adds_eos: bool) -> str:
+    """`Embedder.fingerprint` of a file whose hash is known."""
+    return sha256_text(f"{sha256} {pooling} {width}{' add_eos' * adds_eos}")[:16]
 
 
 @dataclass(frozen=True)
@@ -299,9 +311,8 @@ class Embedder:
         """
         encoder = self.encoder
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
-        if precision not in PRECISIONS:
-            raise UnknownName("precision", precision, PRECISIONS)
-        prompt = self._prompt_of(prompt_name, prompt)
+        require_precision(precision)
+        prompt = self.prompt_of(prompt_name, prompt)
         tokens = encoder.tokenize(texts_of(inputs), prompt, max_tokens=self.max_seq_length)
         if tokens.truncated.any() and not self._warned:
             self._warned = True
@@ -326,6 +337,21 @@ class Embedder:
         """L2-normalised vectors of the golden texts' token ids, (n_texts, n_embd); NaN for a text without one."""
         return probe_vectors(self.encoder, golden_of(self.header))
 
+    def fingerprint(self, truncate_dim: int | None = None) -> str:
+        """16 hexadecimal digits, equal for vectors that compare: those of one file, pooling, width and closing token.
+
+        The first call reads the whole file; later ones, in any process, remember its hash.
+        """
+        width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
+        return space_of(sha256_file(self.header.path), self.pooling, width, adds_eos=self.adds_eos)
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The arguments that open the same file in the same way, in any process. Raises `WrongUsage` for a watch."""
+        if self._opened["watch"]:
+            raise WrongUsage("an Embedder with watch=... cannot be copied or pickled: open the file again without it.")
+        return {**self._opened, "max_tokens": self.max_seq_length, "truncate_dim": self.truncate_dim}
+
     def close(self, *, wait: bool = True) -> None:
         """Free the model's memory, once the batches of other threads are finished. Closing twice does nothing."""
         if self._encoder:
@@ -342,16 +368,13 @@ class Embedder:
         """What opens the same file in the same way: in a copy, or where a pickle arrives."""
         if self._encoder is None:
             raise Closed(f"{self.header.path}: this Embedder was closed, and cannot be copied or pickled.")
-        if self._opened["watch"]:
-            raise WrongUsage("an Embedder with watch=... cannot be copied or pickled: open the file again without it.")
-        opening = {**self._opened, "max_tokens": self.max_seq_length, "truncate_dim": self.truncate_dim}
-        return {"opening": opening, "prompts": dict(self.prompts), "default_prompt_name": self.default_prompt_name}
+        return {"opening": self.opening, "prompts": dict(self.prompts), "default_prompt_name": self.default_prompt_name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Embedder.__init__(self, **state.pop("opening"))
         vars(self).update(state)
 
-    def _prompt_of(self, prompt_name: str | None, prompt: str | None) -> str:
+    def prompt_of(self, prompt_name: str | None, prompt: str | None) -> str:
         """The text to put before every input: `prompt`, else the prompt of that name, else the default one."""
         for given in (prompt, prompt_name):
             if not isinstance(given, str | None):

@@ -12,6 +12,7 @@ from f2gguf.quantize.cli import options as shared
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands
 from f2gguf.runtime.errors import OverBound, WrongUsage
+from f2gguf.runtime.index.cli import index, search
 from f2gguf.runtime.server.cli import serve
 
 
@@ -102,7 +103,8 @@ for command in (
     release.push,
 ):
     quantize.add_command(command)
-f2gguf.add_command(bench)
+for command in (index, search, bench):
+    f2gguf.add_command(command)
 f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
 

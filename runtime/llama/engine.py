@@ -102,6 +102,10 @@ class Engine:
             on_batch(batch)
         return vectors
 
+    def renew(self) -> None:
+        """Forget what earlier texts left behind, so that the next vectors are those that a new process gives."""
+        self._worker(self._forget)
+
     def require_here(self) -> None:
         """Raise `Forked` in a fork of the process that has computed."""
         self._worker.require_here()
@@ -180,6 +184,10 @@ class Engine:
         return self._context_type(
             model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, pauses=pauses, watch=self._watch
         )
+
+    def _forget(self) -> None:
+        self._drop_all()
+        self._needs_f32 = False
 
     def _drop_contexts(self, pause: Pause | None) -> None:
         """Free those of texts with a `pause`, or those of texts without: the others may be half way through a batch."""

@@ -5,27 +5,52 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import lzma
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from f2gguf.runtime.errors import InputError
 
 _BLOCK_BYTES = 1 << 18
 
 
+class Zstandard(io.RawIOBase):
+    """A .zst file as it was before it was packed, read by pyarrow."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Begin again; only places from the beginning are found, by reading up to them."""
+        from pyarrow import CompressedInputStream, PythonFile
+
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("seek from another place than the beginning")
+        self._file.seek(0)
+        again = io.FileIO(os.dup(self._file.fileno()))  # which the stream closes
+        self._stream = CompressedInputStream(PythonFile(again, mode="r"), "zstd")
+        self._stream.read(offset)
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, fewer only at the end."""
+        return bytes(self._stream.read(None if size < 0 else size))
+
+
 class Packing(NamedTuple):
     beginning: bytes  # of such a file
     command: str  # that unpacks it
-    opened: Callable[[Path, Literal["rb"]], Any] | None = None  # where Python has a reader
+    opened: Callable[[Any], Any] | None = None  # where there is a reader
 
 
 PACKED = {
     ".gz": Packing(b"\x1f\x8b", "gunzip --keep", gzip.open),
     ".bz2": Packing(b"BZh91AY&SY", "bunzip2 --keep", bz2.open),
     ".xz": Packing(b"\xfd7zXZ\0", "unxz --keep", lzma.open),
-    ".zst": Packing(b"\x28\xb5\x2f\xfd", "unzstd"),
+    ".zst": Packing(b"\x28\xb5\x2f\xfd", "unzstd", Zstandard),
     ".zip": Packing(b"PK\x03\x04", "unzip"),
 }
 _N_BEGINNING = max(len(packing.beginning) for packing in PACKED.values())

@@ -1,4 +1,4 @@
-"""Texts in: .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2 or .xz too) and .parquet files, and lines on stdin."""
+"""Texts in: .txt, .jsonl, .json, .csv, .tsv (packed as .gz, .bz2, .xz or .zst too), .parquet files, lines on stdin."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from typing import Any, BinaryIO, NamedTuple
 from f2gguf.runtime.calls import described
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import ExtraMissing, InputError, UnknownName
-from f2gguf.runtime.tables.decode import PACKED, decoded
+from f2gguf.runtime.tables.decode import PACKED, Packing, decoded
 
 Id = str | int
 Fields = Mapping[str, object]
-Found = tuple[str, Fields]  # where a row stands ("x.csv, line 3"), and what it holds
+# Where a row stands ("x.csv, line 3"), and what it holds, or why that cannot be read. The next row can be all the same.
+Found = tuple[str, "Fields | InputError"]
 
 USED = ("id", "_id", "title", "kind", "language")  # what is read of a row besides its text
 _BATCH_ROWS = 1024  # of a .parquet file at a time
@@ -83,21 +84,64 @@ def read_texts(source: str, *, column: str | None = None) -> Texts:
 
 def iter_texts(source: str, *, column: str | None = None) -> Iterator[Row]:
     """What `read_texts` reads, row by row: only a .json file is in memory as a whole. Says nothing."""
+    for _, row in iter_rows(source, column=column):
+        if isinstance(row, InputError):
+            raise row
+        yield row
+
+
+def iter_rows(
+    source: str, *, column: str | None = None, watch: Callable[[BinaryIO], None] | None = None
+) -> Iterator[tuple[str, Row | InputError]]:
+    """Where every row stands ("x.csv, line 3"), and the row, or what is wrong with it. The rows behind it follow.
+
+    `watch` is shown the file, packed as it may be, so that it can tell how much was read. Raises `InputError` where the
+    rest of a file cannot be read.
+    """
     path, name = Path(source), "stdin" if source == "-" else source
-    ending = ".txt" if source == "-" else path.suffix.lower()
-    opened: Callable[..., Any] = Path.open
-    if ending in PACKED and (unpacking := PACKED[ending].opened):
-        ending, opened = Path(path.stem).suffix.lower(), unpacking
-    if ending in PACKED:
-        raise InputError(f"{name}: is compressed. Unpack it first: {PACKED[ending].command} {name}")
-    if ending not in READERS or (opened is not Path.open and ending == ".parquet"):
+    ending, packing = (".txt", None) if source == "-" else format_of(path)
+    if ending not in READERS or (packing and ending == ".parquet"):
         raise UnknownName("input format", path.suffix or path.name, READERS, " The file's ending decides (--input).")
     try:
-        with io.BytesIO(sys.stdin.buffer.read()) if source == "-" else opened(path, "rb") as file:
-            for where, fields in READERS[ending](name, file, column or "text"):
-                yield _row(where, fields, column)
+        with io.BytesIO(sys.stdin.buffer.read()) if source == "-" else path.open("rb") as file:
+            if watch:
+                watch(file)
+            opened = packing.opened(file) if packing and packing.opened else file
+            for where, fields in READERS[ending](name, opened, column or "text"):
+                yield where, fields if isinstance(fields, InputError) else _attempt(_row, where, fields, column)
     except (OSError, EOFError, LZMAError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be read: {reason}.") from error
+
+
+def format_of(path: Path) -> tuple[str, Packing | None]:
+    """The ending that says what a file holds, and how it is packed: x.jsonl.gz -> '.jsonl', PACKED['.gz'].
+
+    Raises `InputError` for a packed file that must be unpacked first, and `ExtraMissing` where a package is missing.
+    """
+    ending = path.suffix.lower()
+    packing = PACKED.get(ending)
+    if packing is None:
+        return ending, None
+    if packing.opened is None:
+        raise InputError(f"{path}: is compressed. Unpack it first: {packing.command} {path}")
+    if ending == ".zst":
+        require_pyarrow(path, "unpacks .zst")
+    return Path(path.stem).suffix.lower(), packing
+
+
+def require_pyarrow(name: object, what: str) -> None:
+    """Raise `ExtraMissing` unless there is pyarrow."""
+    if not find_spec("pyarrow"):
+        raise ExtraMissing(f"{name}: pyarrow is not installed, which {what}. Run: pip install 'f2gguf[parquet]'")
+
+
+def _attempt(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What `read` gives, or the `InputError` that it raises."""
+    try:
+        return read(*arguments)
+    except InputError as error:
+        return error
 
 
 def _row(where: str, fields: Fields, column: str | None) -> Row:
@@ -167,7 +211,7 @@ def _read_jsonl(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
     for number, line in enumerate(_lines(name, file, newline="\n"), start=1):
         if line.strip():
             where = f"{name}, line {number}"
-            yield where, _fields(where, _parsed(where, line), column)
+            yield where, _attempt(lambda where, line: _fields(where, _parsed(where, line), column), where, line)
 
 
 def _read_json(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
@@ -176,7 +220,7 @@ def _read_json(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
         raise InputError(f"{name}: holds {described(rows)}, and no list of strings or objects.")
     for number, row in enumerate(rows, start=1):
         where = f"{name}, item {number}"
-        yield where, _fields(where, row, column)
+        yield where, _attempt(_fields, where, row, column)
 
 
 def _lines(name: str, file: BinaryIO, *, newline: str) -> Iterator[str]:
@@ -239,10 +283,9 @@ def _read_delimited(name: str, file: BinaryIO, column: str, delimiters: str) -> 
         if not values:  # an empty line
             continue
         if len(values) != len(names):
-            raise InputError(
-                f"{where}: has another number of fields than the header row: {len(values)} instead of {len(names)}. "
-                f"A text that holds {delimiter!r} must stand in quotes."
-            )
+            numbers = f"{len(values)} instead of {len(names)}. A text that holds {delimiter!r} must stand in quotes."
+            yield where, InputError(f"{where}: has another number of fields than the header row: {numbers}")
+            continue
         if delimiter == "\t" and len(record) > 1 and all(line.count("\t") == len(names) - 1 > 0 for line in record):
             raise InputError(
                 f"{where}: a quote makes one row of this line and the {len(record) - 1} below it, and each could be a "
@@ -276,8 +319,7 @@ def _require_column(name: str, column: str, names: Sequence[str]) -> None:
 
 
 def _read_parquet(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
-    if not find_spec("pyarrow"):
-        raise ExtraMissing(f"{name}: pyarrow is not installed, which reads Parquet. Run: pip install 'f2gguf[parquet]'")
+    require_pyarrow(name, "reads Parquet")
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -290,7 +332,7 @@ def _read_parquet(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
             for number, fields in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
                 yield f"{name}, row {number}", fields
     except (ArrowException, OSError) as error:
-        raise InputError(f"{name}: cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
+        raise InputError(f"{name}: cannot be read as Parquet: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
 # By the file's ending: each takes the file's name, the file and the name of the text's column.

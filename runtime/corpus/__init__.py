@@ -1,0 +1,1 @@
+"""A corpus of any size becomes a folder of Parquet shards."""

@@ -1,0 +1,172 @@
+"""The kinds of index, by how their names end, and how one is brought up to date with its documents.
+
+An index of these kinds covers the keys below `n_covered`. Those above are searched exactly, and so are all where its
+file is missing, damaged, or not of so many vectors, as after a stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from f2gguf.runtime.console import say
+from f2gguf.runtime.errors import ExtraMissing, UnknownName
+from f2gguf.runtime.files import writing
+from f2gguf.runtime.index.exact import merged, nearest
+from f2gguf.runtime.index.store import Keys, Rows, Store
+
+RECALL_AT = 10
+_N_PROBED = 200  # documents that the recall is measured with
+_ADDED_AT_ONCE = 65_536
+
+
+class Cover(Protocol):
+    """An index over the vectors of a store. Errors of its file are raised as `OSError`."""
+
+    removes: bool  # whether `remove` takes vectors out
+
+    @property
+    def type(self) -> str:
+        """How it searches: 'flat', 'exact', 'HNSW' or 'IVF'."""
+
+    @staticmethod
+    def type_for(n_vectors: int) -> str:
+        """The type that suits so many vectors."""
+
+    def __len__(self) -> int: ...
+    def add(self, store: Store, keys: Keys) -> None: ...
+    def remove(self, keys: Keys) -> None: ...
+    def save(self, path: Path) -> None: ...
+
+    def search(self, queries: Rows, top: int, without: Keys) -> tuple[Rows, Keys]:
+        """Scores and keys of the nearest, (n_queries, n) each; -inf and -1 where there are fewer."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row for each ending: the package, the extra that installs it, the module here, and its class."""
+
+    package: str
+    extra: str
+    module: str
+    cover: str
+    is_file: bool = True  # that is written whole, and renamed
+
+    def require(self) -> None:
+        """Raise `ExtraMissing` unless its package is installed."""
+        if not find_spec(self.package):
+            raise ExtraMissing(f"{self.package} is not installed. Run: pip install 'f2gguf[{self.extra}]'")
+
+    @property
+    def _module(self) -> Any:
+        self.require()
+        return import_module(f"f2gguf.runtime.index.{self.module}")
+
+    def path(self, store: Store) -> Path:
+        return store.folder / str(self._module.FILE)
+
+    def build(self, store: Store, keys: Keys) -> Cover:
+        cover: Cover = getattr(self._module, self.cover).build(store, keys)
+        return cover
+
+    def load(self, store: Store, *, to_add: bool = False) -> Cover | None:
+        """The index that is there; None where it does not hold what the store says."""
+        path = self.path(store)
+        n_covered = store.facts["n_covered"]
+        if not n_covered or not path.exists():
+            return None
+        try:
+            cover: Cover = getattr(self._module, self.cover).load(path, to_add=to_add)
+        except OSError as error:
+            say(f"{path}: is damaged ({error})")
+            return None
+        return cover if len(cover) == store.facts["n_held"] else None
+
+
+KINDS = {
+    ".faiss": Kind("faiss", "faiss", "faiss", "Faiss"),
+    ".usearch": Kind("usearch", "usearch", "usearch", "Usearch"),
+    ".db": Kind("sqlite_vec", "sqlite-vec", "sqlite_vec", "SqliteVec", is_file=False),
+    ".chroma": Kind("chromadb", "chroma", "chroma", "Chroma", is_file=False),
+}
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """The kind that the name's ending asks for; None, which is exact search, for a name without one."""
+    if folder.suffix in ("", ".index"):
+        return None
+    if folder.suffix not in KINDS:
+        raise UnknownName("kind of index", folder.suffix, ["a name without an ending", *KINDS], " (-o)")
+    return KINDS[folder.suffix]
+
+
+def cover(store: Store, kind: Kind) -> str:
+    """Bring an index up to date; it is made anew where it is behind by too much, or damaged. Says what it is now."""
+    begin = time.perf_counter()
+    removed, n_keys = store.removed(), store.n_keys
+    live = np.setdiff1d(np.arange(n_keys), removed, assume_unique=True)
+    index = kind.load(store, to_add=True)
+    if index is not None and index.type == index.type_for(len(live)):
+        added = live[live >= store.facts["n_covered"]]
+        gone = removed
+    else:
+        store.drop_cover()
+        index, added, gone = kind.build(store, live), live, removed[:0]
+    index.remove(gone)
+    for start in range(0, len(added), _ADDED_AT_ONCE):
+        index.add(store, added[start : start + _ADDED_AT_ONCE])
+    _save(index, kind, store)
+    with store.transaction():
+        store.state(n_covered=n_keys, n_held=len(index))
+    return f"{kind.package} {index.type}, {len(live):,} documents, {time.perf_counter() - begin:.1f} s"
+
+
+def _save(index: Cover, kind: Kind, store: Store) -> None:
+    if kind.is_file:
+        with writing(kind.path(store)) as part:
+            index.save(part)
+    else:
+        index.save(kind.path(store))
+
+
+def searcher(store: Store, kind: Kind | None) -> Callable[[Rows, int], tuple[Rows, Keys]]:
+    """A function that finds the `top` nearest documents of queries: unit vectors (n_queries, width).
+
+    It gives scores and keys, (n_queries, n) each; -inf and -1 where there are fewer documents.
+    """
+    vectors, removed = store.vectors(), store.removed()
+    index = kind.load(store) if kind else None
+    if kind and index is None and store.n_keys:
+        say(f"{store.folder}: its {kind.package} index is behind: all is searched exactly. Run f2gguf index again")
+    n_covered = store.facts["n_covered"] if index else 0
+
+    def search(queries: Rows, top: int) -> tuple[Rows, Keys]:
+        parts = [index.search(queries, top, removed)] if index else []
+        parts.append(nearest(vectors[n_covered:], queries, top, without=removed, first=n_covered))
+        return merged(parts, top, len(queries))
+
+    return search
+
+
+def measure_recall(store: Store, kind: Kind) -> str:
+    """How many of the exact 10 nearest documents of documents an index finds, and how quickly."""
+    live = np.setdiff1d(np.arange(store.n_keys), store.removed(), assume_unique=True)
+    probed = np.sort(np.random.default_rng(0).choice(live, min(_N_PROBED, len(live)), replace=False))
+    queries = np.ascontiguousarray(store.vectors()[probed])
+    exact, search = searcher(store, None), searcher(store, kind)
+    found, n_expected, times = 0, 0, []
+    expected = exact(queries, RECALL_AT + 1)[1]
+    for i in range(len(queries)):
+        begin = time.perf_counter()
+        keys = search(queries[i : i + 1], RECALL_AT + 1)[1]
+        times.append(time.perf_counter() - begin)
+        others = set(expected[i].tolist()) - {int(probed[i])}
+        found, n_expected = found + len(others & set(keys[0].tolist())), n_expected + len(others)
+    ms = 1000 * float(np.median(times))
+    return f"recall@{RECALL_AT} against exact search: {found / max(1, n_expected):.1%}, {ms:.1f} ms a query"
