@@ -76,6 +76,7 @@ class WrongRecipe(F2ggufError): ...                 # a recipe that does not par
 class TextError(F2ggufError): ...                   # a text that cannot be embedded
 class Closed(F2ggufError): ...                      # an Embedder that was closed
 class Forked(F2ggufError): ...                      # an Embedder that was used before the process was forked
+class PoolBroken(F2ggufError): ...                  # a pool of processes of which one ended
 class InputError(F2ggufError): ...                  # an input file that does not parse
 class OutputError(F2ggufError): ...                 # an output that cannot be written
 class UnfitRelease(F2ggufError): ...                # a release folder that is incomplete or contradicts itself

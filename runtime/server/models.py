@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.embedder import Embedder
+from f2gguf.runtime.embedder import Embedder, space_of
 from f2gguf.runtime.errors import FileWarning, TextError, UnknownDims
 from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
@@ -90,8 +90,7 @@ class ServedModel:
         PROMPT tells queries from documents.
         """
         width = dimensions or self.header.n_embd
-        closed = " add_eos" * self.embedder.adds_eos
-        space = sha256_text(f"{self.sha256} {self.embedder.pooling} {width}{closed}")[:16]
+        space = space_of(self.sha256, self.embedder.pooling, width, adds_eos=self.embedder.adds_eos)
         return space if prompt is None else f"{space}.{sha256_text(prompt)[:8]}"
 
     @property
