@@ -57,7 +57,12 @@ def f2gguf() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .npy, .jsonl or .safetensors file to write.")
 @FORCE
 @DIMS
-@click.option("--dtype", default="float32", show_default=True, help="Type of the vectors: float32 or float16.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Type of the vectors: float32, float16, int8, uint8, binary or ubinary.",
+)
 @click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
 @MAX_TOKENS
 @POOLING

@@ -37,11 +37,11 @@ from f2gguf.runtime.llama.library import device_in_use
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.threads import require_threads
 from f2gguf.runtime.pool import Pool, require_pool
+from f2gguf.runtime.precision import quantized, require_precision
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
 log = logging.getLogger("f2gguf")
-PRECISIONS = ("float32", "float16")
 _DOCUMENT = ("document", "passage", "corpus")  # sentence-transformers' names for the documents' prompt, the first first
 
 
@@ -236,7 +236,8 @@ class Embedder:
         `prompt_name`, `prompt`: as in `embed`. Without them, the texts get the prompt of `default_prompt_name`, if any.
         `batch_size`: has no effect, because batches are packed by their tokens.
         `show_progress_bar`: True draws a bar on stderr. None and False draw none.
-        `precision`: float32 or float16.
+        `precision`: float32, float16, int8, uint8, binary or ubinary, as sentence-transformers defines them. Ranges of
+        int8 and uint8 stand in the file, so that a vector does not depend on its batch. A file without them has none.
         `convert_to_tensor`: True gives one torch tensor, on the CPU. `convert_to_numpy=False` gives a list of them.
         `device`: may name the device that is in use. Another one is an error. A list, such as `["cpu"] * 4`, computes
         in as many processes, which share the threads.
@@ -319,10 +320,11 @@ class Embedder:
         `prompt` (or the prompt called `prompt_name`) is put before every text that does not begin with it. `normalize`
         says whether vectors have the length 1, or with False the length that the pooling left; None is what the header
         says. `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
-        widths. `precision` is float32 or float16. `on_progress` receives the number of texts that a batch finished.
-        Texts over the maximum length are cut but keep their EOS, with one `TruncationWarning`. Raises `TextError` for
-        what is no valid text, `NoVector` (which carries all other vectors) for texts without a finite vector,
-        `UnknownName` for an unknown prompt, and `UnknownDims` for a width that was not trained.
+        widths. `precision` is float32, float16, int8, uint8, binary or ubinary, as in `encode`. `on_progress` receives
+        the number of texts that a batch finished. Texts over the maximum length are cut but keep their EOS, with one
+        `TruncationWarning`. Raises `TextError` for what is no valid text, `NoVector` (which carries all other vectors)
+        for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for a width that was not
+        trained, and `WrongUsage` for int8 vectors of a file without ranges.
         """
         return self._embed(
             texts_of(inputs),
@@ -349,13 +351,18 @@ class Embedder:
     ) -> Embeddings:
         """`embed`, by this process or by those of a pool."""
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
-        if precision not in PRECISIONS:
-            raise UnknownName("precision", precision, PRECISIONS)
+        is_normalized = self.header.is_normalized if normalize is None else normalize
+        ranges = require_precision(precision, self.header, width, is_normalized=is_normalized)
         prompt = self._prompt_of(prompt_name, prompt)
         made = compute(texts, prompt=prompt, width=width, normalize=normalize, on_progress=on_progress)
         self.warn_of_cuts(made.truncated)
-        made = self.require_vectors(made)
-        return replace(made, vectors=made.vectors.astype(precision, copy=False))
+        try:
+            made = self.require_vectors(made)
+        except NoVector as error:
+            rest = error.embeddings
+            error.embeddings = replace(rest, vectors=quantized(rest.vectors, precision, ranges))
+            raise
+        return replace(made, vectors=quantized(made.vectors, precision, ranges))
 
     def compute(
         self,
