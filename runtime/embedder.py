@@ -252,7 +252,7 @@ class Embedder:
         torch.
         """
         calls.require_call(batch_size=batch_size, output_value=output_value)
-        require_pool(pool, chunk_size)
+        require_pool(pool, of=self._source, chunk_size=chunk_size)
         has_tensors = convert_to_tensor or not convert_to_numpy
         if has_tensors:
             calls.require_torch()
@@ -354,7 +354,8 @@ class Embedder:
         is_normalized = self.header.is_normalized if normalize is None else normalize
         ranges = require_precision(precision, self.header, width, is_normalized=is_normalized)
         prompt = self._prompt_of(prompt_name, prompt)
-        made = compute(texts, prompt=prompt, width=width, normalize=normalize, on_progress=on_progress)
+        options = {"prompt": prompt, "width": width, "max_tokens": self.max_seq_length, "normalize": normalize}
+        made = compute(texts, **options, on_progress=on_progress)
         self.warn_of_cuts(made.truncated)
         try:
             made = self.require_vectors(made)
@@ -370,12 +371,13 @@ class Embedder:
         *,
         prompt: str,
         width: int,
+        max_tokens: int,
         normalize: bool | None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Embeddings:
         """Vectors of texts behind `prompt`, NaN for a text that has no finite one. `embed` and pools call it."""
         encoder = self.encoder
-        tokens = encoder.tokenize(texts, prompt, max_tokens=self.max_seq_length)
+        tokens = encoder.tokenize(texts, prompt, max_tokens=max_tokens)
         rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
         vectors = encoder.finish(rows, width=width, normalize=normalize)
         return Embeddings(vectors, tokens.lengths, tokens.truncated)
@@ -393,12 +395,17 @@ class Embedder:
         state = self.__getstate__()
         n_threads = max(1, self.encoder.settings.n_threads // len(devices))
         state["opening"] |= {"n_threads": n_threads, "selftest": False}
-        return Pool(functools.partial(_reopened, type(self), state), len(devices))
+        return Pool(functools.partial(_reopened, type(self), state), len(devices), of=self._source)
+
+    @property
+    def _source(self) -> object:
+        """Equal for models that give the same vectors."""
+        return self._opened["path"], self.pooling, self.adds_eos
 
     @staticmethod
     def stop_multi_process_pool(pool: Pool) -> None:
         """End the processes of a pool."""
-        require_pool(pool, None)
+        require_pool(pool)
         pool.close()
 
     @contextlib.contextmanager

@@ -23,8 +23,8 @@ class Pool:
     They are started anew (`spawn`), so that a script must start its work under `if __name__ == "__main__":`.
     """
 
-    def __init__(self, opened: Callable[[], Compute], n_processes: int) -> None:
-        self.n_processes = n_processes
+    def __init__(self, opened: Callable[[], Compute], n_processes: int, *, of: object) -> None:
+        self.n_processes, self.of = n_processes, of  # of: what is equal for pools of the same model
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(n_processes, context, initializer=_open, initargs=(opened,))
 
@@ -65,13 +65,15 @@ class Pool:
         self._executor.shutdown(cancel_futures=True)
 
 
-def require_pool(pool: Any, chunk_size: Any) -> None:
-    """Raise `WrongUsage` unless both are None, or a pool of f2gguf and a positive number of texts."""
+def require_pool(pool: Any, *, of: object = None, chunk_size: Any = None) -> None:
+    """Raise `WrongUsage` unless both are None, or a pool of f2gguf (of the same model) and a positive number."""
     if pool is not None and not isinstance(pool, Pool):
         raise WrongUsage(
             f"pool is {described(pool)}: an Embedder has pools of its own. Start one: "
             "pool = model.start_multi_process_pool(['cpu', 'cpu'])."
         )
+    if pool is not None and of is not None and pool.of != of:
+        raise WrongUsage("pool: another model started it, whose vectors it gives. Start one of this model.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise WrongUsage(f"chunk_size is {chunk_size!r}: it is a number of texts, and must be positive.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from f2gguf.integrations.model import LazyModel
@@ -41,7 +42,7 @@ class F2ggufEmbedding(BaseEmbedding):
         return self._model.embed(query, query=True).tolist()
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_query_embedding(query)
+        return await asyncio.to_thread(self._get_query_embedding, query)
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._model.embed(text, query=False).tolist()
