@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def query(nano: Embedder) -> np.ndarray:
     return vector
 
 
-def equal(found: Any, wanted: np.ndarray) -> None:
-    np.testing.assert_allclose(np.asarray(found, dtype=np.float64), wanted, atol=1e-6)
+def equal(found: Any, wanted: np.ndarray, *, atol: float = 1e-6) -> None:
+    np.testing.assert_allclose(np.asarray(found, dtype=np.float64), wanted, atol=atol)
 
 
 # The name of a file
@@ -61,7 +62,9 @@ def test_a_file_is_opened_once_in_a_process_and_not_by_its_name(nano_f16: Path, 
     arrived = pickle.loads(pickle.dumps(models[0]))
     assert arrived == models[0]
     assert len(pickle.dumps(models[0])) < 1000
-    equal(arrived.embed(QUERY, query=True), query)
+    equal(arrived.embed([QUERY], query=True), query[None])
+    with pytest.raises(TextError, match="texts are a list, and this is one: 'a'"):
+        arrived.embed("a", query=True)
 
 
 def test_a_relative_path_holds_in_another_folder(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +79,10 @@ def test_a_fork_opens_the_file_again(nano_f16: Path) -> None:
 import os
 from f2gguf.integrations.model import LazyModel
 model = LazyModel.of({str(nano_f16)!r}, n_threads=1)
-before = model.embed("a", query=True)
+before = model.embed(["a"], query=True)
 child = os.fork()
 if not child:
-    os._exit(0 if abs(model.embed("a", query=True) - before).max() < 1e-6 else 1)
+    os._exit(0 if abs(model.embed(["a"], query=True) - before).max() < 1e-6 else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "0\n"
@@ -97,6 +100,9 @@ def test_langchain(nano_f16: Path, documents: np.ndarray, query: np.ndarray) -> 
     equal(embeddings.embed_query(QUERY), query)
     equal(asyncio.run(embeddings.aembed_query(QUERY)), query)
     assert embeddings.embed_documents([]) == []
+    for call, wrong in ((embeddings.embed_documents, "a"), (embeddings.embed_query, ["a"])):
+        with pytest.raises(TextError):
+            call(wrong)  # type: ignore[operator]
     retriever = InMemoryVectorStore.from_texts(DOCUMENTS, embeddings).as_retriever(search_kwargs={"k": 1})
     assert retriever.invoke(QUERY)[0].page_content == DOCUMENTS[1]
 
@@ -222,7 +228,7 @@ def test_haystack(nano_f16: Path, documents: np.ndarray, query: np.ndarray) -> N
         str(nano_f16), meta_fields_to_embed=["title", "none", "x"], embedding_separator=": "
     )
     (one,) = F2ggufDocumentEmbedder.from_dict(titled.to_dict()).run(documents=texts[:1])["documents"]
-    equal(one.embedding, LazyModel.of(nano_f16).embed(f"A title: {DOCUMENTS[0]}", query=False))
+    equal(one.embedding, LazyModel.of(nano_f16).embed([f"A title: {DOCUMENTS[0]}"], query=False)[0])
     assert titled.run(documents=[]) == {"documents": []}
     for component, wrong in ((titled, "a"), (titled, ["a"]), (again.get_component("text_embedder"), texts)):
         with pytest.raises(TextError, match="F2ggufDocumentEmbedder"):
@@ -251,11 +257,10 @@ def test_llm(
         model.embed(b"a")
 
 
-@pytest.mark.slow
-def test_llms_command_finds_the_plugin(nano_f16: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "F2GGUF_MODEL": str(nano_f16), "LLM_USER_PATH": str(tmp_path)}
-    command = [Path(sys.executable).parent / "llm", "embed", "-m", "f2gguf", "-c", DOCUMENTS[0], "-f", "json"]
-    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.startswith("[")
+def test_llms_command_finds_the_plugin() -> None:
+    assert [plugin.value for plugin in entry_points(group="llm") if plugin.name == "f2gguf"] == [
+        "f2gguf.integrations.llm"
+    ]
 
 
 # Ray, datasets and Spark
@@ -304,7 +309,7 @@ def test_spark_gets_a_vector_for_each_text_and_null_for_null(nano_f16: Path, doc
     assert [holed[0] is None, len(empty), none.tolist()] == [True, 0, [None]]
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("F2GGUF_TEST_RAY" not in os.environ, reason="starts a Ray cluster: set F2GGUF_TEST_RAY=1")
 def test_ray_data(nano_f16: Path, documents: np.ndarray) -> None:
     code = f"""
 import ray
@@ -343,7 +348,8 @@ def test_a_sentence_transformer_gives_the_vectors_of_the_embedder(nano: Embedder
     texts = [*DOCUMENTS, "", "a"]
     for method in ("encode", "encode_query", "encode_document"):
         for options in ({}, {"normalize_embeddings": True}, {"prompt": "x: "}):
-            equal(getattr(theirs, method)(texts, **options), getattr(nano, method)(texts, **options))
+            found, wanted = (getattr(model, method)(texts, **options) for model in (theirs, nano))
+            equal(found, wanted, atol=2e-5)  # its batches are others: see "What a vector depends on"
     assert theirs.encode("a", convert_to_tensor=True).shape == (theirs.get_embedding_dimension(),) == (256,)
     assert (theirs.prompts["query"], theirs.max_seq_length) == (nano.prompts["query"], nano.max_seq_length)
     assert theirs.tokenizer("a cat")["input_ids"] == nano.tokenize("a cat").tolist()
@@ -367,7 +373,7 @@ def test_a_sentence_transformer_is_saved_opened_copied_and_sent(
     opened = SentenceTransformer(str(tmp_path / "moved"), trust_remote_code=True)
     opened.save(str(tmp_path / "moved"))  # over itself
     for model in (opened, pickle.loads(pickle.dumps(theirs))):
-        equal(model.encode_document(DOCUMENTS), documents)
+        equal(model.encode_document(DOCUMENTS), documents, atol=2e-5)
     sentence_transformer(nano_f16, truncate_dim=64, max_tokens=16).save(str(folder))
     short = SentenceTransformer(str(folder), trust_remote_code=True)
     assert (short.get_embedding_dimension(), short.max_seq_length, short.encode("a").shape) == (64, 16, (64,))
@@ -395,10 +401,3 @@ def test_setfit_fits_its_head_and_is_told_that_the_body_cannot_be_trained(theirs
     theirs.train()
     with pytest.raises(WrongUsage, match=r"a .gguf file cannot be trained"):
         theirs(theirs.preprocess(["a"]))
-
-
-@pytest.mark.slow
-def test_mteb_takes_it(theirs: Any) -> None:
-    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-
-    assert SentenceTransformerEncoderWrapper(theirs).mteb_model_meta.embed_dim == 256

@@ -58,7 +58,7 @@ class F2ggufTextEmbedder(_Embedder):
         """The vector of a query."""
         if not isinstance(text, str):
             raise TextError("F2ggufTextEmbedder takes a string. For documents there is F2ggufDocumentEmbedder.")
-        return {"embedding": self._model.embed(text, query=True).tolist()}
+        return {"embedding": self._model.embed([text], query=True)[0].tolist()}
 
 
 @component

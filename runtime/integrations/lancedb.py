@@ -55,7 +55,7 @@ class F2ggufEmbeddings(TextEmbeddingFunction):
 
     def generate_embeddings(self, texts: Any, *_: Any, **__: Any) -> list[NDArray[np.float32]]:
         """Vectors of documents."""
-        return list(self.lazy.embed(texts, query=False))
+        return list(self.lazy.embed(self.sanitize_input(texts), query=False))
 
     def compute_query_embeddings(self, query: Any, *_: Any, **__: Any) -> list[NDArray[np.float32]]:
         """Vectors of queries."""

@@ -34,4 +34,4 @@ class F2ggufEmbeddings(Embeddings):
 
     def embed_query(self, text: str) -> list[float]:
         """Vector of a query."""
-        return self.model.embed(text, query=True).tolist()
+        return self.model.embed([text], query=True)[0].tolist()

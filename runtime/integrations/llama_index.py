@@ -39,13 +39,13 @@ class F2ggufEmbedding(BaseEmbedding):
         return "F2ggufEmbedding"
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return self._model.embed(query, query=True).tolist()
+        return self._model.embed([query], query=True)[0].tolist()
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return await asyncio.to_thread(self._get_query_embedding, query)
 
     def _get_text_embedding(self, text: str) -> list[float]:
-        return self._model.embed(text, query=False).tolist()
+        return self._model.embed([text], query=False)[0].tolist()
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return self._model.embed(texts, query=False).tolist()

@@ -29,7 +29,8 @@ class F2ggufEmbeddingModel(llm.EmbeddingModel):
     def embed(self, item: str | bytes, *, key: str | None = None) -> list[float]:
         """The vector of a document, or of a query where `Collection.similar` asks, which calls as others do."""
         self._check(item)
-        return self.model.embed(str(item), query=sys._getframe(1).f_code is _SIMILAR).tolist()
+        is_query = sys._getframe(1).f_code is _SIMILAR
+        return self.model.embed([str(item)], query=is_query)[0].tolist()
 
     def embed_batch(self, items: Iterable[str | bytes], *, key: str | None = None) -> Iterator[list[float]]:
         """Vectors of documents."""

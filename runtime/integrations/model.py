@@ -9,10 +9,10 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2gguf.runtime.errors import WrongUsage
+from f2gguf.runtime.calls import Texts, Vectors, described
+from f2gguf.runtime.errors import TextError, WrongUsage
 
 if TYPE_CHECKING:
-    from f2gguf.runtime.calls import Texts, Vectors
     from f2gguf.runtime.embedder import Embedder
 
 N_OPEN = 4  # models that a process keeps open; the one that was not used for longest is let go
@@ -47,7 +47,12 @@ class LazyModel:
             return _opened(self, os.getpid())
 
     def embed(self, texts: Texts, *, query: bool) -> Vectors:
-        """Vectors with the prompt of queries, or of documents: (n_texts, n_dims) float32, or (n_dims,) for a string."""
+        """Vectors with the prompt of queries, or of documents: (n_texts, n_dims) float32.
+
+        Raises `TextError` for what is no list of texts, a single text included, and what `Embedder` does.
+        """
+        if isinstance(texts, str):
+            raise TextError(f"texts are a list, and this is one: {described(texts)}.")
         model = self.embedder
         return model.encode_query(texts) if query else model.encode_document(texts)
 

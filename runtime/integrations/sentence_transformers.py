@@ -41,7 +41,8 @@ def sentence_transformer(
     >>> topics = BERTopic(embedding_model=sentence_transformer("dist/f2llm-nano/f2llm-nano-Q8_0.gguf"))
 
     Vectors, prompts and the longest input are those of the `Embedder`. `save` writes a folder with the file in it,
-    which `SentenceTransformer(folder, trust_remote_code=True)` opens where f2gguf is installed. It cannot be trained.
+    which `SentenceTransformer(folder, trust_remote_code=True)` opens where f2gguf is installed. It cannot be trained,
+    and has no vectors of tokens. `precision="int8"` takes ranges of the batch, as always there; `Embedder` has its own.
     """
     module = GGUF(model, truncate_dim=truncate_dim, max_tokens=max_tokens, device=device, n_threads=n_threads)
     prompts, default = module.model.prompts, module.model.default_prompt_name
