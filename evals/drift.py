@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 from f2gguf.evals import neighbours
 from f2gguf.evals.neighbours import Vectors, choose_pairs, pair_cosines, top10_overlap, unit_rows
+from f2gguf.evals.precisions import Rounded, judge_precisions
 from f2gguf.evals.texts import ANSWER_KINDS, EvalText
 from f2gguf.runtime.calls import described
 from f2gguf.runtime.errors import InputError
@@ -86,6 +87,7 @@ class Verdict(Distribution):
     ndcg10: float | None  # None where no text is a query whose answers are known
     ndcg10_reference: float | None
     drifts: tuple[float, ...]  # of each text, in the order of the texts
+    precisions: Mapping[str, Rounded] | None = field(default=None, kw_only=True)  # int8 and binary vectors
 
     @property
     def groups(self) -> dict[str, Mapping[str, Group]]:
@@ -118,13 +120,15 @@ def judge(
     texts: Sequence[EvalText] | None = None,
     *,
     dims: Sequence[int] = (),
+    ranges: NDArray[np.float32] | None = None,
     max_drift: float = MAX_DRIFT,
 ) -> Verdict:
     """The verdict on `candidate` against `reference`: vectors of the same texts, (n_texts, n_embd) each, of any origin.
 
     With `texts`, which describe the rows, each language and kind gets a mean of its own. The bound holds where the
     upper end of the mean's interval and all those means are under `max_drift`. `dims` are Matryoshka widths to measure
-    as well. Raises `InputError` for vectors that cannot be compared.
+    as well. `ranges` (2, n_embd) are those of int8 vectors, which are measured where they are given. Raises
+    `InputError` for vectors that cannot be compared.
     """
     candidate, reference = require_comparable(candidate, reference, texts, dims)
     names = [text.id for text in texts] if texts else [str(i) for i in range(len(candidate))]
@@ -134,7 +138,7 @@ def judge(
         kinds=_groups(drifts, texts, "kind"),
         languages=_groups(drifts, texts, "language"),
         dims={dim: float(drift(candidate[:, :dim], reference[:, :dim]).mean()) for dim in dims},
-        **_rank_agreement(candidate, reference, texts or ()),
+        **_rank_agreement(candidate, reference, texts or (), ranges),
         max_drift=max_drift,
         drifts=tuple(drifts.tolist()),
     )
@@ -219,7 +223,9 @@ def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[EvalText]) -> dict[str, Any]:
+def _rank_agreement(
+    candidate: Vectors, reference: Vectors, texts: Sequence[EvalText], ranges: NDArray[np.float32] | None
+) -> dict[str, Any]:
     """Neighbours are the documents of each query whose answers are known; without such queries, all other rows."""
     from scipy.stats import spearmanr
 
@@ -241,6 +247,7 @@ def _rank_agreement(candidate: Vectors, reference: Vectors, texts: Sequence[Eval
         "spearman": float(spearmanr(*similarities).statistic) if similarities else None,
         "ndcg10": ndcg10(candidate),
         "ndcg10_reference": ndcg10(reference),
+        "precisions": judge_precisions(candidate, reference, ranges, anchors=anchors, others=others, relevant=relevant),
     }
 
 

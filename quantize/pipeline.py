@@ -20,7 +20,7 @@ from f2gguf.evals.neighbours import Vectors
 from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, quick_texts
 from f2gguf.quantize.convert.gate import pass_gate_1
 from f2gguf.quantize.convert.readback import read_back
-from f2gguf.quantize.convert.reserved import stamp_golden
+from f2gguf.quantize.convert.reserved import stamp_golden, stamp_int8_steps
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
 from f2gguf.quantize.outlook import Outlook, expect
@@ -139,7 +139,7 @@ def _all_texts(job: Job) -> tuple[tuple[EvalText, ...], tuple[EvalText, ...], Ca
 
 
 def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[EvalText]) -> list[str]:
-    """Convert to `path`, read it back, and fill in its golden vectors.
+    """Convert to `path`, read it back, and fill in its golden vectors and the steps of int8 vectors.
 
     Gives the texts that stock llama.cpp splits differently.
     """
@@ -153,6 +153,7 @@ def convert_checked(facts: Facts, path: Path, *, dtype: str, texts: Sequence[Eva
     if n_zeroed:
         say(f"  {n_zeroed} values are too small for F16 and became zero, in {len(conversion.losses)} tensors")
     stock_differs = read_back(path, facts, texts)
+    stamp_int8_steps(path, load_calibration(None, facts.entry.languages).texts)
     if n_without := stamp_golden(path):
         say(f"  {n_without} golden texts have no finite vector in {dtype.upper()}, and are not compared later")
     return stock_differs

@@ -37,18 +37,13 @@ def texts_of(inputs: Any) -> list[str]:
     return texts
 
 
-def require_call(*, batch_size: int, output_value: str | None, pool: Any, chunk_size: Any) -> None:
+def require_call(*, batch_size: int, output_value: str | None) -> None:
     """Raise `WrongUsage` for what a `SentenceTransformer` can do and an `Embedder` cannot."""
     if not isinstance(batch_size, SupportsIndex) or batch_size < 1:
         raise WrongUsage(f"batch_size is {batch_size!r}: it must be positive. (f2gguf packs batches by tokens itself.)")
     if output_value != "sentence_embedding":
         raise WrongUsage(
             f"output_value is {output_value!r}: f2gguf gives one vector for each text, 'sentence_embedding'."
-        )
-    if pool is not None or chunk_size is not None:
-        raise WrongUsage(
-            "pool and chunk_size: an Embedder computes in its own process, on all of its cores. For several processes, "
-            "give it to a multiprocessing.get_context('spawn').Pool: it is opened again in each of them."
         )
 
 

@@ -83,7 +83,12 @@ def f2gguf() -> None:
 )
 @FORCE
 @DIMS
-@click.option("--dtype", default="float32", show_default=True, help="Type of the vectors: float32 or float16.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Type of the vectors: float32, float16, int8, uint8, binary or ubinary.",
+)
 @click.option("--no-normalize", is_flag=True, help="Keep the vectors' lengths.")
 @MAX_TOKENS
 @POOLING

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -35,17 +36,13 @@ from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import device_in_use
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.threads import require_threads
+from f2gguf.runtime.pool import Pool, require_pool
+from f2gguf.runtime.precision import quantized, require_precision
 from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
 log = logging.getLogger("f2gguf")
-PRECISIONS = ("float32", "float16")
-
-
-def require_precision(precision: str) -> None:
-    """Raise `UnknownName` for a type that vectors cannot have."""
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
+_DOCUMENT = ("document", "passage", "corpus")  # sentence-transformers' names for the documents' prompt, the first first
 
 
 def space_of(sha256: str, pooling: str, width: int, *, adds_eos: bool) -> str:
@@ -75,8 +72,8 @@ class EncodeOptions(TypedDict, total=False):
     device: Any
     normalize_embeddings: bool | None
     truncate_dim: int | None
-    pool: None
-    chunk_size: None
+    pool: Pool | None
+    chunk_size: int | None
     on_progress: Callable[[int], None] | None
 
 
@@ -195,6 +192,16 @@ class Embedder:
         """`get_embedding_dimension`, by its name before sentence-transformers 6."""
         return self.get_embedding_dimension()
 
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own tokenizer, a `tokenizers.Tokenizer` without special tokens at the ends of a text.
+
+        Raises `WrongUsage` for a file that f2gguf did not make, which carries none.
+        """
+        if (own := self.encoder.own_tokenizer) is None:
+            raise WrongUsage(f"{self.header.path}: carries no tokenizer of its own. Use tokenize(text).")
+        return own
+
     def tokenize(self, text: str) -> Ids:
         """Token ids of one text without prompt, special tokens included, cut to the maximum length, (n_tokens,)."""
         if not isinstance(text, str):
@@ -215,8 +222,8 @@ class Embedder:
         device: Any = None,
         normalize_embeddings: bool | None = False,
         truncate_dim: int | None = None,
-        pool: None = None,
-        chunk_size: None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
         *,
         sentences: Texts | None = None,
         on_progress: Callable[[int], None] | None = None,
@@ -229,29 +236,36 @@ class Embedder:
         `prompt_name`, `prompt`: as in `embed`. Without them, the texts get the prompt of `default_prompt_name`, if any.
         `batch_size`: has no effect, because batches are packed by their tokens.
         `show_progress_bar`: True draws a bar on stderr. None and False draw none.
-        `precision`: float32 or float16.
+        `precision`: float32, float16, int8, uint8, binary or ubinary, as sentence-transformers defines them. Ranges of
+        int8 and uint8 stand in the file, so that a vector does not depend on its batch. A file without them has none.
         `convert_to_tensor`: True gives one torch tensor, on the CPU. `convert_to_numpy=False` gives a list of them.
-        `device`: may name the device that is in use. Another one is an error.
+        `device`: may name the device that is in use. Another one is an error. A list, such as `["cpu"] * 4`, computes
+        in as many processes, which share the threads.
         `normalize_embeddings`: True gives vectors of length 1. False gives what the model's own modules give, which is
         of length 1 as well for most models. (`embed(..., normalize=False)` gives the length before that.)
         `truncate_dim`: the number of leading dimensions to keep. They get the length 1 where the whole vectors have it.
-        `output_value`, `pool`, `chunk_size`: only the defaults, since there are no vectors of tokens, and no pools.
+        `pool`: processes that `start_multi_process_pool` started. They take `chunk_size` texts at a time.
+        `output_value`: only the default, since there are no vectors of tokens.
         `on_progress`: a function that receives the number of texts that a batch finished.
 
         Raises what `embed` does, `WrongUsage` for arguments that cannot work, and `ExtraMissing` for tensors without
         torch.
         """
-        calls.require_call(batch_size=batch_size, output_value=output_value, pool=pool, chunk_size=chunk_size)
-        calls.require_device(device, self.device)
+        calls.require_call(batch_size=batch_size, output_value=output_value)
+        require_pool(pool, of=self._source, chunk_size=chunk_size)
         has_tensors = convert_to_tensor or not convert_to_numpy
         if has_tensors:
             calls.require_torch()
         inputs = sentences if inputs is None else inputs
         texts = texts_of(inputs)
         with contextlib.ExitStack() as stack:
+            if pool is None and isinstance(device, list):
+                pool = stack.enter_context(contextlib.closing(self.start_multi_process_pool(device)))
+            elif pool is None:
+                calls.require_device(device, self.device)
             if show_progress_bar:
                 on_progress = stack.enter_context(calls.progress_bar(len(texts), on_progress))
-            vectors = self.embed(
+            vectors = self._embed(
                 texts,
                 prompt_name=prompt_name,
                 prompt=prompt,
@@ -259,6 +273,7 @@ class Embedder:
                 truncate_dim=truncate_dim,
                 precision=precision or "float32",
                 on_progress=on_progress,
+                compute=self.compute if pool is None else functools.partial(_compute_in, pool, chunk_size),
             ).vectors
         if has_tensors:
             vectors = calls.as_tensors(vectors, one=convert_to_tensor)
@@ -285,7 +300,8 @@ class Embedder:
         **options: Unpack[EncodeOptions],
     ) -> Vectors:
         """`encode` with the model's document prompt, where it has one and no other is given."""
-        prompt = self.prompts.get("document", "") if prompt_name is None and prompt is None else prompt
+        if prompt_name is None and prompt is None:
+            prompt = next((self.prompts[name] for name in _DOCUMENT if name in self.prompts), "")
         return self.encode(inputs, prompt_name, prompt, *more, **options)
 
     def embed(
@@ -304,23 +320,103 @@ class Embedder:
         `prompt` (or the prompt called `prompt_name`) is put before every text that does not begin with it. `normalize`
         says whether vectors have the length 1, or with False the length that the pooling left; None is what the header
         says. `truncate_dim` keeps the leading dimensions and normalises again; it must be one of the model's Matryoshka
-        widths. `precision` is float32 or float16. `on_progress` receives the number of texts that a batch finished.
-        Texts over the maximum length are cut but keep their EOS, with one `TruncationWarning`. Raises `TextError` for
-        what is no valid text, `NoVector` (which carries all other vectors) for texts without a finite vector,
-        `UnknownName` for an unknown prompt, and `UnknownDims` for a width that was not trained.
+        widths. `precision` is float32, float16, int8, uint8, binary or ubinary, as in `encode`. `on_progress` receives
+        the number of texts that a batch finished. Texts over the maximum length are cut but keep their EOS, with one
+        `TruncationWarning`. Raises `TextError` for what is no valid text, `NoVector` (which carries all other vectors)
+        for texts without a finite vector, `UnknownName` for an unknown prompt, `UnknownDims` for a width that was not
+        trained, and `WrongUsage` for int8 vectors of a file without ranges.
         """
-        encoder = self.encoder
+        return self._embed(
+            texts_of(inputs),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            normalize=normalize,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            on_progress=on_progress,
+            compute=self.compute,
+        )
+
+    def _embed(
+        self,
+        texts: list[str],
+        *,
+        prompt_name: str | None,
+        prompt: str | None,
+        normalize: bool | None,
+        truncate_dim: int | None,
+        precision: str,
+        on_progress: Callable[[int], None] | None,
+        compute: Callable[..., Embeddings],
+    ) -> Embeddings:
+        """`embed`, by this process or by those of a pool."""
         width = self.header.require_width(self.truncate_dim if truncate_dim is None else truncate_dim)
-        require_precision(precision)
+        is_normalized = self.header.is_normalized if normalize is None else normalize
+        ranges = require_precision(precision, self.header, width, is_normalized=is_normalized)
         prompt = self.prompt_of(prompt_name, prompt)
-        tokens = encoder.tokenize(texts_of(inputs), prompt, max_tokens=self.max_seq_length)
-        if tokens.truncated.any() and not self._warned:
-            self._warned = True
-            words = f"{tokens.truncated.sum()} of {len(tokens.ids)} texts are longer than {self.max_seq_length} tokens"
-            warnings.warn(f"{words} and were cut", TruncationWarning, stacklevel=3)
+        options = {"prompt": prompt, "width": width, "max_tokens": self.max_seq_length, "normalize": normalize}
+        made = compute(texts, **options, on_progress=on_progress)
+        self.warn_of_cuts(made.truncated)
+        try:
+            made = self.require_vectors(made)
+        except NoVector as error:
+            rest = error.embeddings
+            error.embeddings = replace(rest, vectors=quantized(rest.vectors, precision, ranges))
+            raise
+        return replace(made, vectors=quantized(made.vectors, precision, ranges))
+
+    def compute(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str,
+        width: int,
+        max_tokens: int,
+        normalize: bool | None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Embeddings:
+        """Vectors of texts behind `prompt`, NaN for a text that has no finite one. `embed` and pools call it."""
+        encoder = self.encoder
+        tokens = encoder.tokenize(texts, prompt, max_tokens=max_tokens)
         rows = encoder.compute(tokens.ids, tokens.prompt, on_progress=on_progress)
-        vectors = encoder.finish(rows, width=width, normalize=normalize).astype(precision, copy=False)
-        return self._require_vectors(Embeddings(vectors, tokens.lengths, tokens.truncated))
+        vectors = encoder.finish(rows, width=width, normalize=normalize)
+        return Embeddings(vectors, tokens.lengths, tokens.truncated)
+
+    def start_multi_process_pool(self, target_devices: Sequence[Any] | None = None) -> Pool:
+        """Start a process for each device, such as `["cpu"] * 4`, which is the default, for `encode(pool=...)`.
+
+        All must name the device that is in use. Raises `WrongUsage` for another one.
+        """
+        devices = (["cpu"] * 4 if self.device == "cpu" else [self.device]) if target_devices is None else target_devices
+        if not devices:
+            raise WrongUsage("device is an empty list: name one for each process, such as ['cpu', 'cpu'].")
+        for device in devices:
+            calls.require_device(device, self.device)
+        state = self.__getstate__()
+        n_threads = max(1, self.encoder.settings.n_threads // len(devices))
+        state["opening"] |= {"n_threads": n_threads, "selftest": False}
+        return Pool(functools.partial(_reopened, type(self), state), len(devices), of=self._source)
+
+    @property
+    def _source(self) -> object:
+        """Equal for models that give the same vectors."""
+        return self._opened["path"], self.pooling, self.adds_eos
+
+    @staticmethod
+    def stop_multi_process_pool(pool: Pool) -> None:
+        """End the processes of a pool."""
+        require_pool(pool)
+        pool.close()
+
+    @contextlib.contextmanager
+    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+        """Inside the block, `encode` gives vectors of that width; None is the full one."""
+        self.header.require_width(truncate_dim)
+        before, self.truncate_dim = self.truncate_dim, truncate_dim
+        try:
+            yield
+        finally:
+            self.truncate_dim = before
 
     similarity_fn_name = "cosine"
     similarity = staticmethod(cosines.similarity)
@@ -374,6 +470,13 @@ class Embedder:
         Embedder.__init__(self, **state.pop("opening"))
         vars(self).update(state)
 
+    def warn_of_cuts(self, truncated: NDArray[np.bool_]) -> None:
+        """Say once that texts were cut."""
+        if truncated.any() and not self._warned:
+            self._warned = True
+            words = f"{truncated.sum()} of {len(truncated)} texts are longer than {self.max_seq_length} tokens"
+            warnings.warn(f"{words} and were cut", TruncationWarning, stacklevel=4)
+
     def prompt_of(self, prompt_name: str | None, prompt: str | None) -> str:
         """The text to put before every input: `prompt`, else the prompt of that name, else the default one."""
         for given in (prompt, prompt_name):
@@ -391,7 +494,7 @@ class Embedder:
             raise UnknownName(f"prompt of {self.header.path}", name, self.prompts, hint)
         return self.prompts[name]
 
-    def _require_vectors(self, embeddings: Embeddings) -> Embeddings:
+    def require_vectors(self, embeddings: Embeddings) -> Embeddings:
         """`embeddings`, or `NoVector` where a vector is not finite, or zero."""
         vectors = embeddings.vectors
         bad = unusable(vectors)
@@ -405,3 +508,16 @@ class Embedder:
             bad,
             Embeddings(vectors[good], embeddings.n_tokens[good], embeddings.truncated[good]),
         )
+
+
+def _reopened(kind: type[Embedder], state: dict[str, Any]) -> Callable[..., Embeddings]:
+    """`Embedder.compute` of another process's Embedder, opened here."""
+    model = kind.__new__(kind)
+    model.__setstate__(state)
+    return model.compute
+
+
+def _compute_in(pool: Pool, chunk_size: int | None, texts: Sequence[str], **options: Any) -> Embeddings:
+    """`Embedder.compute` by the processes of a pool."""
+    parts = pool.map(texts, chunk_size=chunk_size, **options)
+    return Embeddings(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))

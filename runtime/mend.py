@@ -20,7 +20,7 @@ from f2gguf.runtime.llama.model import Model
 
 _CHUNK_BYTES = 1 << 24
 # Keys of what was measured before, and is not true of other vectors
-_MEASURED = ("f2gguf.golden.", "f2gguf.drift.")
+_MEASURED = ("f2gguf.golden.", "f2gguf.drift.", keys.KEY_INT8_STEP)
 _VECTORS_STAY = (keys.KEY_NORMALIZE, keys.KEY_MATRYOSHKA_DIMS)  # these change no full-width direction
 _ALIGNMENT = 32
 _PROMPT_NAME = re.compile(r"\w[\w-]*")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import subprocess
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from conftest import facts_of
 from f2gguf.evals.drift import drift
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import ExtraMissing, InputError, TextError, UnknownName, WrongUsage
+from f2gguf.runtime.errors import (
+    ExtraMissing,
+    InputError,
+    PoolBroken,
+    TextError,
+    UnknownDims,
+    UnknownName,
+    WrongUsage,
+)
+from f2gguf.runtime.pool import Pool
 
 TEXTS = ["a cat on the mat", "ein Hund", ""]
 
@@ -115,12 +125,14 @@ def test_unknown_arguments_are_named_as_python_does(nano: Embedder) -> None:
         ({"batch_size": None}, WrongUsage, "batch_size is None: it must be positive"),
         ({"output_value": "token_embeddings"}, WrongUsage, "'token_embeddings': f2gguf gives one vector for each text"),
         ({"output_value": None}, WrongUsage, "output_value is None"),
-        ({"precision": "int8"}, UnknownName, "no precision is called 'int8'. .*Known: float32, float16"),
-        ({"pool": {"input": None}}, WrongUsage, "pool and chunk_size: an Embedder computes in its own process"),
-        ({"chunk_size": 10}, WrongUsage, "pool and chunk_size"),
+        ({"precision": "int8"}, WrongUsage, "int8: .* states no ranges for it"),
+        ({"pool": {"input": None}}, WrongUsage, "pool is .*: an Embedder has pools of its own. Start one"),
+        ({"chunk_size": 0}, WrongUsage, "chunk_size is 0: it is a number of texts, and must be positive"),
+        ({"chunk_size": "10"}, WrongUsage, "chunk_size is '10'"),
         ({"device": "cuda"}, WrongUsage, "device is 'cuda': this Embedder computes on 'cpu', and stays there"),
         ({"device": "cuda:1"}, WrongUsage, "device is 'cuda:1'"),
-        ({"device": ["cpu", "cpu"]}, WrongUsage, "computes on 'cpu'"),
+        ({"device": ["cpu", "cuda:1"]}, WrongUsage, "computes on 'cpu'"),
+        ({"device": []}, WrongUsage, "device is an empty list"),
         ({"prompt_name": "passage"}, UnknownName, "no prompt of .* is called 'passage'"),
         (
             {"prompt_name": ["query"]},
@@ -296,6 +308,85 @@ def test_functions_of_sentence_transformers_take_it(minilm: Embedder) -> None:
     assert hits[0]["corpus_id"] == 1
     ((_, first, second), *_) = util.paraphrase_mining(minilm, ["a cat", "a car", "a kitten"])
     assert {first, second} == {0, 2}
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def pool(nano: Embedder) -> Iterator[Pool]:
+    pool = nano.start_multi_process_pool(["cpu"])
+    yield pool
+    nano.stop_multi_process_pool(pool)
+
+
+@pytest.mark.slow
+def test_a_pool_gives_what_the_embedder_gives_in_the_order_of_the_texts(nano: Embedder, pool: Pool) -> None:
+    told: list[int] = []
+    for options in ({}, {"truncate_dim": 64, "prompt_name": "query", "chunk_size": 3}, {"normalize_embeddings": True}):
+        found = nano.encode(TEXTS * 4, pool=pool, on_progress=told.append, **options)  # type: ignore[arg-type]
+        options.pop("chunk_size", None)
+        np.testing.assert_allclose(found, nano.encode(TEXTS * 4, **options), atol=2e-5)  # type: ignore[arg-type]
+    assert sum(told) == 36
+    assert nano.encode("a", pool=pool).shape == (256,)
+    assert nano.encode([], pool=pool).shape == (0, 256)
+
+
+@pytest.mark.slow
+def test_errors_of_a_pool_name_the_text_and_leave_it_at_work(nano: Embedder, pool: Pool) -> None:
+    with pytest.raises(TextError, match="behind the first 8 texts, text 1 of 1: character 1 is a lone surrogate"):
+        nano.encode([*"abcdefgh", "\ud800"], pool=pool, chunk_size=1)
+    with Embedder(nano.header.path, add_eos=False, pooling="mean") as other, pytest.raises(WrongUsage, match="another"):
+        other.encode("a", pool=pool)
+    with pytest.raises(UnknownName, match=r"no prompt of .* is called 'x'"):
+        nano.encode("a", pool=pool, prompt_name="x")
+    assert nano.encode("a", pool=pool).shape == (256,)
+
+
+@pytest.mark.slow
+def test_a_list_of_devices_is_a_pool_for_one_call(nano: Embedder) -> None:
+    np.testing.assert_allclose(nano.encode_query(TEXTS, device=["cpu"]), nano.encode_query(TEXTS), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_pool_whose_process_was_killed_or_that_was_closed_says_so(nano: Embedder) -> None:
+    others = multiprocessing.active_children()
+    pool = nano.start_multi_process_pool(["cpu"])
+    nano.encode("a", pool=pool)
+    (process,) = set(multiprocessing.active_children()) - set(others)
+    process.kill()
+    with pytest.raises(PoolBroken, match="a process of the pool ended before its work was done"):
+        nano.encode(TEXTS, pool=pool)
+    nano.stop_multi_process_pool(pool)
+    closed = nano.start_multi_process_pool(["cpu"])
+    for _ in range(2):
+        nano.stop_multi_process_pool(closed)
+    with pytest.raises(PoolBroken, match="the pool takes no texts"):
+        nano.encode(TEXTS, pool=closed)
+
+
+@pytest.mark.slow
+def test_prompts_of_documents_have_the_names_of_sentence_transformers(minilm_f16: Path) -> None:
+    with Embedder(minilm_f16) as model:
+        for names, chosen in ((("passage", "corpus"), "passage"), (("document", "passage"), "document"), (("x",), "")):
+            model.prompts = {name: f"{name}: " for name in names}
+            wanted = model.encode("a", prompt=f"{chosen}: " if chosen else "")
+            np.testing.assert_array_equal(model.encode_document("a"), wanted)
+
+
+def test_the_checkpoints_tokenizer_is_at_hand(nano: Embedder) -> None:
+    opening, closing = nano.encoder.special_ids
+    ids = nano.tokenizer.encode("a cat on the mat", add_special_tokens=False).ids
+    assert [*opening, *ids, *closing] == nano.tokenize("a cat on the mat").tolist()
+
+
+def test_width_may_change_for_a_block(nano: Embedder) -> None:
+    with nano.truncate_embeddings(64):
+        assert nano.encode("a").shape == (64,)
+    assert nano.encode("a").shape == (256,)
+    with pytest.raises(UnknownDims, match="65 dimensions"), nano.truncate_embeddings(65):
+        pass
+    assert nano.truncate_dim is None
 
 
 # Similarity

@@ -20,12 +20,22 @@ from f2gguf.runtime.gguf.reader import TENSOR_TYPES
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("quantize", "evals", "runtime")
 PUBLIC = ROOT / "runtime" / "public"
+INTEGRATIONS = ROOT / "runtime" / "integrations"  # f2gguf.integrations, which only users import
 ALLOWED = {"runtime": {"runtime"}, "evals": {"evals", "runtime"}, "quantize": {"quantize", "evals", "runtime"}}
 HEAVY = ("numpy", "llama_cpp", "gguf", "scipy", "tokenizers", "huggingface_hub", "torch", "transformers", "safetensors")
 HEAVY += ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
+
+def _dotted(path: Path) -> str:
+    return (
+        path.relative_to(INTEGRATIONS.parent if INTEGRATIONS in (path, *path.parents) else ROOT)
+        .as_posix()
+        .replace("/", ".")
+    )
+
+
 MODULES = sorted(
-    "f2gguf." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    "f2gguf." + _dotted(path.with_suffix(""))
     for folder in FOLDERS
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "__init__.py"
@@ -37,7 +47,8 @@ def test_mapping_lists_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")} - {PUBLIC}
     assert set(settings["packages"]) == {"f2gguf"} | {f"f2gguf.{_dotted(path)}" for path in found}
-    assert settings["package-dir"] == {"f2gguf": "runtime/public"} | {f"f2gguf.{folder}": folder for folder in FOLDERS}
+    mapped = {"f2gguf": "runtime/public", "f2gguf.integrations": "runtime/integrations"}
+    assert settings["package-dir"] == mapped | {f"f2gguf.{folder}": folder for folder in FOLDERS}
     assert not [path for path in found if not (path / "__init__.py").exists()]
 
 
@@ -45,7 +56,8 @@ def test_mapping_lists_every_package() -> None:
 def test_imports_point_one_way(folder: str) -> None:
     for path in _sources(folder):
         ours = {name.split(".")[1] for name in _imports(path)}
-        assert ours <= ALLOWED[folder], f"{path} imports {ours - ALLOWED[folder]}"
+        allowed = ALLOWED[folder] | ({"integrations"} if INTEGRATIONS in path.parents else set())
+        assert ours <= allowed, f"{path} imports {ours - allowed}"
 
 
 def test_rooms_and_files_import_in_no_circle() -> None:
@@ -101,10 +113,6 @@ def _imports(path: Path) -> set[str]:
 def _room(module: str) -> str:
     """'f2gguf.quantize.convert.write' -> 'quantize.convert', 'f2gguf.quantize.pipeline' -> 'quantize.pipeline'."""
     return ".".join(module.split(".")[1:3])
-
-
-def _dotted(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix().replace("/", ".")
 
 
 def test_commands_load_nothing_heavy_for_their_help() -> None:

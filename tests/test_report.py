@@ -312,7 +312,9 @@ def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report:
     assert [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)][:3] == ["h1", "h2", "h2"]
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     n_tables = sum(tag == "table" for tag, _ in page.tags)
-    assert n_tables == sum(tag == "caption" for tag, _ in page.tags) == 9  # files, 3 of groups, 2 of texts, 3 of origin
+    assert (
+        n_tables == sum(tag == "caption" for tag, _ in page.tags) == 10
+    )  # files, 4 of groups, 2 of texts, 3 of origin
 
 
 def test_page_tells_recipe_worst_texts_and_origin(report: Report) -> None:

@@ -263,7 +263,7 @@ def test_cohere_gets_the_embedders_vectors(served: Served, nano: Embedder) -> No
     assert (answer["response_type"], answer["texts"]) == ("embeddings_by_type", GIVEN[:2])
     narrow = httpx.post(f"{served.url}/v2/embed", json={"texts": GIVEN[:1], "model": "nano", "output_dimension": 32})
     same(narrow.json()["embeddings"]["float"], nano.encode_document(GIVEN[:1], truncate_dim=32))
-    refused = httpx.post(f"{served.url}/v2/embed", json={**body, "embedding_types": ["int8"]})
+    refused = httpx.post(f"{served.url}/v2/embed", json={**body, "embedding_types": ["int4"]})
     assert (refused.status_code, list(refused.json())) == (400, ["message"])
 
 

@@ -159,7 +159,8 @@ def verify(
         on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=max_drift)
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
         return _require_bound(candidate, on_corpus)
-    verdict = judge(vectors, baseline(), texts, dims=header.dims, max_drift=max_drift)
+    ranges = header.ranges(header.n_embd)
+    verdict = judge(vectors, baseline(), texts, dims=header.dims, ranges=ranges, max_drift=max_drift)
     _show_verdict(candidate, verdict, as_json)
     return _require_bound(candidate, verdict)
 

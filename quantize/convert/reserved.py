@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from f2gguf.evals.texts import EvalText, prompted
 from f2gguf.quantize.convert.readback import checkpoint_ids
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime import Embedder
@@ -20,6 +21,7 @@ from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.encoder import add_prompt
 from gguf import GGUFWriter
 
+N_STEP_TEXTS = 256  # of the calibration texts
 UNKNOWN_SHA256 = "0" * 64  # of a checkpoint, which is hashed while it is converted
 VERDICT = {keys.KEY_MEAN_DRIFT: 0.0, keys.KEY_UPPER_DRIFT: 0.0, keys.KEY_HOLDS: False}  # until it is measured
 CORPUS_DRIFT = {keys.KEY_CORPUS_MEAN: 0.0, keys.KEY_CORPUS_UPPER: 0.0}
@@ -75,6 +77,34 @@ def add_golden(writer: GGUFWriter, facts: Facts) -> None:
     writer.add_array(golden.KEY_TOKEN_IDS, np.concatenate(ids).tolist())
     writer.add_array(golden.KEY_VECTORS, [0.0] * (len(PROBES) * facts.n_embd))
     writer.add_array(golden.KEY_COSINES, [0.0] * len(PROBES))
+
+
+def add_int8_steps(writer: GGUFWriter, facts: Facts) -> None:
+    """Reserve room for the step of int8 vectors, at every width."""
+    for width in facts.dims:
+        writer.add_float32(f"{keys.KEY_INT8_STEP}{width}", 0.0)
+
+
+def stamp_int8_steps(path: Path, texts: Sequence[EvalText]) -> None:
+    """Fill in a converted file's steps of int8 vectors: the greatest number in those of `texts` is 126.5 steps.
+
+    At most N_STEP_TEXTS texts, evenly spread, behind their prompts. Variants are made with the same header, so that
+    int8 vectors of all files of a model compare. A text without a finite vector does not count.
+
+    All columns have one step, and 0 is a code. With sentence-transformers' own ranges, those of each column, the codes
+    of two vectors do not compare as the vectors do: of multilingual-e5-small's ten nearest documents 64% stay, and 99%
+    with one step (nano 71% and 99%, MiniLM 83% and 99%).
+    """
+    some = texts[:: -(-len(texts) // N_STEP_TEXTS)]
+    with Embedder(path, device="cpu") as model:
+        ids = [model.encoder.tokenize([prompted(text, model.prompts)]).ids[0] for text in some]
+        rows = model.encoder.compute(ids)
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        greatest = {
+            width: np.abs(model.encoder.finish(rows, width=width, normalize=True)).max(initial=0)
+            for width in model.header.dims
+        }
+    fill_in(path, {f"{keys.KEY_INT8_STEP}{width}": float(most) / 126.5 for width, most in greatest.items()})
 
 
 def stamp_golden(path: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from f2gguf.quantize.checkpoint.weights import StoredTensor, as_float32
-from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, add_golden, fill_in
+from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, add_golden, add_int8_steps, fill_in
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
 from f2gguf.runtime.files import require_free_space
@@ -211,6 +211,7 @@ def _add_header(writer: GGUFWriter, facts: Facts, file_type: LlamaFileType) -> N
         writer.add_string(keys.KEY_DEFAULT_PROMPT, facts.default_prompt)
     writer.add_string(keys.KEY_TOKENIZER, vocabulary.tokenizer)
     add_golden(writer, facts)
+    add_int8_steps(writer, facts)
     _add_vocabulary(writer, facts)
 
 

@@ -112,7 +112,8 @@ def make_measured(
     with Embedder(path, device=evaluation.device) as model:
         with progress(f"measure {recipe.variant}", len(texts)) as advance:
             vectors = embed_texts(model, texts, advance)
-        verdict = judge(vectors, evaluation.reference, texts, dims=model.header.dims, max_drift=max_drift)
+        dims, ranges = model.header.dims, model.header.ranges(model.header.n_embd)
+        verdict = judge(vectors, evaluation.reference, texts, dims=dims, ranges=ranges, max_drift=max_drift)
         golden = golden_stamps(model)
     drifts = {keys.KEY_MEAN_DRIFT: verdict.mean, keys.KEY_UPPER_DRIFT: verdict.upper}
     on_corpus = _on_corpus(path, held_out, evaluation.device) if held_out else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from f2gguf.evals.neighbours import TOP_K
+from f2gguf.evals.precisions import RESCORED
 from f2gguf.quantize.repair.corpus import MAX_CHARS
 from f2gguf.quantize.report.report import Measured, Report
 from f2gguf.quantize.report.tables import (
@@ -15,6 +17,7 @@ from f2gguf.quantize.report.tables import (
     files_table,
     groups_table,
     over_lines,
+    precisions_table,
     worst_texts,
 )
 from f2gguf.runtime.files import format_bound
@@ -25,6 +28,11 @@ _MODEL_SHARE = 0.8  # of a device's memory
 _CORPUS_NOTE = (
     "Other texts of the corpus were used to choose how the files are made. The held-out ones were only measured. They "
     f"are a uniform sample, each cut at {MAX_CHARS:,} characters. The bound is about the evaluation texts."
+)
+_PRECISIONS_NOTE = (
+    "Weights and vectors rounded together, against float32 vectors of the base file; queries and documents are both "
+    "rounded. Binary vectors have a bit for each dimension, so that their drift is high, and ranks tell more. "
+    f'"Rescored" ranks the best {RESCORED * TOP_K} documents again, by the query in float32.'
 )
 
 
@@ -76,6 +84,9 @@ def sections(report: Report) -> Iterator[Block]:
         yield Heading("Where it drifts")
         if len(report.source.dims) > 1:
             yield dims_table(report)
+        if (precisions := precisions_table(report)).rows:
+            yield precisions
+            yield Paragraph(_PRECISIONS_NOTE)
         yield groups_table(report, "kind")
         yield Details("Mean drift by language", [groups_table(report, "language")])
         yield Details("The texts that drift most", [worst_texts(report, name) for name in report.variants])

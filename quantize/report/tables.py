@@ -75,6 +75,23 @@ def dims_table(report: Report) -> Table:
     return Table("Mean drift by Matryoshka dimension", ("dimensions", *verdicts), rows)
 
 
+def precisions_table(report: Report) -> Table:
+    """Drift and ranks of every file with its vectors as int8 and binary, which the bound does not ask about."""
+    rows = [
+        [
+            name,
+            precision,
+            percent(rounded.mean),
+            "" if rounded.top10_overlap is None else f"{rounded.top10_overlap:.1%}",
+            *("" if ndcg is None else f"{ndcg:.3f}" for ndcg in (rounded.ndcg10, rounded.ndcg10_rescored)),
+        ]
+        for name, verdict in report.named_verdicts.items()
+        for precision, rounded in (verdict.precisions or {}).items()
+    ]
+    header = ("file", "vectors", "mean drift", "top-10 kept", "nDCG@10", "rescored")
+    return Table("Vectors in fewer bits, of every file", header, rows)
+
+
 def corpus_tables(report: Report) -> list[Table]:
     """Drift on the held-out texts of the corpus that files were made for, a table for each corpus."""
     drifts = {name: verdict.corpus for name, verdict in report.named_verdicts.items() if verdict.corpus}

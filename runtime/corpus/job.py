@@ -18,9 +18,10 @@ from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, stat_in
 from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster
 from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
-from f2gguf.runtime.embedder import Embedder, require_precision
+from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import OutputError, parsing
 from f2gguf.runtime.files import PART_SUFFIX, locked, sha256_text, write_text
+from f2gguf.runtime.precision import require_precision
 from f2gguf.runtime.tables.texts import require_pyarrow
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders leave out what begins so
@@ -104,7 +105,8 @@ def embed_corpus(
     files = find_inputs(names, apart_from=folder)
     prompt = model.prompt_of(prompt_name, prompt)
     width = model.header.require_width(model.truncate_dim if truncate_dim is None else truncate_dim)
-    require_precision(precision)
+    is_normalized = model.header.is_normalized if normalize is None else normalize
+    require_precision(precision, model.header, width, is_normalized=is_normalized)
     options = Options(model.opening, model.fingerprint(width), prompt, width, precision, normalize)
     size_bytes = model.header.path.stat().st_size
     settings = Settings(

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
 from f2gguf.runtime.errors import NotAnEmbeddingModel, NotGGUF, PoolingMissing, UnknownDims, UnknownName, WrongUsage
 from f2gguf.runtime.gguf.golden import golden_flaw
 from f2gguf.runtime.gguf.reader import Reader, TensorInfo
+from numpy.typing import NDArray
 
 # Names of the values that f2gguf adds to llama.cpp's own; `quantize` writes them, the runtime reads them. Those of the
 # golden vectors stand in runtime/gguf/golden.py.
@@ -23,6 +25,7 @@ KEY_DEFAULT_PROMPT = "f2gguf.default_prompt"  # name of the prompt that goes bef
 KEY_MATRYOSHKA_DIMS = "f2gguf.matryoshka_dims"
 KEY_MAX_TOKENS = "f2gguf.max_tokens"
 KEY_NORMALIZE = "f2gguf.normalize"
+KEY_INT8_STEP = "f2gguf.int8_step."  # + width -> what a step of int8 is worth in normalised vectors of that width
 KEY_TOKENIZER = "f2gguf.tokenizer"  # the checkpoint's own but for tokens and merges, as JSON: see llama/carried.py
 KEY_SCORE_STEPS = "f2gguf.tokenizer.score_steps"  # from float32 scores to the checkpoint's: see llama/carried.py
 KEY_SOURCE_SHA256 = "f2gguf.source.sha256"
@@ -103,6 +106,14 @@ class Header:
     @property
     def is_normalized(self) -> bool:
         return bool(self.values.get(KEY_NORMALIZE, True))
+
+    def ranges(self, width: int) -> NDArray[np.float32] | None:
+        """The range of each column's numbers, (2, width), for int8 vectors of that width; None where it is not stated.
+
+        All columns have the same one, in which a code of int8 is the number divided by the step, and rounded.
+        """
+        step = self.values.get(f"{KEY_INT8_STEP}{width}", 0.0)
+        return np.outer((-128.5 * step, 126.5 * step), np.ones(width)).astype(np.float32) if step else None
 
     @property
     def tokenizer(self) -> str | None:
@@ -258,6 +269,7 @@ def _require_sane(path: Path, values: dict[str, Any]) -> None:
     architecture = values.get("general.architecture", "")
     checks = {key.replace("{arch}", str(architecture)): check for key, check in _CHECKS.items()}
     checks |= {key: _TEXT for key in values if key.startswith(KEY_PROMPT)}
+    checks |= {key: (float, lambda value: 0 <= value < math.inf) for key in values if key.startswith(KEY_INT8_STEP)}
     for key in filter(checks.__contains__, values):
         kind, is_sane = checks[key]
         if type(value := values[key]) is not kind or not is_sane(value):

@@ -44,6 +44,11 @@ def find_models(folders: Sequence[Path]) -> list[ModelFile]:
     return sorted((_read(model, path) for model, path in by_file.values()), key=_place)
 
 
+def names_in_cache() -> list[str]:
+    """The models of the Hub's cache that f2gguf downloaded, by their names for -m. No file is read."""
+    return sorted({name for name, path in _in_cache() if name != str(path)})
+
+
 def table_row(file: ModelFile) -> list[str]:
     """Cells of `COLUMNS`."""
     header, size = file.header, format_size(file.size_bytes)

@@ -58,7 +58,9 @@ class Encoder:
                 own_tokenizer, header
             )  # while llama.cpp loads the file: both take a second for 150,000 tokens
             self.engine = Engine(header, settings, watch=watch)
-            self._tokenizer = Tokenizer(self.engine.model, own.result())
+            self.own_tokenizer = own.result()  # a `tokenizers.Tokenizer`, or None
+            self._tokenizer = Tokenizer(self.engine.model, self.own_tokenizer)
+        self.special_ids = self._tokenizer.opening, self._tokenizer.closing  # before and behind every text
         self._kept_prompts: dict[str, Ids] = {}
 
     def tokenize(

@@ -30,7 +30,7 @@ class Tokenizer:
         self.model = model
         self._carried = carried
         special, n_closing = model.tokenize(""), int(model.closes_texts)
-        self._opening, self._closing = np.split(special, [len(special) - n_closing])
+        self.opening, self.closing = np.split(special, [len(special) - n_closing])
 
     def __call__(self, text: str, *, max_tokens: int | None = None) -> tuple[Ids, bool]:
         """Ids of `text` with special tokens, (n_tokens,) int32, and whether it was cut.
@@ -59,10 +59,10 @@ class Tokenizer:
         if wrong := [token for token in ids if not 0 <= token < n_vocab]:
             raise TextError(f"there is no token {wrong[0]}: this model has {n_vocab:,}, from 0.")
         whole = np.array(ids, dtype=np.int32)
-        if not np.array_equal(whole[: len(self._opening)], self._opening):
-            whole = np.concatenate([self._opening, whole])
-        if not np.array_equal(whole[-1:], self._closing):
-            whole = np.concatenate([whole, self._closing])
+        if not np.array_equal(whole[: len(self.opening)], self.opening):
+            whole = np.concatenate([self.opening, whole])
+        if not np.array_equal(whole[-1:], self.closing):
+            whole = np.concatenate([whole, self.closing])
         return self._cut(whole, max_tokens)
 
     def _ids(self, text: str) -> Ids:
@@ -70,13 +70,13 @@ class Tokenizer:
             return self.model.tokenize(text)
         text.encode("utf-8")  # the library stops at lone surrogates with a less telling error
         ids = np.array(encode(self._carried, text), dtype=np.int32)
-        return np.concatenate([self._opening, ids, self._closing])
+        return np.concatenate([self.opening, ids, self.closing])
 
     def _cut(self, ids: Ids, max_tokens: int | None) -> tuple[Ids, bool]:
         if max_tokens is None or len(ids) <= max_tokens:
             return ids, False
-        kept = max_tokens - len(self._closing)
-        return np.concatenate([ids[:kept], ids[len(ids) - len(self._closing) :]]), True
+        kept = max_tokens - len(self.closing)
+        return np.concatenate([ids[:kept], ids[len(ids) - len(self.closing) :]]), True
 
 
 @contextlib.contextmanager

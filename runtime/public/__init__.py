@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from f2gguf.evals.drift import Verdict as Verdict
     from f2gguf.evals.drift import judge as judge
     from f2gguf.evals.mteb.encoder import F2ggufEncoder as F2ggufEncoder
+    from f2gguf.integrations.sentence_transformers import sentence_transformer as sentence_transformer
     from f2gguf.quantize.pipeline import quantize_model as quantize_model
     from f2gguf.quantize.report.report import Report as Report
     from f2gguf.runtime.embedder import Embedder as Embedder
@@ -25,6 +26,7 @@ PUBLIC = {
     "Verdict": "f2gguf.evals.drift",
     "quantize_model": "f2gguf.quantize.pipeline",
     "Report": "f2gguf.quantize.report.report",
+    "sentence_transformer": "f2gguf.integrations.sentence_transformers",
     "F2ggufEncoder": "f2gguf.evals.mteb.encoder",
 }
 ERRORS = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import orjson
 from f2gguf.runtime.llama.encoder import Input
 from f2gguf.runtime.llama.engine import Rows
+from f2gguf.runtime.precision import quantized
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from starlette.responses import Response
 
@@ -42,6 +43,12 @@ INPUT_TYPE = (
     "Which prompt is put before every text: 'query', 'document' (default) or another of the model's. 'passage', "
     "'search_query' and 'search_document' are understood. 'classification' and 'clustering' mean documents, unless the "
     "model has such a prompt."
+)
+
+VectorType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+VECTOR_TYPES = (
+    "float [default]: numbers; base64: their little-endian float32 bytes; int8 and uint8: whole numbers, of files that "
+    "state ranges; binary and ubinary: a bit for each dimension, eight to a number."
 )
 
 # Fields by which clients of one API or another ask for other vectors, by what they ask for. Where a dialect has no such
@@ -136,6 +143,7 @@ class Job:
     dimensions: int | None = None
     normalize: bool | None = None
     truncate: bool | None = None
+    types: Sequence[VectorType] = ()  # of the vectors, besides numbers in float32
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class Answer:
     n_tokens: int
     truncated: list[int]
     fingerprint: str
+    ranges: Rows | None = None  # where the job asks for int8 or uint8
 
     @property
     def headers(self) -> dict[str, str]:
@@ -155,10 +164,11 @@ class Answer:
             headers["X-Embedding-Truncated"] = ",".join(map(str, self.truncated[:_SHOWN_INDICES])) + more
         return headers
 
-
-def base64_rows(rows: Rows) -> list[str]:
-    """The little-endian float32 bytes of each vector in base64."""
-    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+    def rows_as(self, kind: VectorType) -> Any:
+        """The vectors in one type: an array, or base64 of each."""
+        if kind == "base64":
+            return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in self.rows]
+        return self.rows if kind == "float" else quantized(self.rows, kind, self.ranges)
 
 
 def input_list(stated: Inputs) -> list[Input]:

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 from f2gguf.runtime.server.answers import (
     INPUT_TYPE,
     MODEL,
+    VECTOR_TYPES,
     Job,
     ModelName,
     Refused,
     Text,
     Truncate,
     VectorRequest,
+    VectorType,
     Width,
-    base64_rows,
     json_response,
     truncates,
 )
@@ -23,16 +24,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictStr
 
-EmbeddingType = Literal["float", "base64"]
-
 
 class CohereEmbedRequest(VectorRequest):
     model: ModelName | None = Field(None, description=MODEL)
     texts: Annotated[list[Text], Field(fail_fast=True)]
     input_type: StrictStr | None = Field(None, description=INPUT_TYPE)
-    embedding_types: list[EmbeddingType] | None = Field(
-        None, description="Numbers [default], or their little-endian float32 bytes in base64. There are no other types."
-    )
+    embedding_types: list[VectorType] | None = Field(None, description=f"Any of them. {VECTOR_TYPES}")
     truncate: Truncate | None = Field(None, description="'END' (default) or 'NONE'. 'START' is refused.")
     output_dimension: Width | None = Field(None, description="One of the model's trained widths.")
 
@@ -40,6 +37,10 @@ class CohereEmbedRequest(VectorRequest):
 class ByType(BaseModel):
     floats: list[list[float]] | None = Field(None, alias="float")
     base64: list[str] | None = None
+    int8: list[list[int]] | None = None
+    uint8: list[list[int]] | None = None
+    binary: list[list[int]] | None = None
+    ubinary: list[list[int]] | None = None
 
 
 class CohereEmbedResponse(BaseModel):
@@ -66,14 +67,14 @@ def router(models: Models) -> APIRouter:
     async def embed(body: CohereEmbedRequest, request: Request) -> Response:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
         model, prompt_name = find_model(models, stated_name(models, body.model), body.input_type)
-        job = Job(body.texts, prompt_name, body.output_dimension, truncate=truncates(body.truncate) is not False)
-        facts = request.state.facts
+        types: list[VectorType] = body.embedding_types or ["float"]
+        cut, facts = truncates(body.truncate) is not False, request.state.facts
+        job = Job(body.texts, prompt_name, body.output_dimension, truncate=cut, types=types)
         answer = await model.embed(job, facts)
-        types = body.embedding_types or ["float"]
         fields = {
             "id": facts["request_id"],
             "response_type": "embeddings_by_type",
-            "embeddings": {kind: answer.rows if kind == "float" else base64_rows(answer.rows) for kind in types},
+            "embeddings": {kind: answer.rows_as(kind) for kind in types},
             "texts": body.texts,
             "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": answer.n_tokens}},
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.embedder import Embedder, space_of
-from f2gguf.runtime.errors import FileWarning, TextError, UnknownDims
+from f2gguf.runtime.errors import FileWarning, TextError, UnknownDims, WrongUsage
 from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
@@ -22,6 +22,7 @@ from f2gguf.runtime.hub.models import open_header
 from f2gguf.runtime.llama.encoder import Input, Tokens
 from f2gguf.runtime.llama.engine import Rows, unusable
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.precision import SCALED, require_precision
 from f2gguf.runtime.selftest import SelftestInParts
 from f2gguf.runtime.server.answers import Answer, Job, Refused
 from f2gguf.runtime.server.batching import Batcher, Compute, QueueFull, Schedule
@@ -140,6 +141,7 @@ class ServedModel:
         begin = time.perf_counter()
         facts |= {"model": self.name, "n_texts": len(job.inputs)}
         prompt, width = self._prompt_for(job), self._width(job.dimensions)
+        ranges = self._ranges(job, width)
         truncate = self.limits.truncate if job.truncate is None else job.truncate
         tokens = await self.tokenize(job.inputs, prompt, truncate=truncate)
         n_tokens, truncated = int(tokens.lengths.sum()), np.flatnonzero(tokens.truncated).tolist()
@@ -164,7 +166,7 @@ class ServedModel:
         self.metrics["tokens"].inc(n_tokens)
         self.metrics["texts"].inc(len(rows))
         self.metrics["truncated_texts"].inc(len(truncated))
-        return Answer(rows, n_tokens, truncated, self.fingerprint(prompt, width))
+        return Answer(rows, n_tokens, truncated, self.fingerprint(prompt, width), ranges)
 
     async def tokenize(self, inputs: Sequence[Input], prompt: str, *, truncate: bool) -> Tokens:
         """Token ids with the prompt and special tokens; in a thread where that takes a while.
@@ -217,6 +219,18 @@ class ServedModel:
             trained = ", ".join(map(str, self.header.dims))
             words = f"{dimensions} dimensions: {self.name} was trained for {trained}."
             raise Refused("invalid_value", words, param="dimensions") from error
+
+    def _ranges(self, job: Job, width: int) -> Rows | None:
+        is_normalized = self.header.is_normalized if job.normalize is None else job.normalize
+        for kind in SCALED:
+            if kind in job.types:
+                try:
+                    return require_precision(kind, self.header, width, is_normalized=is_normalized)
+                except WrongUsage as error:
+                    why = f"{kind}: {self.name} states no ranges for it, or its vectors are not normalised."
+                    words = f"{why} Ask for float, binary or ubinary."
+                    raise Refused("invalid_value", words, param="encoding_format") from error
+        return None
 
     def _tokenize(self, inputs: Sequence[Input], prompt: str, truncate: bool) -> Tokens:
         try:

@@ -9,14 +9,15 @@ from f2gguf.runtime.server.answers import (
     INPUT_TYPE,
     INPUTS,
     MODEL,
+    VECTOR_TYPES,
     Inputs,
     Job,
     ModelName,
     Refused,
     Truncate,
     VectorRequest,
+    VectorType,
     Width,
-    base64_rows,
     input_list,
     json_response,
     truncates,
@@ -33,7 +34,7 @@ class EmbeddingsRequest(VectorRequest):
     model: ModelName | None = Field(None, description=MODEL)
     input: Inputs = Field(description=INPUTS)
     dimensions: Width | None = Field(None, description="One of the model's trained widths.")
-    encoding_format: Literal["float", "base64"] | None = "float"
+    encoding_format: VectorType | None = Field("float", description=VECTOR_TYPES)
     user: StrictStr | None = Field(None, description="Ignored.")
     input_type: StrictStr | None = Field(None, description=INPUT_TYPE)
     truncate: Truncate | None = Field(
@@ -46,7 +47,7 @@ class EmbeddingsRequest(VectorRequest):
 class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str = Field(description="Numbers, or their little-endian float32 bytes in base64.")
+    embedding: list[float] | str = Field(description="Numbers, or base64.")
 
 
 class Usage(BaseModel):
@@ -119,12 +120,10 @@ def router(models: Models) -> APIRouter:
         """Vectors of texts. Headers: X-Embedding-Fingerprint, and X-Embedding-Truncated where texts were cut."""
         name = stated_name(models, body.model)
         model, prompt_name = find_model(models, name, body.input_type)
-        job = Job(input_list(body.input), prompt_name, body.dimensions, truncate=truncates(body.truncate))
+        kind, inputs, cut = body.encoding_format or "float", input_list(body.input), truncates(body.truncate)
+        job = Job(inputs, prompt_name, body.dimensions, truncate=cut, types=[kind])
         answer = await model.embed(job, request.state.facts)
-        rows: Any = answer.rows
-        if body.encoding_format == "base64":
-            rows = base64_rows(rows)
-        data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
+        data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(answer.rows_as(kind))]
         usage = {"prompt_tokens": answer.n_tokens, "total_tokens": answer.n_tokens}
         fields = {"object": "list", "data": data, "model": name, "usage": usage, "truncated": answer.truncated}
         return json_response(fields, headers=answer.headers)

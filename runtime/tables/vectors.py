@@ -30,7 +30,8 @@ def json_rows(texts: Texts, embeddings: Embeddings) -> Iterator[str]:
     columns = (texts.ids, embeddings.n_tokens.tolist(), embeddings.truncated.tolist(), embeddings.vectors)
     for row_id, n_tokens, truncated, vector in zip(*columns, strict=True):
         row = {"id": row_id, "n_tokens": n_tokens, "truncated": truncated}
-        yield json.dumps({**row, "embedding": [float(f"{x:.9g}") for x in vector]}, ensure_ascii=False)
+        numbers = vector.tolist() if vector.dtype.kind in "iu" else [float(f"{x:.9g}") for x in vector]
+        yield json.dumps({**row, "embedding": numbers}, ensure_ascii=False)
 
 
 def _write_npy(path: Path, texts: Texts, embeddings: Embeddings) -> list[Path]:
