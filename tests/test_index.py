@@ -200,7 +200,9 @@ def test_texts_without_ids_are_told_apart_by_themselves(model: Embedder, tmp_pat
     assert update_index([str(tmp_path / "x.txt")], tmp_path / "index", model) == Changes(1, 0, 2, 0)
 
 
-def test_an_index_of_other_vectors_is_refused(model: Embedder, nano_f16: Path, tmp_path: Path, run: Run) -> None:
+def test_an_index_of_other_vectors_is_refused(
+    model: Embedder, nano_f16: Path, minilm_f16: Path, tmp_path: Path, run: Run
+) -> None:
     docs, out = write_docs(tmp_path / "x.jsonl", {"a": "one", "b": "two"}), tmp_path / "index"
     update_index([docs], out, model)
     with Embedder(nano_f16) as other:
@@ -212,9 +214,11 @@ def test_an_index_of_other_vectors_is_refused(model: Embedder, nano_f16: Path, t
         update_index([docs], out, other)
     process = run("f2gguf", "search", "--index", out, "one", "--json", "--top", "1")
     assert json.loads(process.stdout)["text"] in ("one", "two")
-    process = run("f2gguf", "search", "--index", out, "one", "-m", nano_f16)
-    assert (process.returncode, process.stdout) == (1, "")
-    assert "gives other vectors" in process.stderr
+    for other_path in (nano_f16, minilm_f16):  # which has vectors of that width, and none
+        process = run("f2gguf", "search", "--index", out, "one", "-m", other_path)
+        assert (process.returncode, process.stdout) == (1, "")
+        assert "gives other vectors" in process.stderr
+        assert "warning" not in process.stderr
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,8 @@ def _search_index(
     from f2gguf.runtime.index.store import Store
 
     with contextlib.closing(Store(folder)) as store:
-        opening = {**opening, "pooling": opening["pooling"] or store.facts["pooling"]}
-        opening["add_eos"] = opening["add_eos"] or store.facts["add_eos"]
+        if model in (None, store.facts["model"]):  # opened as it was then
+            opening = {**opening, "pooling": opening["pooling"] or store.facts["pooling"]}
+            opening["add_eos"] = opening["add_eos"] or store.facts["add_eos"]
         with open_embedder(model or store.facts["model"], **opening) as embedder:
             return search_index(store, embedder, [query], top=top)[0]

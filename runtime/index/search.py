@@ -25,7 +25,8 @@ def search_index(
     if not store.n_documents:
         raise InputError(f"{store.folder}: holds no documents. Add some: f2gguf index DOCS -o {store.folder}")
     width = store.facts["width"]
-    require_fingerprint(store, model.fingerprint(width), model.header.path.name)
+    fingerprint = model.fingerprint(width) if width in model.header.dims else "of another width"
+    require_fingerprint(store, fingerprint, model.header.path.name)
     vectors = normalized(model.encode_query(list(queries), truncate_dim=width))
     scores, keys = searcher(store, kind_of(store.folder))(vectors, top)
     found = []
