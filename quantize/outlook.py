@@ -18,6 +18,7 @@ import numpy as np
 from f2gguf.evals.conversion import can_check
 from f2gguf.evals.full_precision import available_memory_bytes, whole_bytes
 from f2gguf.evals.texts import EvalText
+from f2gguf.quantize.convert.reserved import N_STEP_TEXTS
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.repair.calibration import (
     LONG_TOKENS,
@@ -41,10 +42,10 @@ _WORTH_SAYING = 120  # seconds
 _BYTES_A_TOKEN = 3.5  # of text in UTF-8
 _PASSES = 5  # over a checkpoint's bytes: hashed, cast, written, and read back
 _FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, and the file itself
-# What is done in the time of a product of large float32 matrices, on two cores with AVX-512: `scripts/bench-repair`
-# prints both sides. Stages of the same kind correct it while the job runs.
 _ARRAYS = 7  # of a number for each token and each of the widest columns, at a time
 _SQUARES = 5  # of a number for each pair of the widest columns
+# Products that each does in the time of one of large float32 matrices: 4B and 0.6B shapes on two cores with AVX-512. The
+# stages of a kind that have ended correct this.
 _SPEED = {"torch": 0.6, "llama.cpp": 1.9, "codes": 0.7}
 _TYPE = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of most weights of a variant, where it is called otherwise
 Seconds = dict[str, float]  # by kind of work
@@ -114,7 +115,7 @@ def expect(
         return {kind: _n_tokens(some, facts.max_tokens) * n_weights / (_SPEED[kind] * machine.products)}
 
     if base:
-        stages["convert"] = {"bytes": _PASSES * base_bytes / machine.bytes}
+        stages["convert"] = {"bytes": _PASSES * base_bytes / machine.bytes} | through("llama.cpp", texts[:N_STEP_TEXTS])
         stages[f"measure {base}"] = through("llama.cpp", texts)
         if can_check():
             stages["gate 1"] = through("torch", texts)
