@@ -44,7 +44,7 @@ _PASSES = 5  # over a checkpoint's bytes: hashed, cast, written, and read back
 _FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, and the file itself
 _ARRAYS = 7  # of a number for each token and each of the widest columns, at a time
 _SQUARES = 5  # of a number for each pair of the widest columns
-# Products that each does in the time of one of large float32 matrices: 4B and 0.6B shapes on two cores with AVX-512. The
+# Products that each does in the time of one of large float32 matrices: 0.6B and 4B shapes, two cores, AVX-512. The
 # stages of a kind that have ended correct this.
 _SPEED = {"torch": 0.6, "llama.cpp": 1.9, "codes": 0.7}
 _TYPE = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of most weights of a variant, where it is called otherwise
