@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from f2gguf.evals.full_precision import Ids, load_model
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.errors import FileWarning
 from f2gguf.runtime.llama.context import read_rows, tensor_name
 from numpy.typing import NDArray
 
@@ -94,7 +96,10 @@ class _Recorder:
 
 def _file_states(path: Path, ids: Ids) -> dict[str, States]:
     recorder = _Recorder()
-    with Embedder(path, device="cpu", pooling="mean", watch=recorder) as model:  # so that every token has an output
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FileWarning)
+        model = Embedder(path, device="cpu", pooling="mean", watch=recorder)  # so that every token has an output
+    with model:
         model.encoder.compute([ids])
     found = {name.replace("sa_out", "ffn_inp"): states for name, states in recorder.states.items()}
     return {name: states.reshape(len(ids), -1) for name, states in found.items()}

@@ -42,7 +42,6 @@ from f2gguf.runtime.selftest import Selftest, probe_vectors, selftest
 from numpy.typing import NDArray
 
 log = logging.getLogger("f2gguf")
-_DOCUMENT = ("document", "passage", "corpus")  # sentence-transformers' names for the documents' prompt, the first first
 
 
 def space_of(sha256: str, pooling: str, width: int, *, adds_eos: bool) -> str:
@@ -300,8 +299,7 @@ class Embedder:
         **options: Unpack[EncodeOptions],
     ) -> Vectors:
         """`encode` with the model's document prompt, where it has one and no other is given."""
-        if prompt_name is None and prompt is None:
-            prompt = next((self.prompts[name] for name in _DOCUMENT if name in self.prompts), "")
+        prompt = self.prompts.get("document", "") if prompt_name is None and prompt is None else prompt
         return self.encode(inputs, prompt_name, prompt, *more, **options)
 
     def embed(

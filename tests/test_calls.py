@@ -21,6 +21,7 @@ from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import (
     ExtraMissing,
+    FileWarning,
     InputError,
     PoolBroken,
     TextError,
@@ -336,7 +337,11 @@ def test_a_pool_gives_what_the_embedder_gives_in_the_order_of_the_texts(nano: Em
 def test_errors_of_a_pool_name_the_text_and_leave_it_at_work(nano: Embedder, pool: Pool) -> None:
     with pytest.raises(TextError, match="behind the first 8 texts, text 1 of 1: character 1 is a lone surrogate"):
         nano.encode([*"abcdefgh", "\ud800"], pool=pool, chunk_size=1)
-    with Embedder(nano.header.path, add_eos=False, pooling="mean") as other, pytest.raises(WrongUsage, match="another"):
+    with (
+        pytest.warns(FileWarning, match="mean"),
+        Embedder(nano.header.path, pooling="mean") as other,
+        pytest.raises(WrongUsage, match="another"),
+    ):
         other.encode("a", pool=pool)
     with pytest.raises(UnknownName, match=r"no prompt of .* is called 'x'"):
         nano.encode("a", pool=pool, prompt_name="x")

@@ -66,7 +66,7 @@ def test_what_fits_where_is_said_by_file_and_longest_text(report: Report) -> Non
     card = model_card(replace(report, files={**report.files, "F16": f16}))
     [row] = re.findall(r"^\| F16 .*$", card, re.MULTILINE)
     assert "| 2 GB |" in row
-    [row] = re.findall(r"^\| Q8_0 \|.*$", card, re.MULTILINE)
+    [row] = re.findall(r"^\| Q8_0 \|.* GB \|.*$", card, re.MULTILINE)
     assert "| 0.5 GB |" in row
     assert "2.0 MB for every 1,000 tokens" in card
 

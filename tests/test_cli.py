@@ -172,7 +172,7 @@ BAD_CALLS = [
     (["embed", "-m", "{nano}", "--query", "--prompt", "x", "a"], 2, "--query and --prompt: choose one"),
     (["embed", "-m", "{nano}", "--prompt-name", "queri", "a"], 2, "Did you mean 'query'?"),
     (["embed", "-m", "{nano}", "--dims", "100", "a"], 2, "was trained for 32, 64, 128, 256"),
-    (["embed", "-m", "{nano}", "--dtype", "int8", "a"], 2, "no precision is called 'int8'"),
+    (["embed", "-m", "{nano}", "--dtype", "int4", "a"], 2, "no precision is called 'int4'"),
     (["embed", "-m", "{nano}", "--device", "cude", "a"], 2, "Did you mean 'cuda'?"),
     (["embed", "-m", "{nano}", "--max-tokens", "1", "a"], 2, "max_tokens is 1"),
     (["embed", "-m", "{nano}", "--input", "{dir}/x.docx"], 2, "no input format is called '.docx'"),

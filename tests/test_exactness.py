@@ -170,7 +170,7 @@ def test_an_embedder_that_nobody_holds_ends_its_thread(nano: Embedder) -> None:
     del model
     for thread in threads:
         thread.join(timeout=10)
-    assert not any(thread.is_alive() for thread in threads)
+    assert not [t.name for t in threads if t.is_alive()]
 
 
 def test_equal_texts_are_computed_once_and_counted_each(nano: Embedder) -> None:

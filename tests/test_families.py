@@ -330,8 +330,8 @@ def test_gemma_stays_causal_unless_it_says_that_it_is_not(make: Callable[[str], 
 
 FEW = f"""{NO_TRANSFORMERS}
 import f2gguf.evals.texts as texts
-def load_texts(load=texts.load_texts):
-    return tuple(text for text in load() if text.id[:2] == "py")
+def load_texts(*path, load=texts.load_texts):
+    return load(*path) if path else tuple(text for text in load() if text.id[:2] == "py")
 texts.load_texts = load_texts
 """
 

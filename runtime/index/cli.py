@@ -138,7 +138,8 @@ def _search_file(
     if not rows.texts:
         raise WrongUsage(f"{docs}: holds no documents (--docs).")
     with open_embedder(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
-        documents = embedder.encode_document(rows.texts, on_progress=advance, truncate_dim=dims)
+        prompt = embedder.header.document_prompt
+        documents = embedder.encode(rows.texts, prompt=prompt, on_progress=advance, truncate_dim=dims)
         scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
     best = (-scores).argsort(kind="stable")[:top]
     return [(float(scores[i]), rows.ids[i], rows.texts[i]) for i in best]

@@ -54,7 +54,7 @@ class LazyModel:
         if isinstance(texts, str):
             raise TextError(f"texts are a list, and this is one: {described(texts)}.")
         model = self.embedder
-        return model.encode_query(texts) if query else model.encode_document(texts)
+        return model.encode_query(texts) if query else model.encode(texts, prompt=model.header.document_prompt)
 
     def fingerprint(self) -> str:
         """`Embedder.fingerprint`, as it may stand in an index."""

@@ -27,7 +27,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp", initializer=self._start)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
         self._thread: int | None = None
         self._process: int | None = None  # that the calls are bound to
 
@@ -39,8 +39,13 @@ class Worker:
         self.bind()
         if threading.get_ident() == self._thread:
             return work()
+
+        def run() -> Result:  # a method as the executor's initializer would keep this object alive
+            self._thread = threading.get_ident()
+            return work()
+
         try:
-            future = self._executor.submit(work)
+            future = self._executor.submit(run)
         except RuntimeError as error:
             raise Closed("this Embedder was closed; open the file again.") from error
         return future.result()
@@ -57,9 +62,6 @@ class Worker:
                 "this Embedder was used before this process was forked, and the fork has none of its threads. Open the "
                 "file again here, or start processes by multiprocessing.get_context('spawn'): they open what they get."
             )
-
-    def _start(self) -> None:
-        self._thread = threading.get_ident()
 
     @property
     def _is_elsewhere(self) -> bool:
