@@ -371,14 +371,6 @@ def test_a_pool_whose_process_was_killed_or_that_was_closed_says_so(nano: Embedd
 
 
 @pytest.mark.slow
-def test_prompts_of_documents_have_the_names_of_sentence_transformers(minilm_f16: Path) -> None:
-    with Embedder(minilm_f16) as model:
-        for names, chosen in ((("passage", "corpus"), "passage"), (("document", "passage"), "document"), (("x",), "")):
-            model.prompts = {name: f"{name}: " for name in names}
-            wanted = model.encode("a", prompt=f"{chosen}: " if chosen else "")
-            np.testing.assert_array_equal(model.encode_document("a"), wanted)
-
-
 def test_the_checkpoints_tokenizer_is_at_hand(nano: Embedder) -> None:
     opening, closing = nano.encoder.special_ids
     ids = nano.tokenizer.encode("a cat on the mat", add_special_tokens=False).ids

@@ -349,7 +349,8 @@ def test_a_sentence_transformer_gives_the_vectors_of_the_embedder(nano: Embedder
     for method in ("encode", "encode_query", "encode_document"):
         for options in ({}, {"normalize_embeddings": True}, {"prompt": "x: "}):
             found, wanted = (getattr(model, method)(texts, **options) for model in (theirs, nano))
-            equal(found, wanted, atol=2e-5)  # its batches are others: see "What a vector depends on"
+            # Its batches are others, and so may be what they begin with: see "What a vector depends on"
+            equal(found, wanted, atol=2e-4)
     assert theirs.encode("a", convert_to_tensor=True).shape == (theirs.get_embedding_dimension(),) == (256,)
     assert (theirs.prompts["query"], theirs.max_seq_length) == (nano.prompts["query"], nano.max_seq_length)
     assert theirs.tokenizer("a cat")["input_ids"] == nano.tokenize("a cat").tolist()
