@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ COLUMN = click.option(
 )
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output file if it exists.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def opening_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how a file is opened."""
+    for option in (THREADS, GPU_LAYERS, DEVICE, ADD_EOS, POOLING, MAX_TOKENS):  # click lists the last one first
+        command = option(command)
+    return command
 
 
 @click.group(cls=Commands)

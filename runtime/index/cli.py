@@ -9,18 +9,13 @@ from typing import Any
 
 import click
 from f2gguf.runtime.cli import (
-    ADD_EOS,
     COLUMN,
-    DEVICE,
     DIMS,
-    GPU_LAYERS,
     INPUT_FILE,
     JSON,
-    MAX_TOKENS,
     MODEL,
-    POOLING,
-    THREADS,
     open_embedder,
+    opening_options,
 )
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import WrongUsage
@@ -39,12 +34,7 @@ from f2gguf.runtime.errors import WrongUsage
 @click.option("--prune", is_flag=True, help="Take out documents that are no longer in DOCS.")
 @COLUMN
 @DIMS
-@MAX_TOKENS
-@POOLING
-@ADD_EOS
-@DEVICE
-@GPU_LAYERS
-@THREADS
+@opening_options
 def index(
     docs: tuple[str, ...],
     model: str | None,
@@ -81,12 +71,7 @@ def index(
 @COLUMN
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many documents to show.")
 @DIMS
-@MAX_TOKENS
-@POOLING
-@ADD_EOS
-@DEVICE
-@GPU_LAYERS
-@THREADS
+@opening_options
 @JSON
 def search(
     query: str,

@@ -35,15 +35,12 @@ from f2gguf.runtime.llama.packing import Ids
 # Of the time, for long requests while short ones wait. Where queries could fill the machine, they take 1.25 times as
 # long as alone (at most 1.5 are promised, and pauses and caches cost something too).
 LONG_SHARE = 0.2
-# Batches in a step of short requests. With 1 instead of 4, a query of f2llm-nano costs 1.2 times the processor time:
-# Python is busy with the answers to the first while the second is computed.
+# Batches in a step of short requests. With 1 instead of 4, a query of f2llm-nano costs 1.2 times the processor time.
 SHORT_BATCHES = 4
 # Seconds that a model's short requests take in one go while those of another model wait
 TURN_S = 0.25
 _ACTIVE_S = 1.0  # for which short requests are thought to come again
-_MERGED = (
-    2  # tokens of a text that its prompt, tokenised alone, hides: the one that it merges with, and the closing one
-)
+_MERGED = 2  # tokens of a prompt that count as the text's: the one that may merge with it, and the closing one
 
 CLIENT: ContextVar[str] = ContextVar("client", default="")  # who sent the request that this task answers
 
