@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, OutputError
+from f2gguf.runtime.corpus.job import embed_corpus
+from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, OutputError, WrongUsage
 from f2gguf.runtime.index import faiss as faiss_kind
 from f2gguf.runtime.index import kinds
 from f2gguf.runtime.index.exact import nearest
-from f2gguf.runtime.index.kinds import KINDS, cover, measure_recall, searcher
+from f2gguf.runtime.index.kinds import KINDS, cover, measure_search, searcher
 from f2gguf.runtime.index.search import search_index
 from f2gguf.runtime.index.store import Document, Store
 from f2gguf.runtime.index.update import Changes, update_index
@@ -85,7 +86,7 @@ def test_every_kind_finds_what_exact_search_finds(store: Store, ending: str) -> 
     expected, found = searcher(store, None)(queries, 10), searcher(store, KINDS[ending])(queries, 10)
     np.testing.assert_array_equal(found[1], expected[1])  # graphs of 270 vectors miss none
     np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
-    assert measure_recall(store, KINDS[ending]).startswith("recall@10 against exact search: 100.0%, ")
+    assert measure_search(store, KINDS[ending]).startswith("recall@10 against exact search: 100.0%, ")
 
     store.put([Document.of(Row(f"later {i}", i)) for i in range(5, 25)], unit_vectors(20, seed=1))
     later = searcher(store, KINDS[ending])(queries, 1)[1]  # not covered yet: found by exact search
@@ -106,7 +107,7 @@ def test_faiss_is_chosen_by_size(
     assert f"faiss {type_}, 270 documents" in cover(store, KINDS[".faiss"])
     _, keys = searcher(store, KINDS[".faiss"])(unit_vectors(20, seed=1), 10)
     assert not np.isin(keys, store.removed()).any()
-    recall = measure_recall(store, KINDS[".faiss"])
+    recall = measure_search(store, KINDS[".faiss"])
     assert float(recall.split(": ")[1].split("%")[0]) > (60 if type_ == "IVF" else 95)
 
 
@@ -221,6 +222,53 @@ def test_an_index_of_other_vectors_is_refused(
         assert "warning" not in process.stderr
 
 
+def test_shards_are_indexed_with_the_vectors_that_they_have(
+    model: Embedder, nano_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {f"d{i}": f"document {i}" for i in range(30)}
+    docs = write_docs(tmp_path / "docs.jsonl", rows)
+    for name, options in {"float32": {}, "float16": {"precision": "float16"}, "int8": {"precision": "int8"}}.items():
+        embed_corpus([docs], tmp_path / name, model, keep_text=True, shard_rows=7, **options)
+    embed_corpus([docs], tmp_path / "bare", model)
+    embed_corpus([docs], tmp_path / "asked", model, keep_text=True, prompt="of other texts: ")
+    (tmp_path / "list.txt").write_text("one\ntwo\none\n")
+    embed_corpus([str(tmp_path / "list.txt")], tmp_path / "unnamed", model, keep_text=True)
+    update_index([docs], tmp_path / "from-texts", model)
+    monkeypatch.setattr(model, "embed", None)  # nothing is embedded again
+    for name, tolerance in (("float32", 1e-6), ("float16", 1e-3)):
+        out = tmp_path / f"from-{name}"
+        assert update_index([str(tmp_path / name)], out, model) == Changes(30, 0, 0, 0)
+        assert update_index([str(tmp_path / name)], out, model) == Changes(0, 0, 30, 0)
+        with contextlib.closing(Store(out)) as made, contextlib.closing(Store(tmp_path / "from-texts")) as expected:
+            np.testing.assert_allclose(made.vectors(), expected.vectors(), atol=tolerance)
+            assert made.documents_of(range(30)) == expected.documents_of(range(30))
+    assert update_index([docs], tmp_path / "from-float32", model) == Changes(0, 0, 30, 0)
+    assert update_index([str(tmp_path / "unnamed")], tmp_path / "texts", model) == Changes(2, 0, 0, 0)
+
+    out = tmp_path / "refused"
+    for name, words in (
+        ("int8", "its vectors are int8, and an index is made of float32"),
+        ("bare", "vectors without texts.* Pass --keep-text"),
+        ("asked", "stand behind the prompt 'of other texts: ', and documents of the model behind ''"),
+    ):
+        with pytest.raises(InputError, match=words):
+            update_index([str(tmp_path / name)], out, model)
+    with pytest.raises(WrongUsage, match="takes it alone, without other documents"):
+        update_index([str(tmp_path / "float32"), docs], out, model)
+    with pytest.raises(InputError, match=r"dimensions, and not 8 \(--dims\)"):
+        update_index([str(tmp_path / "float32")], out, model, truncate_dim=8)
+    with (
+        pytest.raises(InputError, match=r"was embedded with own-tiny.gguf, and .* gives other vectors"),
+        Embedder(nano_f16) as other,
+    ):
+        update_index([str(tmp_path / "float32")], out, other)
+    shard = tmp_path / "float32" / "part-000002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"part-000002.parquet: cannot be read: .* Remove it, and run"):
+        update_index([str(tmp_path / "float32")], out, model)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -236,6 +284,7 @@ def test_what_cannot_be_indexed_is_refused(
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(F2ggufError, match=words):
         update_index([str(tmp_path / "x.jsonl")], tmp_path / name, model)
+    assert not name or not (tmp_path / name).exists()
 
 
 def test_a_missing_package_and_a_folder_without_an_index_are_named(

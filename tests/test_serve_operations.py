@@ -226,6 +226,7 @@ def test_what_cannot_be_served_is_named(nano_f16: Path, run: Run, tmp_path: Path
         "--api-key-env NO_SUCH_KEY: holds no key": ("-m", nano_f16, "--api-key-env", "NO_SUCH_KEY"),
         "--allow-host http://a: pass a name": ("-m", nano_f16, "--allow-host", "http://a"),
         "--allow-host bad host: pass a name": ("-m", nano_f16, "--allow-host", "bad host"),
+        "--allow-host x:70000: pass a name": ("-m", nano_f16, "--allow-host", "x:70000"),
     }.items():
         refused = run("f2gguf", "serve", *options)
         assert refused.returncode in (1, 2)

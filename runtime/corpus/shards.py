@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from f2gguf.runtime.console import say
 from f2gguf.runtime.corpus.cut import Position, Shard
 from f2gguf.runtime.corpus.work import Embedded
-from f2gguf.runtime.errors import OutputError
+from f2gguf.runtime.errors import InputError, OutputError
 from f2gguf.runtime.files import write_text, writing
+from f2gguf.runtime.tables.texts import Row
 from numpy.typing import NDArray
 
 _KEY = b"f2gguf"  # of what a Parquet file's own metadata say of its shard
@@ -122,6 +124,29 @@ def read_facts(path: Path) -> ShardFacts | None:
     if _KEY not in metadata or not path.stem.removeprefix("part-").isdigit():
         raise OutputError(f"{path}: is no shard of f2gguf. Move it away, or choose another -o.")
     return ShardFacts.of(json.loads(metadata[_KEY]))
+
+
+def read_rows(folder: Path) -> Iterator[tuple[Row, NDArray[Any]]]:
+    """Every row of the shards in `folder`, whose texts were kept, and its vector, in the order of the corpus.
+
+    Raises `InputError` for a shard that cannot be read.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    for path in sorted(folder.glob("part-*.parquet")):
+        try:
+            with ParquetFile(path, page_checksum_verification=True) as table:
+                columns = table.read(["id", "text", "vector"])
+        except (ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"{path}: cannot be read: {reason}. Remove it, and run the `f2gguf embed` of its folder again."
+            ) from error
+        vectors = columns["vector"].combine_chunks()
+        values = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+        for row_id, text, vector in zip(columns["id"].to_pylist(), columns["text"].to_pylist(), values, strict=True):
+            yield Row(text, row_id), vector
 
 
 def count_repeated_ids(folder: Path, n_texts: int) -> int:

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
 Rows = NDArray[np.float32]
+Vector = NDArray[Any]
 
 DOCUMENTS = "documents.sqlite"
+VECTORS = "vectors-*.f32"  # its generation; the only one, but for a stop while it was compacted
 FORMAT = 1
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -167,7 +169,7 @@ class Store:
         old_path.unlink(missing_ok=True)
 
     def _vectors_path(self, generation: int | None = None) -> Path:
-        return self.folder / f"vectors-{self.facts['generation'] if generation is None else generation}.f32"
+        return self.folder / VECTORS.replace("*", str(self.facts["generation"] if generation is None else generation))
 
     def _write_vectors(self, first: int, vectors: Rows, *, generation: int | None = None) -> None:
         path = self._vectors_path(generation)

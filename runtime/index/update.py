@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.corpus.inputs import find_inputs, glance
 from f2gguf.runtime.embedder import Embedder
-from f2gguf.runtime.errors import InputError, NoVector, OutputError
+from f2gguf.runtime.errors import F2ggufError, InputError, OutputError
 from f2gguf.runtime.files import locked
-from f2gguf.runtime.index.kinds import cover, kind_of, measure_recall
-from f2gguf.runtime.index.store import DOCUMENTS, Document, Store
-from f2gguf.runtime.llama.encoder import normalized
-from f2gguf.runtime.tables.texts import iter_texts
+from f2gguf.runtime.index.documents import Documents, Found, find_documents, vectors_of
+from f2gguf.runtime.index.kinds import cover, kind_of, measure_search
+from f2gguf.runtime.index.store import DOCUMENTS, VECTORS, Store
 
 _AT_ONCE = 2048  # documents that are embedded and written together: what a stop costs at most
 
@@ -41,42 +40,50 @@ def update_index(
 ) -> Changes:
     """Make the index in `folder` of the documents in files, globs and folders, or bring it up to date.
 
-    Documents are told apart by their ids, or where they have none, by their texts. `prune` takes out those that are no
-    longer there. What was embedded before a stop is kept. Raises `InputError` for a row that cannot be read, two texts
-    of one id, an index of another model or width, and at the end for documents without a finite vector.
+    One folder that `embed_corpus` made is taken with the vectors that it has, if its texts were kept. Documents are
+    told apart by their ids, or where they have none, by their texts. `prune` takes out those that are no longer there.
+    What was embedded before a stop is kept. Raises `InputError` for a row that cannot be read, two texts of one id, an
+    index of another model or width, and at the end for documents without a finite vector.
     """
     kind = kind_of(folder)
     if kind:
         kind.require()
-    files = find_inputs(names, apart_from=folder)
-    glance(files, column)
-    width = model.header.require_width(model.truncate_dim if truncate_dim is None else truncate_dim)
+    documents = find_documents(names, column=column, apart_from=folder)
     facts = {
-        "fingerprint": model.fingerprint(width),
+        **documents.facts(model, truncate_dim),
         "model": str(model.opening["path"]),
-        "prompt": model.header.document_prompt,
-        "width": width,
-        "max_tokens": model.max_seq_length,
         "pooling": model.pooling,
         "add_eos": model.adds_eos,
     }
     if not (folder / DOCUMENTS).exists() and folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: holds other files, and no index. Choose another -o.")
-    with locked(folder), contextlib.closing(Store(folder, facts=facts)) as store:
+    with locked(folder), _or_nothing(folder), contextlib.closing(Store(folder, facts=facts)) as store:
         require_space(store, facts)
-        changes = _compare(store, files, column)
-        failed = _embed(store, files, column, model, changes.n_new + changes.n_changed)
+        changes = _compare(store, documents)
+        failed = _embed(store, documents, model, changes.n_new + changes.n_changed)
         if prune:
             with store.transaction():
                 store.remove([name for (name,) in store.db.execute(_MISSING)])
         store.compact()
-        if kind and store.n_documents:
-            say(cover(store, kind))
-            say(measure_recall(store, kind))
+        if store.n_documents:
+            if kind:
+                say(cover(store, kind))
+            say(measure_search(store, kind))
     if failed:
         shown = ", ".join(failed[:5]) + ", ..." * (len(failed) > 5)
         raise InputError(f"{len(failed)} documents have no finite vector, and are not in the index: {shown}.")
     return changes
+
+
+@contextlib.contextmanager
+def _or_nothing(folder: Path) -> Iterator[None]:
+    """Remove the folder of an index that has no vector yet where the block fails: it would bind the next try."""
+    try:
+        yield
+    except F2ggufError:
+        if not any(folder.glob(VECTORS)):
+            shutil.rmtree(folder)
+        raise
 
 
 def require_space(store: Store, facts: dict[str, object]) -> None:
@@ -103,17 +110,17 @@ def require_fingerprint(store: Store, fingerprint: str, model: str) -> None:
 _MISSING = "SELECT name FROM documents WHERE name NOT IN (SELECT name FROM seen)"
 
 
-def _compare(store: Store, files: Sequence[str], column: str | None) -> Changes:
-    """Note in a temporary table what the files hold. Raises `InputError` for a bad row, or two texts of one id."""
+def _compare(store: Store, documents: Documents) -> Changes:
+    """Note in a temporary table what the documents are. Raises `InputError` for a bad row, or two texts of one id."""
     store.db.execute("CREATE TEMP TABLE seen (name TEXT PRIMARY KEY, sha256 BLOB NOT NULL) WITHOUT ROWID")
     store.db.execute("BEGIN")
-    for document in _documents(files, column):
+    for document, _ in documents:
         found = store.db.execute("SELECT sha256 FROM seen WHERE name = ?", (document.name,)).fetchone()
         if found is None:
             store.db.execute("INSERT INTO seen VALUES (?, ?)", (document.name, document.sha256))
         elif found[0] != document.sha256:
             raise InputError(
-                f"{', '.join(files[:3])}: two texts have the {document.name}. Give each document an id of its own."
+                f"{documents.name}: two texts have the {document.name}. Give each document an id of its own."
             )
     store.db.execute("COMMIT")
     count = "SELECT count(*), count(d.name), coalesce(sum(d.sha256 = s.sha256), 0)"
@@ -123,40 +130,27 @@ def _compare(store: Store, files: Sequence[str], column: str | None) -> Changes:
     return Changes(n_seen - n_known, n_known - n_same, n_same, n_missing)
 
 
-def _embed(store: Store, files: Sequence[str], column: str | None, model: Embedder, n_texts: int) -> list[str]:
-    """Embed and keep new and changed documents; gives the names of those that have no vector."""
+def _embed(store: Store, documents: Documents, model: Embedder, n_texts: int) -> list[str]:
+    """Keep new and changed documents with their vectors; gives the names of those that have none."""
     failed: list[str] = []
-    batch: dict[str, Document] = {}
+    batch: dict[str, Found] = {}
     if not n_texts:
         return failed
+
+    def put() -> None:
+        kept, vectors, without = vectors_of(list(batch.values()), model, store.facts)
+        store.put(kept, vectors)
+        failed.extend(without)
+        advance(len(batch))
+        batch.clear()
+
     with progress("embed", n_texts) as advance:
-        for document in _documents(files, column):
+        for document, vector in documents:
             known = store.db.execute("SELECT sha256 FROM documents WHERE name = ?", (document.name,)).fetchone()
             if known is None or known[0] != document.sha256:
-                batch[document.name] = document
+                batch[document.name] = document, vector
             if len(batch) == _AT_ONCE:
-                failed += _put(store, list(batch.values()), model)
-                advance(len(batch))
-                batch = {}
+                put()
         if batch:
-            failed += _put(store, list(batch.values()), model)
-            advance(len(batch))
+            put()
     return failed
-
-
-def _put(store: Store, documents: list[Document], model: Embedder) -> list[str]:
-    failed: list[str] = []
-    try:
-        found = model.embed(
-            [it.text for it in documents], prompt=store.facts["prompt"], truncate_dim=store.facts["width"]
-        )
-    except NoVector as error:
-        found, failed = error.embeddings, [documents[i].name for i in error.indices]
-    kept = [it for it in documents if it.name not in failed]
-    store.put(kept, normalized(found.vectors))
-    return failed
-
-
-def _documents(files: Sequence[str], column: str | None) -> Iterator[Document]:
-    for name in files:
-        yield from map(Document.of, iter_texts(name, column=column))

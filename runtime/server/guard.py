@@ -27,8 +27,9 @@ OPEN_PATHS = ("/", "/health")  # read without a key: the page, and what a load b
 CLIENT_LEFT = 499  # nginx's status for the log; nobody receives it
 _GZIP = 16 + zlib.MAX_WBITS  # zlib's number for gzip's header and trailer
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")  # of a host or an encoding: what may be shown
-# What a Host header can hold: a name (of another script in its ASCII form, xn--...) or an address, and a port
-_HOST = re.compile(r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.IGNORECASE)
+# A label of a name in a Host header (of another script in its ASCII form, xn--...). Compose's names have underscores.
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_PORT = re.compile(r"(?::[0-9]{1,5})?")
 
 log = logging.getLogger("f2gguf.serve")
 
@@ -56,10 +57,25 @@ def host_name(host: str) -> str:
 def is_host(text: str) -> bool:
     """Whether a Host header can be this.
 
-    >>> is_host("models.example.org:8080"), is_host("http://models"), is_host("my models"), is_host("...")
-    (True, False, False, False)
+    >>> is_host("models.example.org:8080"), is_host("[::1]:80"), is_host("a..b"), is_host("-x")
+    (True, True, False, False)
     """
-    return bool(_HOST.fullmatch(text) and host_name(text))
+    name = host_name(text)
+    if text.startswith("["):
+        port = text.partition("]")[2]
+        is_name = "]" in text and ":" in name and _is_address(name)
+    else:
+        port = text[len(text.partition(":")[0]) :]
+        is_name = len(name) <= 253 and all(map(_LABEL.fullmatch, name.split(".")))
+    return is_name and bool(_PORT.fullmatch(port)) and int(port[1:] or 0) < 65_536
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_own_host(host: str, names: Collection[str]) -> bool:
@@ -72,13 +88,8 @@ def is_own_host(host: str, names: Collection[str]) -> bool:
     (True, True, False)
     """
     name = host_name(host)
-    if not name or name == "localhost" or name.endswith(".localhost") or name in names or "*" in names:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    is_loopback = name == "localhost" or name.endswith(".localhost")
+    return not name or is_loopback or name in names or "*" in names or _is_address(name)
 
 
 @dataclass(eq=False)
