@@ -13,6 +13,7 @@ import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.corpus.job import embed_corpus
+from f2gguf.runtime.corpus.shards import read_rows
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, OutputError, WrongUsage
 from f2gguf.runtime.index import faiss as faiss_kind
 from f2gguf.runtime.index import kinds
@@ -21,6 +22,7 @@ from f2gguf.runtime.index.kinds import KINDS, cover, measure_search, searcher
 from f2gguf.runtime.index.search import search_index
 from f2gguf.runtime.index.store import Document, Store
 from f2gguf.runtime.index.update import Changes, update_index
+from f2gguf.runtime.llama.encoder import normalized
 from f2gguf.runtime.tables.texts import Row
 
 FACTS = {
@@ -227,7 +229,11 @@ def test_shards_are_indexed_with_the_vectors_that_they_have(
 ) -> None:
     rows = {f"d{i}": f"document {i}" for i in range(30)}
     docs = write_docs(tmp_path / "docs.jsonl", rows)
-    for name, options in {"float32": {}, "float16": {"precision": "float16"}, "int8": {"precision": "int8"}}.items():
+    for name, options in {
+        "float32": {},
+        "float16": {"precision": "float16"},
+        "binary": {"precision": "binary"},
+    }.items():
         embed_corpus([docs], tmp_path / name, model, keep_text=True, shard_rows=7, **options)
     embed_corpus([docs], tmp_path / "bare", model)
     embed_corpus([docs], tmp_path / "asked", model, keep_text=True, prompt="of other texts: ")
@@ -235,19 +241,20 @@ def test_shards_are_indexed_with_the_vectors_that_they_have(
     embed_corpus([str(tmp_path / "list.txt")], tmp_path / "unnamed", model, keep_text=True)
     update_index([docs], tmp_path / "from-texts", model)
     monkeypatch.setattr(model, "embed", None)  # nothing is embedded again
-    for name, tolerance in (("float32", 1e-6), ("float16", 1e-3)):
+    for name in ("float32", "float16"):
         out = tmp_path / f"from-{name}"
         assert update_index([str(tmp_path / name)], out, model) == Changes(30, 0, 0, 0)
         assert update_index([str(tmp_path / name)], out, model) == Changes(0, 0, 30, 0)
         with contextlib.closing(Store(out)) as made, contextlib.closing(Store(tmp_path / "from-texts")) as expected:
-            np.testing.assert_allclose(made.vectors(), expected.vectors(), atol=tolerance)
+            vectors = np.stack([vector for _, vector in read_rows(tmp_path / name)]).astype(np.float32)
+            np.testing.assert_allclose(made.vectors(), normalized(vectors), atol=1e-6)
             assert made.documents_of(range(30)) == expected.documents_of(range(30))
     assert update_index([docs], tmp_path / "from-float32", model) == Changes(0, 0, 30, 0)
     assert update_index([str(tmp_path / "unnamed")], tmp_path / "texts", model) == Changes(2, 0, 0, 0)
 
     out = tmp_path / "refused"
     for name, words in (
-        ("int8", "its vectors are int8, and an index is made of float32"),
+        ("binary", "its vectors are binary, and an index is made of float32"),
         ("bare", "vectors without texts.* Pass --keep-text"),
         ("asked", "stand behind the prompt 'of other texts: ', and documents of the model behind ''"),
     ):
