@@ -29,7 +29,7 @@ def quantize() -> None:
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--variants", default="Q8_0,Q4_K_M,Q4_0", show_default=True, help="Variants to make besides F16.")
 @click.option(
-    "--out", type=shared.PATH, default="dist", show_default=True, help="Folder that gets a folder for each model."
+    "-o", "--out", type=shared.PATH, default="dist", show_default=True, help="Folder that gets a folder for each model."
 )
 @shared.MAX_DRIFT
 @shared.MAX_SIZE

@@ -11,7 +11,9 @@ from f2gguf.runtime.console import progress, say
 
 @click.command()
 @click.argument("model")
-@click.option("--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+@click.option(
+    "-o", "--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to."
+)
 def card(model: str, out: Path) -> None:
     """Write the model card, picture, report.html, Modelfile and SHA256SUMS again, from drift.json."""
     from f2gguf.quantize.release.check import find_release
@@ -28,7 +30,9 @@ def card(model: str, out: Path) -> None:
 @click.command()
 @click.argument("model")
 @click.option("--repo", required=True, metavar="ORG/NAME", help="Repository on the Hub to push to.")
-@click.option("--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to.")
+@click.option(
+    "-o", "--out", type=shared.PATH, default="dist", show_default=True, help="Folder that `quantize all` wrote to."
+)
 @click.option("--tag", metavar="NAME", help="Tag of the commit [default: a name made from the release's content].")
 @click.option("--create", is_flag=True, help="Make the repository if there is none.")
 @click.option("--private", is_flag=True, help="Make it a private repository.")
