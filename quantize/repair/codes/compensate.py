@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 SHIFT = 0.5  # of the way to the weights that undo the difference
 LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
 N_ROWS = 256  # of a matrix, to price a type
+_N_CHECKED = 1024  # tokens, at least, that say whether feedback pays in a matrix
 TOKEN_TABLE = "token_embd.weight"
 # Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
 COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
@@ -190,8 +191,10 @@ class Compensation:
             return Fitted(plain, bias)
         data = _with_feedback(rows, plain, kind, group)
         change = group.bias_change(rows, dequantized(data, kind))
+        some = slice(None, None, max(1, len(exact) // _N_CHECKED))
+        near, exact = group.judged_near[some], exact[some]
         errors = [
-            float(np.square(product(group.judged_near, dequantized(codes, kind).T) + added - exact).mean())
+            float(np.square(product(near, dequantized(codes, kind).T) + added - exact).mean())
             for codes, added in ((plain, np.float32(0)), (data, change))
         ]
         if not errors[1] < errors[0]:
