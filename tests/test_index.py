@@ -134,10 +134,14 @@ def test_damaged_and_outdated_files_are_said_and_searched_exactly(
     np.testing.assert_array_equal(searcher(store, kind)(queries, 5)[1], expected)
 
 
-def test_a_stop_before_the_first_document_is_begun_again(tmp_path: Path) -> None:
-    (tmp_path / "documents.sqlite").touch()
-    with contextlib.closing(Store(tmp_path, facts=FACTS)) as store:
+def test_a_stop_before_the_first_document_is_begun_again(model: Embedder, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    out.mkdir()
+    (out / "documents.sqlite").touch()
+    with contextlib.closing(Store(out, facts=FACTS)) as store:
         assert store.n_documents == 0
+    docs = write_docs(tmp_path / "docs.jsonl", {"a": "one"})
+    assert update_index([docs], out, model) == Changes(1, 0, 0, 0)  # of another model than the one that was stopped
 
 
 def test_what_a_stop_left_behind_is_not_seen(store: Store) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +76,23 @@ def update_index(
 
 @contextlib.contextmanager
 def _or_nothing(folder: Path) -> Iterator[None]:
-    """Remove the folder of an index that has no vector yet where the block fails: it would bind the next try."""
+    """Remove a new index that has no vector yet where the block fails."""
+    is_new = not (folder / DOCUMENTS).exists()
     try:
         yield
     except F2ggufError:
-        if not any(folder.glob(VECTORS)):
-            shutil.rmtree(folder)
+        if is_new and not any(folder.glob(VECTORS)):
+            (folder / DOCUMENTS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files are there
+                folder.rmdir()
         raise
 
 
 def require_space(store: Store, facts: dict[str, object]) -> None:
-    """Raise `InputError` unless vectors of these facts compare with those of the index."""
+    """Raise `InputError` unless vectors of these facts compare with those of the index; one without takes them over."""
+    if not store.n_keys:
+        with store.transaction():
+            store.state(**facts)
     words = {"width": "dimensions", "prompt": "as the documents' prompt", "max_tokens": "tokens at most"}
     for name, what in words.items():
         if store.facts[name] != facts[name]:
