@@ -274,9 +274,14 @@ def test_shards_are_indexed_with_the_vectors_that_they_have(
     ):
         update_index([str(tmp_path / "float32")], out, other)
     shard = tmp_path / "float32" / "part-000002.parquet"
-    shard.write_bytes(shard.read_bytes()[:-40])
-    with pytest.raises(InputError, match=r"part-000002.parquet: cannot be read: .* Remove it, and run"):
-        update_index([str(tmp_path / "float32")], out, model)
+    content = shard.read_bytes()
+    for damaged, words in (
+        (content[:-40], "is not complete. Run its `f2gguf embed` again"),
+        (content[:200] + bytes(400) + content[600:], r"part-000002.parquet: cannot be read: .* Remove it, and run"),
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(InputError, match=words):
+            update_index([str(tmp_path / "float32")], out, model)
     assert not out.exists()
 
 

@@ -19,7 +19,7 @@ from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, pro
 from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
 from f2gguf.runtime.embedder import Embedder
-from f2gguf.runtime.errors import OutputError, parsing
+from f2gguf.runtime.errors import InputError, OutputError, parsing
 from f2gguf.runtime.files import PART_SUFFIX, locked, sha256_text, write_text
 from f2gguf.runtime.precision import require_precision
 from f2gguf.runtime.tables.texts import require_pyarrow
@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def hash(self) -> str:
-        return sha256_text(json.dumps(_compared(self.as_dict())))[:16]
+        return _hash(self.as_dict())
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,10 @@ def _require_folder(folder: Path, settings: Settings, *, force: bool) -> None:
             raise OutputError(f"{folder}: {what}. Use the same, or another -o. With --force, it begins again.")
 
 
+def _hash(settings: dict[str, Any]) -> str:
+    return sha256_text(json.dumps(_compared(settings)))[:16]
+
+
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the names of files, which another machine may have elsewhere; the bytes of the files count."""
     files = [[file["size_bytes"], file["sha256"]] for file in settings["inputs"]]
@@ -238,17 +242,28 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(
+    folder: Path, *, next_step: str = "Choose another -o, or pass --force to begin again."
+) -> dict[str, Any]:
     """What `embed_corpus` wrote about a folder: settings, and once it is complete, totals; else None for these.
 
     Raises `OutputError` for a manifest that is damaged or of something else.
     """
     path = folder / MANIFEST
-    with parsing(path, OutputError, "Choose another -o, or pass --force to begin again."):
+    with parsing(path, OutputError, next_step):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT or not isinstance(manifest["settings"]["inputs"], list):
             raise ValueError("an unknown format")
         return {"settings": manifest["settings"], "totals": manifest["totals"]}
+
+
+def require_complete(folder: Path) -> dict[str, Any]:
+    """The settings of a folder whose shards are all there. Raises `InputError` for any other folder of shards."""
+    manifest = read_manifest(folder, next_step="Embed the corpus again.")
+    settings, totals = manifest["settings"], manifest["totals"]
+    if totals is None or totals["n_shards"] != len(finished_shards(folder, _hash(settings))):
+        raise InputError(f"{folder}: is not complete. Run its `f2gguf embed` again, which goes on.")
+    return dict(settings)
 
 
 def _write_manifest(folder: Path, settings: Settings, totals: dict[str, Any] | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from f2gguf.runtime.corpus.inputs import find_inputs, glance
-from f2gguf.runtime.corpus.job import MANIFEST, read_manifest
+from f2gguf.runtime.corpus.job import MANIFEST, require_complete
 from f2gguf.runtime.corpus.shards import read_rows
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import InputError, NoVector, WrongUsage
@@ -64,22 +64,19 @@ class Shards:
     """Rows of a folder of Parquet shards, with the vectors that they have there."""
 
     folder: Path
+    settings: dict[str, Any]  # that they were made with
 
     @property
     def name(self) -> str:
         return str(self.folder)
 
     def __iter__(self) -> Iterator[Found]:
-        has_ids = read_manifest(self.folder)["settings"]["ids"] != "position"
+        has_ids = self.settings["ids"] != "position"
         for row, vector in read_rows(self.folder):
             yield Document.of(row if has_ids else row._replace(id=None)), vector
 
     def facts(self, model: Embedder, truncate_dim: int | None) -> dict[str, Any]:
-        manifest = read_manifest(self.folder)
-        settings = manifest["settings"]
-        again = f"Embed the corpus again, with another -o than {self.folder}."
-        if manifest["totals"] is None:
-            raise InputError(f"{self.folder}: is not complete. Run its `f2gguf embed` again, which goes on.")
+        settings, again = self.settings, f"Embed the corpus again, with another -o than {self.folder}."
         if not settings["keep_text"]:
             raise InputError(f"{self.folder}: holds vectors without texts. {again} Pass --keep-text.")
         if settings["precision"] not in ("float32", "float16"):
@@ -116,7 +113,7 @@ def find_documents(names: Sequence[str], *, column: str | None, apart_from: Path
     if len(names) > 1 or column is not None:
         other = "--column" if column is not None else "other documents"
         raise WrongUsage(f"{shards[0]}: holds texts with their vectors. An index takes it alone, without {other}.")
-    return Shards(Path(shards[0]))
+    return Shards(Path(shards[0]), require_complete(Path(shards[0])))
 
 
 def vectors_of(
