@@ -150,6 +150,7 @@ def test_search_ranks_what_fits_first(run: Run, nano_f16: Path, tmp_path: Path) 
 def test_inspect_speaks_to_people_and_machines(run: Run, nano_f16: Path) -> None:
     words, machine = run("f2gguf", "inspect", nano_f16), run("f2gguf", "inspect", nano_f16, "--json")
     assert re.search(r"^pooling +last$", words.stdout, re.MULTILINE)
+    assert re.search(rf"^kernels +{json.loads(machine.stdout)['kernels']}$", words.stdout, re.MULTILINE)
     assert json.loads(machine.stdout)["dims"] == [32, 64, 128, 256]
     assert len(json.loads(machine.stdout)["tensors"]) == 46
 

@@ -52,6 +52,7 @@ def test_just_the_types_that_are_faster_are_repacked(mixed: Path, monkeypatch: p
     assert len(names) == sum(kind in kernels.REPACKED for kind in types.values()) == 9
     vectors, description, log = loaded(mixed)
     assert ", 9 matrices repacked" in description
+    assert kernels.describe_kernels(header) == "4 IQ4_NL, 5 Q4_0 matrices are repacked on this processor"
     sizes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
     size_mib = sum(sizes[name] for name in names) / 2**20
     assert re.findall(r"CPU_REPACK model buffer size = +([\d.]+) MiB", log) == [f"{size_mib:.2f}"]
@@ -81,6 +82,7 @@ def test_rows_that_cannot_be_interleaved_are_left(mixed: Path, monkeypatch: pyte
 def test_where_llama_cpp_chooses_it_repacks_what_it_can(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_repacking_buffer", lambda: None)
     monkeypatch.setattr(model, "_has_amx", lambda: True)
+    assert kernels.describe_kernels(read_header(mixed)) == "as llama.cpp chooses on this processor"
     _, description, log = loaded(mixed)
     assert "repacked" not in description
     assert "CPU_REPACK" not in log, "not where AMX would crash"

@@ -61,9 +61,9 @@ def describe_corpus_drift(header: Header) -> str | None:
     return f"mean {mean:.3%}, at most {upper:.3%} with 95% confidence, over {n_texts} held-out texts of {name}"
 
 
-def describe(header: Header) -> str:
-    """The header for people: one fact a line."""
-    facts = _facts(header)
+def describe(header: Header, *, kernels: str) -> str:
+    """The header for people: one fact a line. `kernels` says how this machine multiplies its matrices."""
+    facts = _facts(header, kernels)
     width = max(len(label) for label, _ in facts)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in facts)
 
@@ -89,7 +89,7 @@ def as_dict(header: Header) -> dict[str, Any]:
     }
 
 
-def _facts(header: Header) -> list[tuple[str, str]]:
+def _facts(header: Header, kernels: str) -> list[tuple[str, str]]:
     values = header.values
     types = Counter(tensor.type for tensor in header.tensors)
     base = values.get("general.base_model.0.repo_url")
@@ -107,6 +107,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         ("golden vectors", _golden(header)),
         ("pooling", header.pooling or "not stated: pass --pooling to use the file"),
         ("computed", _LAST_TOKEN_PATH if header.takes_last_tokens(header.pooling) else "llama.cpp's own pooling"),
+        ("kernels", kernels),
         ("vectors", "L2-normalised" if header.is_normalized else "not normalised"),
         ("dimensions", ", ".join(map(str, header.dims))),
         ("longest input", f"{header.max_tokens:,} tokens (positions: {header.n_ctx_train:,})"),

@@ -167,9 +167,12 @@ def _kv_overrides(values: Mapping[str, bool]) -> Any:
 
 
 def _has_amx() -> bool:
-    """Whether llama.cpp would repack weights for AMX, where it crashes.
+    """Whether llama.cpp would repack weights for AMX, where it may crash.
 
-    Built by GCC 12, its tile configuration is optimised away, and the first quantised product faults:
-    https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
+    Its ggml_tile_config_init (ggml/src/ggml-cpu/amx/mmq.cpp) fills a configuration on the stack. GCC 12.2 drops all
+    stores but those of its first 16 bytes, because its own _tile_loadconfig states that 8 bytes are read (`g++ -O3
+    -mamx-tile -S` of that function), and the first quantised product faults. llama-cpp-python 0.3.36 still has that
+    code: https://github.com/ggml-org/llama.cpp/issues/20824, and pull request 26954, which is open. A library does not
+    say what compiled it, so AMX is left out everywhere, and the types in `REPACKED` get the AVX-512 kernels instead.
     """
     return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
