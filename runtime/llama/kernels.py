@@ -4,8 +4,8 @@ On x86 it would also repack Q4_K, and so lose its tiled product, which is faster
 types are chosen instead. `scripts/kernels` measures both ways: on 2 cores with AVX-512, with layers of the 0.6B shape,
 Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
-The table holds for every x86 processor, and nothing is measured at load: with a llama.cpp that has AVX2 alone (ggml's
--DGGML_NATIVE=OFF: no AVX-512, no VNNI) the choice is the same. On a busy machine, `scripts/kernels --layers 1` gave
+Nothing is measured at load: a llama.cpp that has AVX2 alone (ggml's -DGGML_NATIVE=OFF: no AVX-512, no VNNI) leads to
+the same choice on the same processor. There, on a busy machine, `scripts/kernels --layers 1` gave
 Q4_K 1,727 tokens/s as it is and 960 repacked, Q4_0 1,965 and 3,519, IQ4_NL 1,122 and 2,369.
 """
 
