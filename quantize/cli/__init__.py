@@ -9,6 +9,7 @@ import click
 from f2gguf.evals.bench.cli import bench
 from f2gguf.quantize.cli import checkpoint, files, release
 from f2gguf.quantize.cli import options as shared
+from f2gguf.quantize.fit.cli import fit
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands
 from f2gguf.runtime.errors import OverBound, WrongUsage
@@ -103,7 +104,7 @@ for command in (
     release.push,
 ):
     quantize.add_command(command)
-for command in (index, search, bench):
+for command in (index, search, fit, bench):
     f2gguf.add_command(command)
 f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
