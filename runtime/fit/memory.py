@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[str, dict[str, int]]:
-    from f2gguf.runtime.llama.context import GPU_TOKENS, ComputeSettings, Context, LastTokenContext
+    from f2gguf.runtime.llama.context import GPU_TOKENS, N_SEQ_MAX, ComputeSettings, Context, LastTokenContext
 
     pooling, longest = arguments["pooling"], arguments["max_tokens"]
     kind = LastTokenContext if header.takes_last_tokens(pooling) else Context
@@ -142,8 +142,10 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
     def sizes(n_tokens: int, *, flash: bool) -> dict[str, int]:
         reserved = _logged(kind, model, settings, n_tokens, flash)
         used = _logged(_Headless, model, settings, n_tokens, flash) if kind is LastTokenContext else reserved
+        # llama.cpp's own pooling takes outputs of all tokens, for which it makes room with the first batch
+        n_outputs = n_tokens if kind is Context else N_SEQ_MAX
         return {
-            "output_bytes": reserved["output"],
+            "output_bytes": reserved["output"] * max(n_outputs, N_SEQ_MAX) // N_SEQ_MAX,
             "kv_bytes": reserved["kv"],
             "compute_bytes": reserved["compute"],
             "used_bytes": used["compute"],
