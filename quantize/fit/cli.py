@@ -20,7 +20,7 @@ from f2gguf.runtime.errors import OutOfReach
 @click.option("--price", type=float, help="What an hour of the machine costs, for the cost of a million texts.")
 @click.option("--texts", "n_texts", type=float, default=1e6, show_default=True, help="Texts of a corpus.")
 @click.option("--tokens", "n_tokens", type=float, help="Tokens of each text [default: 128, and mixed lengths sampled].")
-@click.option("--threads", "n_threads", type=click.IntRange(1), help="Threads [default: one for each physical core].")
+@click.option("--threads", "n_threads", type=click.IntRange(1), help="Number of threads [default: one a core].")
 @click.option("--no-sample", is_flag=True, help="Measure no speed.")
 @shared.checkpoint_options
 @shared.LOCK

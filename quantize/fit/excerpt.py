@@ -12,6 +12,7 @@ from f2gguf.quantize.repair.assemble import head_bytes
 from f2gguf.quantize.repair.tensors import quantize_rows, shape_of, size_as
 from f2gguf.runtime.fit.memory import TABLE
 from f2gguf.runtime.fit.speed import N_IDS, Excerpt
+from f2gguf.runtime.gguf.entries import Value
 from f2gguf.runtime.gguf.reader import TensorInfo
 from numpy.typing import NDArray
 
@@ -32,12 +33,13 @@ def write_excerpt(candidate: Candidate, path: Path, *, is_whole: bool = False) -
         if match := _LAYER.match(info.name):
             sizes[int(match[1])] = sizes.get(int(match[1]), 0) + size_as(info, candidate.types[info.name])
     n_layers = len(sizes) if is_whole else min(len(sizes), max(2, math.ceil(_BYTES / max(1, sizes.get(0, 1)))))
+    changed: dict[str, Value] = {f"{header.architecture}.block_count": n_layers} if sizes else {}
     plan = [
         (info, candidate.types[info.name])
         for info in header.tensors
         if not (match := _LAYER.match(info.name)) or int(match[1]) < n_layers
     ]
-    head = head_bytes(header, plan, {f"{header.architecture}.block_count": n_layers})
+    head = head_bytes(header, plan, changed)
     generator = np.random.default_rng(0)
     with path.open("wb") as file:
         file.write(head)
@@ -51,7 +53,7 @@ def write_excerpt(candidate: Candidate, path: Path, *, is_whole: bool = False) -
             file.truncate(end)  # the rest of a table is a hole
             file.seek(end)
     prompt = header.prompts.get("query", "")
-    return Excerpt(str(path), n_layers / len(sizes), len(prompt.encode()))
+    return Excerpt(str(path), n_layers / len(sizes) if sizes else 1.0, len(prompt.encode()))
 
 
 def _rows(info: TensorInfo, kind: str, generator: np.random.Generator) -> NDArray[np.uint8]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from f2gguf.runtime.errors import UnknownName
 from f2gguf.runtime.gguf.header import Header
@@ -35,25 +35,18 @@ class Device:
     shared: bool = False  # the memory, by processor and GPU
 
     def tokens_per_s(self, header: Header, types: Mapping[str, str]) -> float | None:
-        """Estimated speed of documents; None where no figure or measurement is there, as for 16-bit weights."""
-        shapes = [tensor.shape for tensor in header.tensors if is_product(tensor)]
-        is_quantized = all(
-            types[tensor.name] not in ("F16", "BF16", "F32") for tensor in header.tensors if is_product(tensor)
-        )
-        if self.int8_tops is None or not is_quantized:
+        """Estimated speed of documents; None without a figure or measurement, as for 16-bit weights and experts."""
+        layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+        is_plain = all(len(it.shape) == 2 and types[it.name] not in ("F16", "BF16", "F32") for it in layers)
+        if self.int8_tops is None or not is_plain:
             return None
         n_layers = int(header.values.get(f"{header.architecture}.block_count", 1))
-        products = _BATCH * sum(n_rows * n_cols for n_rows, n_cols in shapes) / 1e12
+        products = _BATCH * sum(math.prod(tensor.shape) for tensor in layers) / 1e12
         return 1000 * _BATCH / (n_layers * _LAYER_MS + products * _PRODUCTS_MS) * self.int8_tops / _H100_TOPS
 
     def query_ms(self, weights_bytes: int) -> float:
         """The least that a query takes: every weight is read once."""
         return weights_bytes / self.bandwidth_gb_s / 1e6
-
-
-def is_product(tensor: Any) -> bool:
-    """Whether a tensor is a matrix of the layers, which every token is multiplied with."""
-    return tensor.name.startswith("blk.") and len(tensor.shape) == 2
 
 
 @cache
