@@ -195,3 +195,11 @@ def test_a_goal_that_no_file_grants_is_exit_code_3(run: Run, nano_f16: Path) -> 
     done = run("f2gguf", "fit", nano_f16, "--no-sample", "--goal", "memory<20MB")
     assert done.returncode == 3
     assert "The closest is f2llm-nano F16, which fails memory<20MB (1" in done.stderr.splitlines()[-1]
+
+
+def test_quantize_all_makes_what_fits(run: Run) -> None:
+    done = run("quantize", "all", "f2llm-nano", "--fit", "1GB", "--dry-run")
+    assert [variant in done.stdout for variant in ("F16", "Q8_0", "Q4_K_M")] == [True, True, False]
+    done = run("quantize", "all", "f2llm-nano", "--fit", "20MB", "--dry-run")
+    assert done.returncode == 3
+    assert "f2llm-nano: no variant runs in 20.0 MB (--fit)" in done.stderr

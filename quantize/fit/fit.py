@@ -17,8 +17,8 @@ from f2gguf.quantize.repair.plan import DEFAULT_VARIANTS
 from f2gguf.quantize.repair.tensors import size_as
 from f2gguf.quantize.source.facts import NOTHING, Stated
 from f2gguf.quantize.source.lock import Lock, read_lock
-from f2gguf.runtime.errors import WrongUsage
-from f2gguf.runtime.files import require_free_space
+from f2gguf.runtime.errors import OutOfReach, WrongUsage
+from f2gguf.runtime.files import format_size, require_free_space
 from f2gguf.runtime.fit.devices import Device, require_device
 from f2gguf.runtime.fit.memory import Memory, ModelMemory, memory_of, model_memory
 from f2gguf.runtime.fit.speed import Speed, sample_speed
@@ -169,6 +169,20 @@ def fit(
     )
     granted, closest = (None, names[index]) if failing else (names[index], None)
     return replace(found, goal=goal, chosen=granted, closest=closest, failing=failing or None)
+
+
+def largest_within(limit: int, model: str, variants: Sequence[str], *, lock: Path | None, stated: Stated) -> str:
+    """The largest of the `variants` of a model that run within `limit` bytes of memory; `OutOfReach` if none does."""
+    found = fit(model, variants=",".join(variants), sample=False, lock=lock, stated=stated).files
+    files = [file for file in found if file.variant in variants]
+    fitting = [file for file in files if file.memory.total_bytes <= limit]
+    if not fitting:
+        least = min(files, key=lambda file: file.memory.total_bytes)
+        raise OutOfReach(
+            f"{model}: no variant runs in {format_size(limit)} (--fit). {least.variant} takes "
+            f"{format_size(least.memory.total_bytes)}, the least of {', '.join(variants)}."
+        )
+    return max(fitting, key=lambda file: file.size_bytes).variant
 
 
 @dataclass(frozen=True)

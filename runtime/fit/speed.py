@@ -95,15 +95,18 @@ def _speed(engine: Engine, excerpt: Excerpt, lengths: Sequence[int], seconds_a_t
     def run(texts: Sequence[Any], n_shared: int = 0) -> None:
         engine.embed(texts, n_shared=n_shared, on_batch=lambda _: None)
 
-    first = [made(int(n)) for n in np.linspace(lengths[0], lengths[-1], _FEWEST)]
-    run(first)
-    n_first = sum(map(len, first))
-    pace = n_first / _median(lambda: run(first), 0.0)  # tokens in a second
-    n_texts = int(np.clip(_DOCUMENTS_S / _ROUNDS * pace / (n_first / _FEWEST), _FEWEST, _MOST))
-    documents = [made(int(n)) for n in np.linspace(lengths[0], lengths[-1], n_texts)]
-    n_tokens = sum(map(len, documents))
-    run(documents[-1:])
-    seconds = _median(lambda: run(documents), _DOCUMENTS_S) / excerpt.share + n_tokens * seconds_a_token
+    def documents(n_texts: int) -> list[Any]:
+        return [made(int(n)) for n in np.linspace(lengths[0], lengths[-1], n_texts)]
+
+    texts = documents(_FEWEST if lengths[-1] <= MIX[1] else 1)
+    run(texts)
+    seconds = _median(lambda: run(texts), 0.0)
+    if seconds < _DOCUMENTS_S / _ROUNDS:  # else one run of them is enough
+        n_texts = int(np.clip(len(texts) * _DOCUMENTS_S / _ROUNDS / seconds, len(texts), _MOST))
+        texts = documents(n_texts)
+        seconds = _median(lambda: run(texts), _DOCUMENTS_S)
+    n_tokens = sum(map(len, texts))
+    seconds = seconds / excerpt.share + n_tokens * seconds_a_token
     prompt = made(excerpt.prompt_bytes // _BYTES_A_TOKEN)
     n_shared = len(prompt) if engine.shares_prefixes else 0
     queries = iter(np.concatenate([prompt, made(QUERY_TOKENS)]) for _ in range(1 << 20))
