@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from checkpoints import NANO
 from conftest import Release, Run
 from f2gguf import Fits, fit
 from f2gguf.quantize.fit.goal import choose, parse_goal
+from f2gguf.quantize.fit.picture import draw, require_picture
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime.errors import UnknownName, WrongUsage
@@ -189,6 +191,13 @@ def test_a_gated_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     with serving(hub):
         done = run_command("f2gguf", "fit", "org/tiny", hub=hub, home=tmp_path)
     assert "is gated" in only_error(done)
+
+
+def test_a_picture_is_drawn(tiny_fits: Fits, tmp_path: Path) -> None:
+    draw(tiny_fits, tmp_path / "fit.svg")
+    assert {"Q8_0", "F16"} <= set(re.findall(r">(Q8_0|F16)<", (tmp_path / "fit.svg").read_text()))
+    with pytest.raises(UnknownName, match="picture format"):
+        require_picture(tmp_path / "fit.gif", force=False)
 
 
 def test_a_goal_that_no_file_grants_is_exit_code_3(run: Run, nano_f16: Path) -> None:
