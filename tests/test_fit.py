@@ -186,6 +186,17 @@ def test_a_release_on_the_hub_is_not_downloaded(hub: Hub, tiny_variants: Release
     assert files["Q8_0"]["quality"]["is_measured"]
 
 
+def test_a_checkpoint_on_the_hub_is_planned_from_its_small_files(nano_fits: Fits, tmp_path: Path) -> None:
+    hub = Hub()
+    files = {path.relative_to(NANO).as_posix(): path.read_bytes() for path in NANO.rglob("*.json")}
+    hub.add("org/f2llm-nano", files | {"model.safetensors": b"of 80 GB"})
+    with serving(hub):
+        done = run_command("f2gguf", "fit", "org/f2llm-nano", "--no-sample", "--json", hub=hub, home=tmp_path)
+    vram = [file["memory"]["vram_bytes"] for file in json.loads(done.stdout)["files"]]
+    assert vram == [file.memory.vram_bytes for file in nano_fits.files]
+    assert not [request for request in hub.requests if "safetensors" in request.path]
+
+
 def test_a_gated_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.repos["org/tiny"].is_gated = True
     with serving(hub):

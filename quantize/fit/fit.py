@@ -68,7 +68,7 @@ class Fit:
             "memory": self.memory.total_bytes,
             "vram": self.memory.vram_bytes,
             "latency": speed.query_ms if speed else None,
-            "speed": speed.tokens_per_s if speed and not math.isnan(speed.tokens_per_s) else None,
+            "speed": speed.tokens_per_s if speed else None,
             "cost": corpus.cost if corpus else None,
         }
 
@@ -100,8 +100,6 @@ class Fits:
         for file, it in zip(document["files"], self.files, strict=True):
             file["memory"] |= {"total_bytes": it.memory.total_bytes, "required_bytes": it.memory.required_bytes}
             file["vectors"] = vectors(it.dims, it.corpus.cost if it.corpus else None)
-            if it.speed and math.isnan(it.speed.tokens_per_s):
-                file["speed"]["tokens_per_s"] = None
         return document
 
 
@@ -144,7 +142,7 @@ def fit(
         stated=stated,
     )
     wishes = parse_goal(goal) if goal is not None else []
-    _require_answerable(question, wishes)
+    _require_answerable(named, question, wishes)
     locked, files = read_lock(lock), list[Fit]()
     with tempfile.TemporaryDirectory(prefix="f2gguf-fit-") as name:
         for i, model in enumerate(named):
@@ -201,11 +199,13 @@ class _Question:
     stated: Stated
 
 
-def _require_answerable(question: _Question, wishes: Sequence[Wish]) -> None:
+def _require_answerable(named: Sequence[object], question: _Question, wishes: Sequence[Wish]) -> None:
     flags = {"--texts": question.n_texts, "--tokens": question.n_tokens, "--price": question.price}
     for flag, value in flags.items():
         if value is not None and not 0 < value <= _MOST:
             raise WrongUsage(f"{flag} {value:g}: pass a number above 0, at most {_MOST:g}.")
+    if not named:
+        raise WrongUsage("fit: names no model. Pass a .gguf file, a name of models.lock, a folder, or org/name.")
     if question.parallel < 1:
         raise WrongUsage(f"--parallel {question.parallel}: pass a whole number from 1.")
     asked = {wish.name for wish in wishes}
@@ -281,8 +281,7 @@ def _estimated(device: Device, candidate: Candidate) -> Speed:
     weights_bytes = sum(
         size_as(info, candidate.types[info.name]) for info in candidate.header.tensors if info.name.startswith("blk.")
     )
-    tokens_per_s = device.tokens_per_s(candidate.header, candidate.types)
-    return Speed(math.nan if tokens_per_s is None else tokens_per_s, device.query_ms(weights_bytes))
+    return Speed(device.tokens_per_s(candidate.header, candidate.types), device.query_ms(weights_bytes))
 
 
 def _fits_on(device: Device, memory: Memory) -> bool:
@@ -291,7 +290,7 @@ def _fits_on(device: Device, memory: Memory) -> bool:
 
 
 def _corpus(speed: Speed | None, n_texts: float, n_tokens: float, price: float | None) -> Corpus | None:
-    if speed is None or math.isnan(speed.tokens_per_s):
+    if speed is None or speed.tokens_per_s is None:
         return None
     seconds_a_text = n_tokens / speed.tokens_per_s
     cost = None if price is None else price * 1e6 * seconds_a_text / 3600

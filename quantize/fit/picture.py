@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,33 @@ def require_picture(path: Path, *, force: bool) -> None:
 
 def draw(found: Fits, path: Path) -> None:
     """Draw the files into a .png or .svg file. A range of drifts is a line with a hollow mark at its upper end."""
-    known = [file for file in found.files if file.speed and not math.isnan(file.speed.tokens_per_s)]
+    known = [file for file in found.files if file.speed and file.speed.tokens_per_s]
     with writing(path) as part, picture(part, size=(10, 3.6), file_format=path.suffix[1:]) as figure:
-        left, right = figure.subplots(1, 2)
-        for i, file in enumerate(found.files):
-            look = LOOKS[i % len(LOOKS)]
+        left, *right = figure.subplots(1, 1 + bool(known), squeeze=False)[0]
+        for file, look in zip(found.files, itertools.cycle(LOOKS), strict=False):
             _draw_drift(left, file, *look)
-            if file in known and file.speed:
-                right.plot(_gb(file), file.speed.tokens_per_s, look[1], color=look[0], markersize=8)
-                _name(right, file, file.speed.tokens_per_s)
         drifts = [drift for file in found.files if file.quality for drift in (file.quality.low, file.quality.high)]
         left.set_yscale("log")
         low, high = max(min(drifts, default=FLOOR), FLOOR) / 2, max([*drifts, FLOOR * 10]) * 2
         left.set_ylim(low, high)
         log_axis(left.yaxis, low, high)
         frame(left, "Memory against mean drift (hollow: other models' files)")
-        words = "estimated" if found.device else "sampled here"
-        frame(right, f"Memory against tokens/s of documents, {words if known else 'not known'}")
-        right.set_ylim(bottom=0)
-        for axes in (left, right):
+        for axes in right:
+            _draw_speeds(axes, known, found)
+        for axes in (left, *right):
             axes.set_xlabel("memory, GB")
-            axes.margins(x=0.25, y=0.2)
+            axes.set_xlim(0, 1.3 * max(map(_gb, found.files)))
+
+
+def _draw_speeds(axes: Any, known: Sequence[Fit], found: Fits) -> None:
+    speeds = [file.figures["speed"] or 0.0 for file in known]
+    looks = dict(zip((file.name for file in found.files), itertools.cycle(LOOKS), strict=False))
+    for file, speed in zip(known, speeds, strict=True):
+        colour, marker = looks[file.name]
+        axes.plot(_gb(file), speed, marker, color=colour, markersize=8)
+        _name(axes, file, speed)
+    axes.set_ylim(0, 1.2 * max(speeds))
+    frame(axes, f"Memory against tokens/s of documents, {'estimated' if found.device else 'sampled here'}")
 
 
 def _draw_drift(axes: Any, file: Fit, colour: str, marker: str) -> None:
@@ -61,7 +68,9 @@ def _draw_drift(axes: Any, file: Fit, colour: str, marker: str) -> None:
 
 
 def _name(axes: Any, file: Fit, height: float) -> None:
-    axes.annotate(file.variant, (_gb(file), height), (8, 0), textcoords="offset points", va="center", color=TEXT_COLOUR)
+    is_reference = file.quality is not None and file.quality.is_measured and not file.quality.high
+    name = f"{file.variant}, reference" if is_reference else file.variant
+    axes.annotate(name, (_gb(file), height), (8, 0), textcoords="offset points", va="center", color=TEXT_COLOUR)
 
 
 def _gb(file: Fit) -> float:

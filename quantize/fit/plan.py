@@ -95,7 +95,8 @@ def _facts(entry: Entry, there: Path | None, stated: Stated) -> Facts:
     if there is None and not entry.package and not entry.revision:
         fetch(entry)  # raises, and says how to name a revision
     folder = there or fetch_settings(entry)
-    has_weights = any(next(folder.rglob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    has_weights = there is not None and any(next(folder.rglob(pattern), None) for pattern in weights)
     return read_facts(entry, folder, stated=stated, has_weights=has_weights)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from f2gguf.evals.drift import percent
@@ -35,7 +34,6 @@ def failing_line(found: Fits) -> str:
 def _row(file: Fit, found: Fits) -> list[str]:
     memory, speed, corpus = file.memory, file.speed, file.corpus
     vram = format_size(memory.vram_bytes) + ("" if file.fits is not False else " TOO MUCH")
-    known = speed is not None and not math.isnan(speed.tokens_per_s)
     estimate = "about " if found.device else ""
     row = [
         file.name + ("" if file.is_made else " (planned)"),
@@ -44,7 +42,7 @@ def _row(file: Fit, found: Fits) -> list[str]:
         format_size(memory.required_bytes),
         vram,
         str(file.quality or "not measured"),
-        f"{estimate}{speed.tokens_per_s:,.0f}" if speed and known else "not known",
+        f"{estimate}{speed.tokens_per_s:,.0f}" if speed and speed.tokens_per_s else "not known",
         f"{'at least ' if found.device else ''}{_rounded(speed.query_ms)}" if speed else "not known",
         f"{estimate}{_duration(corpus.hours)}" if corpus else "not known",
     ]
@@ -55,7 +53,8 @@ def _row(file: Fit, found: Fits) -> list[str]:
 
 def _notes(found: Fits) -> Iterator[str]:
     requests = "one request" if found.parallel == 1 else f"{found.parallel} requests"
-    yield f"memory: of a process that embeds texts of up to {found.max_tokens:,} tokens, {requests} at a time, on a CPU"
+    limit = f"texts of up to {found.max_tokens:,} tokens, or what the model takes, and single queries"
+    yield f"memory: of a process that embeds {limit}, {requests} at a time, on a CPU"
     if device := found.device:
         kind = "shared by processor and GPU" if device.shared else "of the GPU"
         yield f"{device.name}: {device.memory_gb:g} GB {kind}, {device.bandwidth_gb_s:,g} GB/s ({device.source})"

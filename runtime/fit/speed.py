@@ -37,9 +37,9 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a whole file does here: tokens of documents in a second, and a query by itself."""
+    """What a whole file does: tokens of documents in a second (None: not known), and a query by itself."""
 
-    tokens_per_s: float
+    tokens_per_s: float | None
     query_ms: float
 
 
