@@ -9,6 +9,7 @@ import click
 from f2gguf.evals.bench.cli import bench
 from f2gguf.quantize.cli import checkpoint, files, release
 from f2gguf.quantize.cli import options as shared
+from f2gguf.quantize.cli.fit import fit
 from f2gguf.runtime.cli import f2gguf
 from f2gguf.runtime.console import Commands
 from f2gguf.runtime.errors import OverBound, WrongUsage
@@ -33,6 +34,7 @@ def quantize() -> None:
 )
 @shared.MAX_DRIFT
 @shared.MAX_SIZE
+@shared.FIT
 @shared.STOCK
 @shared.calibration_options
 @shared.IMATRIX
@@ -45,7 +47,7 @@ def quantize() -> None:
 @click.option("--force", is_flag=True, help="Make everything again, even what is there.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @shared.JSON
-def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+def all_(models: tuple[str, ...], variants: str, fit: int | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fetch, convert, calibrate, quantise, measure, write the card.
 
     Without MODEL, the default of models.lock is made. The same command goes on after a run that was stopped. A variant
@@ -71,13 +73,14 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
         raise WrongUsage(f"--name {options['name']}: names one model, and {len(models)} are to be made.")
     sources = [find_model(model, lock, name=options["name"]) for model in models]
     _require_different_names([entry.name for entry, _ in sources], models)
+    made = {model: names if fit is None else [_within(fit, model, names, options)] for model in models}
     if dry_run:
         for model, (entry, folder) in zip(models, sources, strict=True):
-            click.echo("\n".join(_dry_run_lines(model, entry, folder, names, options)))
+            click.echo("\n".join(_dry_run_lines(model, entry, folder, made[model], options)))
         return
     reports = []
     for model in models:
-        report = quantize_model(model, variants=names, **options)
+        report = quantize_model(model, variants=made[model], **options)
         reports.append(report)
         if not as_json:
             click.echo("\n".join(report_lines(report)))
@@ -86,7 +89,12 @@ def all_(models: tuple[str, ...], variants: str, dry_run: bool, as_json: bool, *
     if as_json:
         documents = [report.as_dict() for report in reports]
         click.echo(json_text(documents if len(documents) > 1 else documents[0]), nl=False)
-    over = [f"{report.model} {name}" for report in reports for name in names if not report.variants[name].holds]
+    over = [
+        f"{report.model} {name}"
+        for model, report in zip(models, reports, strict=True)
+        for name in made[model]
+        if not report.variants[name].holds
+    ]
     if over:
         bound = format_bound(options["max_drift"])
         raise OverBound(f"over the bound of {bound}: {', '.join(over)}. Every file was written, and says so.")
@@ -103,7 +111,7 @@ for command in (
     release.push,
 ):
     quantize.add_command(command)
-for command in (index, search, bench):
+for command in (index, search, fit, bench):
     f2gguf.add_command(command)
 f2gguf.add_command(serve)
 f2gguf.add_command(quantize)
@@ -115,6 +123,15 @@ def _require_different_names(names: list[str], models: tuple[str, ...]) -> None:
         if name.lower() in map(str.lower, names[:i]):
             first = models[[earlier.lower() for earlier in names].index(name.lower())]
             raise WrongUsage(f"{first} and {models[i]}: both are called {name}. Run them with different --out folders.")
+
+
+def _within(limit: int, model: str, variants: list[str], options: dict[str, Any]) -> str:
+    """The largest of the variants that run within `limit` bytes of memory."""
+    from f2gguf.quantize.fit.fit import largest_within
+    from f2gguf.quantize.source.facts import Stated
+
+    stated = Stated(**{name: options[name] for name in ("pooling", "eos_token", "allowed_keys", "name")})
+    return largest_within(limit, model, variants, lock=options["lock"], stated=stated)
 
 
 def _dry_run_lines(

@@ -20,12 +20,12 @@ def require_number(_context: click.Context, _option: click.Parameter, value: Any
     return value
 
 
-def _require_size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+def _require_size(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *(B|kB|MB|GB|KiB|MiB|GiB)", text, re.IGNORECASE)
     if not match:
-        raise click.BadParameter(f"{text!r} is no size; write 350MB or 1.2GB (--max-size).")
+        raise click.BadParameter(f"{text!r} is no size; write 350MB or 1.2GB ({option.opts[0]}).")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -44,6 +44,9 @@ MAX_DRIFT = click.option(
 )
 MAX_SIZE = click.option(
     "--max-size", callback=_require_size, help="Make the file that drifts least within this size: 350MB, 1.2GB."
+)
+FIT = click.option(
+    "--fit", callback=_require_size, help="Make only the largest variant that runs within this memory: 350MB, 3GB."
 )
 COMPENSATE = click.option(
     "--compensate/--no-compensate",

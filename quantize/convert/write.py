@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from f2gguf.quantize.checkpoint.weights import StoredTensor, as_float32
@@ -68,14 +68,7 @@ def convert(
         types = {loss.name: GGMLQuantizationType[loss.kept_as] for loss in losses}
         sizes = {name: tensor.n_elements * GGML_QUANT_SIZES[types[name]][1] for name, tensor in tensors.items()}
         require_free_space(out_path.parent, sum(sizes.values()), out_path.name)
-        _add_header(writer, facts, _FILE_TYPE[dtype])
-        for name, tensor in tensors.items():
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float16), sizes[name], raw_dtype=types[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        file = writer.fout[0]
+        file = _write_head(writer, facts, dtype, types, sizes)
         for name, tensor in tensors.items():
             file.write(bytes(-file.tell() % writer.data_alignment))
             for data in map_ahead(pool, partial(_converted, tensor.dtype, types[name].name), tensor.chunks()):
@@ -85,6 +78,37 @@ def convert(
     fill_in(out_path, {keys.KEY_SOURCE_SHA256: hashing.result()})
     lossy = tuple(loss for loss in losses if loss.n_overflow or loss.n_zeroed)
     return Conversion(len(tensors), sum(sizes.values()), lossy)
+
+
+def write_skeleton(facts: Facts, path: Path) -> None:
+    """Write the base file that `convert` would make, with holes where its numbers belong. It takes a few MB of disk."""
+    tensors, architecture = facts.tensors, facts.architecture.name
+    types = {
+        name: GGMLQuantizationType[_target_type(name, tensor.shape, facts.base)] for name, tensor in tensors.items()
+    }
+    sizes = {name: tensor.n_elements * GGML_QUANT_SIZES[types[name]][1] for name, tensor in tensors.items()}
+    with closing(GGUFWriter(path, architecture)) as writer:
+        file = _write_head(writer, facts, facts.base, types, sizes)
+        end, alignment = file.tell(), writer.data_alignment
+        file.truncate(sum(-(-size // alignment) * alignment for size in (end, *sizes.values())))
+
+
+def _write_head(
+    writer: GGUFWriter,
+    facts: Facts,
+    dtype: str,
+    types: Mapping[str, GGMLQuantizationType],
+    sizes: Mapping[str, int],
+) -> IO[bytes]:
+    """Write everything before the tensors; gives the open file."""
+    _add_header(writer, facts, _FILE_TYPE[dtype])
+    for name, tensor in facts.tensors.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float16), sizes[name], raw_dtype=types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    return writer.fout[0]
 
 
 def require_dtype(dtype: str) -> None:
@@ -98,8 +122,7 @@ def _scan(name: str, tensor: StoredTensor, dtype: str) -> Loss:
     if tensor.dtype not in _FINITE_LIMIT:
         supported = "BF16, F16 and F32 are supported"
         raise UnsupportedCheckpoint(f"{tensor.file}: {name} has the dtype {tensor.dtype}; {supported}.")
-    is_f32 = len(tensor.shape) < 2 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight")
-    target = "F32" if is_f32 else dtype.upper()
+    target = _target_type(name, tensor.shape, dtype)
     over, tiny = _F16_RANGE.get(tensor.dtype, (np.inf, 0.0))
     n_overflow = n_zeroed = 0
     for chunk in tensor.chunks():
@@ -112,6 +135,11 @@ def _scan(name: str, tensor: StoredTensor, dtype: str) -> Loss:
             n_overflow += int(np.count_nonzero(magnitude > over)) if largest > over else 0
             n_zeroed += int(np.count_nonzero(magnitude[magnitude <= tiny]))
     return Loss(name, n_overflow, n_zeroed, tensor.dtype if n_overflow else target)
+
+
+def _target_type(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    is_f32 = len(shape) < 2 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight")
+    return "F32" if is_f32 else dtype.upper()
 
 
 def _bf16_bits(value: float) -> int:

@@ -65,7 +65,7 @@ def assemble(
     values do not fit a type or an importance matrix changes nothing.
     """
     plan = [(info, types[info.name]) for info in weights.header.tensors]
-    head = _head(weights.header, plan, header)
+    head = head_bytes(weights.header, plan, header)
     require_free_space(target.parent, len(head) + sum(size_as(*item) for item in plan), target.name)
     with ThreadPoolExecutor(default_threads()) as pool, target.open("wb") as file:
         file.write(head)
@@ -115,8 +115,17 @@ def _require_effect(rows: Rows, kind: str, columns: Rows) -> None:
         raise QuantizationFailed("the importance matrix changes no byte. Make another: quantize imatrix SOURCE.")
 
 
-def _head(source: Header, plan: Sequence[tuple[TensorInfo, str]], added: Mapping[str, Value]) -> bytes:
-    """Everything before the tensors. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+def file_bytes(source: Header, types: Mapping[str, str], added: Mapping[str, Value]) -> int:
+    """The size of the file that `assemble` makes of these."""
+    plan = [(info, types[info.name]) for info in source.tensors]
+    return len(head_bytes(source, plan, added)) + sum(-(-size_as(*item) // _ALIGNMENT) * _ALIGNMENT for item in plan)
+
+
+def head_bytes(source: Header, plan: Sequence[tuple[TensorInfo, str]], added: Mapping[str, Value]) -> bytes:
+    """Everything that comes before the tensors in a file of `source`'s values and the tensors of `plan`.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
     kept = {key: data for key, data in entries(source).items() if key != "general.alignment"}
     kept |= {key: entry(key, value) for key, value in added.items()}
     infos, offset = [], 0

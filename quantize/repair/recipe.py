@@ -138,14 +138,19 @@ def make(
     types = types or recipe.all_types(plan_variant(weights.header.path, recipe.variant))
     factors = scales(weights, imatrix, recipe.exponents)
     imatrix = scaled_imatrix(imatrix, factors) if recipe.imatrix_sha256 else {}
-    stated: dict[str, Value] = {
+    values = stated(recipe, header or {})
+    assemble(weights, path, types, header=values, imatrix=imatrix, scales=factors, ready=ready, on_progress=on_progress)
+
+
+def stated(recipe: Recipe, header: Mapping[str, Value]) -> dict[str, Value]:
+    """What the header of a variant says besides that of its F16 file, with the values of `header`."""
+    return {
         "general.file_type": VARIANTS[recipe.variant],
         "general.quantization_version": 2,
         keys.KEY_VARIANT: recipe.variant,
         keys.KEY_RECIPE: recipe.to_header(),
-        **(header or {}),
+        **header,
     }
-    assemble(weights, path, types, header=stated, imatrix=imatrix, scales=factors, ready=ready, on_progress=on_progress)
 
 
 def kind_of(name: str) -> str:

@@ -14,8 +14,8 @@ from f2gguf.quantize.report.report import Measured, Report
 from f2gguf.runtime.files import format_bound
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart; the markers say it again
-_LOOKS = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "D"), ("#cc79a7", "^"), ("#e69f00", "v"), ("#56b4e9", "P"))
-_FLOOR = 1e-6  # drift.json rounds to it, and a logarithm needs more than zero
+LOOKS = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "D"), ("#cc79a7", "^"), ("#e69f00", "v"), ("#56b4e9", "P"))
+FLOOR = 1e-6  # drift.json rounds to it, and a logarithm needs more than zero
 _N_BINS = 64
 _ROW_HEIGHT = 0.8  # of the space between two variants' rows
 
@@ -38,7 +38,7 @@ def can_draw(report: Report) -> bool:
 def draw(report: Report, path: Path | IO[bytes], *, file_format: str) -> None:
     """Draw the report as `file_format` (png or svg), the same bytes for the same report."""
     series = [
-        _Series(name, verdict, *_LOOKS[i % len(_LOOKS)]) for i, (name, verdict) in enumerate(report.variants.items())
+        _Series(name, verdict, *LOOKS[i % len(LOOKS)]) for i, (name, verdict) in enumerate(report.variants.items())
     ]
     bound = report.max_drift
     layout = [["texts", "sizes"], ["dims", "sizes"], ["languages", "languages"]]
@@ -87,7 +87,7 @@ def _draw_texts(axes: Any, series: Sequence[_Series], bound: float) -> None:
     axes.set_ylim(0.75 - len(series), 1)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    _log_axis(axes.xaxis, low, high)
+    log_axis(axes.xaxis, low, high)
     frame(axes, "Every text's drift (mark: the mean)", "left")
 
 
@@ -158,18 +158,18 @@ def _name_points(axes: Any, series: Sequence[_Series], report: Report, points: S
 
 
 def _point(verdict: Measured) -> tuple[float, float]:
-    return verdict.size_bytes / 1e6, max(verdict.mean, _FLOOR)
+    return verdict.size_bytes / 1e6, max(verdict.mean, FLOOR)
 
 
 def _drift_axis(axes: Any, drifts: Sequence[float], bound: float) -> None:
     low, high = _span(drifts, bound)
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    _log_axis(axes.yaxis, low, high)
+    log_axis(axes.yaxis, low, high)
     axes.axhline(bound, color=TEXT_COLOUR, linestyle="--", linewidth=1)
 
 
-def _log_axis(axis: Any, low: float, high: float) -> None:
+def log_axis(axis: Any, low: float, high: float) -> None:
     """Ticks at 1%, 10%; at 2% and 5% too where there would be too few."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -186,4 +186,4 @@ def _span(drifts: Sequence[float], bound: float) -> tuple[float, float]:
 
 
 def _logged(drifts: Iterable[float]) -> list[float]:
-    return [max(drift, _FLOOR) for drift in drifts]
+    return [max(drift, FLOOR) for drift in drifts]

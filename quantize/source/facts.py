@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.checkpoint.architectures import architecture_of, match_tensors
+from f2gguf.quantize.checkpoint.architectures import architecture_of, implied_tensors, match_tensors
 from f2gguf.quantize.checkpoint.architectures.shared import Architecture
 from f2gguf.quantize.checkpoint.folder import Checkpoint, read_checkpoint, read_settings
 from f2gguf.quantize.checkpoint.modules import PROMPTS_FILE
@@ -86,14 +86,18 @@ def open_facts(model: str, *, stated: Stated = NOTHING, lock: Path | None = None
     return read_facts(entry, checkpoint, stated=stated)
 
 
-def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING) -> Facts:
+def read_facts(entry: Entry, folder: Path, *, stated: Stated = NOTHING, has_weights: bool = True) -> Facts:
     """Combine lock and checkpoint, and what the user states where the checkpoint does not.
+
+    Of a folder without weights, the tensors are those that config.json implies: they can be planned with, not read.
 
     Raises `Disagreement` where two sources contradict each other (it names both), `BrokenCheckpoint` for a checkpoint
     that contradicts itself, `UnsupportedCheckpoint` for one that f2gguf does not convert.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder) if has_weights else read_settings(folder)
     architecture = architecture_of(checkpoint, stated.allowed_keys)
+    if not has_weights:
+        checkpoint = replace(checkpoint, tensors=implied_tensors(checkpoint, architecture))
     shape = architecture.facts(checkpoint)
     limits = (entry.max_tokens, checkpoint.max_seq_length, shape["context_length"])
     return Facts(

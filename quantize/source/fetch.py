@@ -128,6 +128,14 @@ def fetch(entry: Entry, folder: Path | None = None, *, check: Callable[[Path], o
     return download(listing, files)
 
 
+def fetch_settings(entry: Entry) -> Path:
+    """`fetch` of all but the weights of a model on the Hub: the small files that say what its tensors are."""
+    if entry.package or not entry.repo:
+        return package_folder(entry)
+    listing = list_files(entry.repo, entry.revision or "main")
+    return download(listing, [name for name in needed_files(listing) if not name.endswith(_WEIGHTS)])
+
+
 def needed_files(listing: Listing) -> dict[str, RemoteFile]:
     """The files of a repository that f2gguf uses; `UnsupportedCheckpoint` where none of them has weights."""
     files = _used(listing)

@@ -7,13 +7,13 @@ only, and pyproject.toml bounds the client's version for them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 _N_RETRIES = 5  # of a connection that brings nothing
 _CHUNK_BYTES = 1 << 20
 
 
-def receive(repo: str, commit: str, name: str, size_bytes: int, *, start: int = 0) -> Iterator[bytes]:
+def receive(repo: str, commit: str, name: str, size_bytes: int, *, start: int = 0) -> Generator[bytes, None, None]:
     """The bytes of a file from `start` on, as the Hub sends them. The caller checks them."""
     import httpx2
     from huggingface_hub import hf_hub_url

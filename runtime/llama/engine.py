@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 
-_CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text needs no new one
+CTX_STEP = 256  # contexts grow in these steps, so that a slightly longer text needs no new one
 
 log = logging.getLogger("f2gguf")
 
@@ -180,7 +180,7 @@ class Engine:
         return np.full((1, self.header.n_embd), np.nan, dtype=np.float32)
 
     def _new_context(self, model: Model, n_tokens: int, *, flash: bool, f32: bool, pauses: bool = False) -> Context:
-        n_ctx = -(-n_tokens // _CTX_STEP) * _CTX_STEP
+        n_ctx = -(-n_tokens // CTX_STEP) * CTX_STEP
         return self._context_type(
             model, self.settings, n_ctx=n_ctx, flash=flash, f32=f32, pauses=pauses, watch=self._watch
         )

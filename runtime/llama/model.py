@@ -35,11 +35,18 @@ class Model:
         vocab_only: bool = False,
         overrides: Mapping[str, bool] | None = None,
         repacked: Sequence[str] = (),
+        has_weights: bool = True,
     ) -> None:
-        """`overrides` replaces header values. Matrices `repacked` get the CPU kernels for repacked weights."""
+        """`overrides` replaces header values. Matrices `repacked` get the CPU kernels for repacked weights.
+
+        Without weights, neither they nor the buffers of a context take memory: nothing can be computed, and llama.cpp
+        logs what it would take.
+        """
         require_device(device)
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
+        if not has_weights:
+            params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
         is_on_cpu = params.n_gpu_layers == 0 or backends() == ["CPU"]
         self.n_repacked = len(repacked)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from f2gguf.evals.drift import judge as judge
     from f2gguf.evals.mteb.encoder import F2ggufEncoder as F2ggufEncoder
     from f2gguf.integrations.sentence_transformers import sentence_transformer as sentence_transformer
+    from f2gguf.quantize.fit.fit import Fit as Fit
+    from f2gguf.quantize.fit.fit import Fits as Fits
+    from f2gguf.quantize.fit.fit import fit as fit
     from f2gguf.quantize.pipeline import quantize_model as quantize_model
     from f2gguf.quantize.report.report import Report as Report
     from f2gguf.runtime.embedder import Embedder as Embedder
@@ -24,6 +27,9 @@ PUBLIC = {
     "Embeddings": "f2gguf.runtime.embedder",
     "judge": "f2gguf.evals.drift",
     "Verdict": "f2gguf.evals.drift",
+    "fit": "f2gguf.quantize.fit.fit",
+    "Fit": "f2gguf.quantize.fit.fit",
+    "Fits": "f2gguf.quantize.fit.fit",
     "quantize_model": "f2gguf.quantize.pipeline",
     "Report": "f2gguf.quantize.report.report",
     "sentence_transformer": "f2gguf.integrations.sentence_transformers",

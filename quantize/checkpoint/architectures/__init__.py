@@ -76,6 +76,15 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
     return {target.name: target.transform(stored[target.stored][1]) for target in targets}
 
 
+def implied_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, StoredTensor]:
+    """The tensors that config.json implies, by their stored names, for a checkpoint whose weights are elsewhere."""
+    config_path = checkpoint.folder / "config.json"
+    return {
+        target.stored: StoredTensor(config_path, "BF16", target.shape, begin=0)
+        for target in architecture.targets(checkpoint)
+    }
+
+
 def _plain_name(name: str, architecture: Architecture) -> str:
     name = name.removeprefix(architecture.prefix)
     for old, new in architecture.renames.items():

@@ -1,0 +1,225 @@
+"""`f2gguf fit`: what files take and give, before they are made."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import NANO
+from conftest import Release, Run
+from f2gguf import Fits, fit
+from f2gguf.quantize.fit.goal import choose, parse_goal
+from f2gguf.quantize.fit.picture import draw, require_picture
+from f2gguf.quantize.repair.recipe import Recipe, make
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.runtime.errors import UnknownName, WrongUsage
+from f2gguf.runtime.fit.devices import devices
+from hub import Hub, only_error, run_command, serving
+
+GOAL = "drift<1%,memory<3GB"
+RUN = """
+import sys
+from f2gguf import Embedder
+with Embedder(sys.argv[1]) as model:
+    model.encode_query(["how do I compress a folder?"])
+    model.encode_document([f"{i} " + "tar is an archiving program " * n for i, n in enumerate((2, 9, 30, 100))])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.fixture(scope="module")
+def nano_fits() -> Fits:
+    return fit("f2llm-nano", goal=GOAL, sample=False)
+
+
+def test_planned_sizes_are_those_of_the_files(nano_fits: Fits, nano_f16: Path, tmp_path: Path) -> None:
+    """Of a variant's header, only the length of its recipe is not known before."""
+    sizes = {file.variant: file.size_bytes for file in nano_fits.files}
+    assert sizes["F16"] == nano_f16.stat().st_size
+    make(Weights(nano_f16), tmp_path / "Q4_0.gguf", Recipe("Q4_0"), {})
+    assert sizes["Q4_0"] == pytest.approx((tmp_path / "Q4_0.gguf").stat().st_size, abs=1000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_memory_is_what_a_process_takes(nano_f16: Path) -> None:
+    said = fit(nano_f16, sample=False).files[0].memory.total_bytes
+    done = subprocess.run([sys.executable, "-c", RUN, str(nano_f16)], capture_output=True, text=True, check=True)
+    assert said == pytest.approx(1024 * int(done.stdout), rel=0.1)
+
+
+def test_memory_grows_with_texts_and_requests(nano_f16: Path) -> None:
+    short, long, many = (
+        fit(nano_f16, sample=False, max_tokens=n, parallel=parallel).files[0].memory
+        for n, parallel in ((256, 1), (2048, 1), (2048, 4))
+    )
+    assert short.kv_bytes < long.kv_bytes < many.kv_bytes
+    assert short.compute_bytes < long.compute_bytes < many.compute_bytes
+
+
+def test_a_speed_is_sampled_and_a_corpus_follows(nano_f16: Path) -> None:
+    file = fit(nano_f16, n_texts=2e6, n_tokens=64, price=0.5).files[0]
+    assert file.speed and file.corpus and file.corpus.cost
+    assert file.corpus.hours == pytest.approx(2e6 * 64 / file.speed.tokens_per_s / 3600)
+    assert file.corpus.cost == pytest.approx(0.5 * file.corpus.hours / 2)
+
+
+def test_quality_is_measured_or_says_that_it_is_a_range(nano_fits: Fits, tiny_fits: Fits) -> None:
+    assert [str(file.quality) for file in nano_fits.files] == ["reference", "0.002%", "0.022%", "0.025%"]
+    assert str(tiny_fits.files[1].quality) == "not measured; 2 others: 0.002% to 0.041%"
+
+
+@pytest.fixture(scope="module")
+def tiny_fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
+    """A checkpoint whose weights are elsewhere: its tensors follow from config.json."""
+    folder = tmp_path_factory.mktemp("settings") / "tiny"
+    folder.mkdir()
+    for path in NANO.rglob("*"):
+        if path.is_file() and path.suffix == ".json":
+            (folder / path.relative_to(NANO)).parent.mkdir(exist_ok=True)
+            (folder / path.relative_to(NANO)).write_bytes(path.read_bytes())
+    return fit(folder, sample=False, device="H100 SXM", price=2.0)
+
+
+def test_a_checkpoint_without_weights_is_planned_alike(nano_fits: Fits, tiny_fits: Fits) -> None:
+    ours, theirs = ({file.variant: file.memory.vram_bytes for file in fits.files} for fits in (nano_fits, tiny_fits))
+    assert ours == theirs
+
+
+def test_a_device_is_estimated_and_costs(tiny_fits: Fits) -> None:
+    f16, q8_0, *_ = tiny_fits.files
+    assert f16.corpus is None, "16-bit files were not measured on a GPU"
+    assert q8_0.corpus and q8_0.corpus.cost and q8_0.fits
+    document = tiny_fits.as_dict()
+    json.dumps(document, allow_nan=False)
+    int8 = next(row for row in document["files"][1]["vectors"] if (row["width"], row["precision"]) == (256, "int8"))
+    assert int8["gb_of_million"] == 0.256
+    assert int8["cost_of_gb"] == pytest.approx(q8_0.corpus.cost / 0.256)
+
+
+def test_every_device_states_its_source() -> None:
+    assert len(devices()) > 10
+    for device in devices().values():
+        assert device.source.startswith("https://")
+        assert device.memory_gb > 0 < device.bandwidth_gb_s
+
+
+def test_a_goal_picks_the_file_of_least_drift(nano_fits: Fits) -> None:
+    assert nano_fits.best and nano_fits.best.variant == "F16"
+
+
+def test_the_closest_file_misses_its_worst_wish_by_the_least() -> None:
+    figures = [{"drift": 0.03, "memory": 1e9}, {"drift": 0.001, "memory": 5e9}, {"drift": None, "memory": 1e6}]
+    assert choose(parse_goal("drift<1%,memory<2GB"), figures) == (1, {"memory<2GB": 5e9})
+    assert choose(parse_goal("drift<4%,memory<2GB"), figures) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("goal", "words"),
+    [
+        ("drift", "is no wish"),
+        ("", "is no wish"),
+        ("drift<1%,", "is no wish"),
+        ("drift>1%", "say drift<NUMBER"),
+        ("drift<0", "a number above 0"),
+        ("drift<1GB", "Units: %"),
+        ("memory<1.2.3GB", "is no memory"),
+        ("speed<100", "say speed>NUMBER"),
+        ("memory<1GB,memory<2GB", "two wishes about memory"),
+        ("latency<50ms", "--no-sample"),
+        ("cost<3", "--price"),
+    ],
+)
+def test_a_goal_that_is_none_is_refused(nano_f16: Path, goal: str, words: str) -> None:
+    with pytest.raises(WrongUsage) as caught:
+        fit(nano_f16, sample=False, goal=goal)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_texts": 0}, "--texts 0: pass a number above 0"),
+        ({"n_texts": float("nan")}, "--texts nan"),
+        ({"n_tokens": -1}, "--tokens -1"),
+        ({"price": float("inf")}, "--price inf"),
+        ({"parallel": 0}, "--parallel 0"),
+        ({"variants": " , "}, "--variants: names none"),
+        ({"max_tokens": 1}, "max_tokens is 1"),
+    ],
+)
+def test_nonsense_is_refused(nano_f16: Path, options: dict[str, object], words: str) -> None:
+    with pytest.raises(WrongUsage) as caught:
+        fit(nano_f16, sample=False, **options)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+
+
+def test_unknown_names_suggest_the_nearest(nano_f16: Path) -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'RTX 4090'"):
+        fit(nano_f16, device="rtx4090")
+    with pytest.raises(UnknownName, match="wish of --goal"):
+        fit(nano_f16, goal="drft<1%")
+
+
+def test_files_that_are_split_are_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/split", {f"x-Q8_0-0000{i}-of-00002.gguf": b"GGUF" for i in (1, 2)})
+    with serving(hub):
+        done = run_command("f2gguf", "fit", "org/split", hub=hub, home=tmp_path)
+    assert "its files are split (x-Q8_0-00001-of-00002.gguf)" in only_error(done, exit_code=2)
+
+
+@pytest.fixture
+def hub(tiny_variants: Release) -> Hub:
+    hub = Hub()
+    hub.add("org/tiny", {path.name: path.read_bytes() for path in tiny_variants.folder.iterdir()})
+    return hub
+
+
+def test_a_release_on_the_hub_is_not_downloaded(hub: Hub, tiny_variants: Release, tmp_path: Path) -> None:
+    with serving(hub):
+        done = run_command("f2gguf", "fit", "org/tiny", "--no-sample", "--json", hub=hub, home=tmp_path)
+    files = {file["variant"]: file for file in json.loads(done.stdout)["files"]}
+    assert files["Q8_0"]["size_bytes"] == tiny_variants.file("Q8_0").stat().st_size
+    assert files["Q8_0"]["quality"]["is_measured"]
+
+
+def test_a_checkpoint_on_the_hub_is_planned_from_its_small_files(nano_fits: Fits, tmp_path: Path) -> None:
+    hub = Hub()
+    files = {path.relative_to(NANO).as_posix(): path.read_bytes() for path in NANO.rglob("*.json")}
+    hub.add("org/f2llm-nano", files | {"model.safetensors": b"of 80 GB"})
+    with serving(hub):
+        done = run_command("f2gguf", "fit", "org/f2llm-nano", "--no-sample", "--json", hub=hub, home=tmp_path)
+    vram = [file["memory"]["vram_bytes"] for file in json.loads(done.stdout)["files"]]
+    assert vram == [file.memory.vram_bytes for file in nano_fits.files]
+    assert not [request for request in hub.requests if "safetensors" in request.path]
+
+
+def test_a_gated_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["org/tiny"].is_gated = True
+    with serving(hub):
+        done = run_command("f2gguf", "fit", "org/tiny", hub=hub, home=tmp_path)
+    assert "is gated" in only_error(done)
+
+
+def test_a_picture_is_drawn(tiny_fits: Fits, tmp_path: Path) -> None:
+    draw(tiny_fits, tmp_path / "fit.svg")
+    assert {"Q8_0", "F16"} <= set(re.findall(r">(Q8_0|F16)(?=[,<])", (tmp_path / "fit.svg").read_text()))
+    with pytest.raises(UnknownName, match="picture format"):
+        require_picture(tmp_path / "fit.gif", force=False)
+
+
+def test_a_goal_that_no_file_grants_is_exit_code_3(run: Run, nano_f16: Path) -> None:
+    done = run("f2gguf", "fit", nano_f16, "--no-sample", "--goal", "memory<20MB")
+    assert done.returncode == 3
+    assert "The closest is f2llm-nano F16, which fails memory<20MB (1" in done.stderr.splitlines()[-1]
+
+
+def test_quantize_all_makes_what_fits(run: Run) -> None:
+    done = run("quantize", "all", "f2llm-nano", "--fit", "1GB", "--dry-run")
+    assert [variant in done.stdout for variant in ("F16", "Q8_0", "Q4_K_M")] == [True, True, False]
+    done = run("quantize", "all", "f2llm-nano", "--fit", "20MB", "--dry-run")
+    assert done.returncode == 3
+    assert "f2llm-nano: no variant runs in 20.0 MB (--fit)" in done.stderr
