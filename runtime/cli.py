@@ -167,11 +167,11 @@ def _require_one_file(inputs: tuple[str, ...], shards: dict[str, Any]) -> None:
     from f2gguf.runtime.corpus.inputs import is_plain_file
 
     if len(inputs) > 1 or not all(map(is_plain_file, inputs)):
-        raise WrongUsage(f"--input {inputs[0]}: several files become a folder of Parquet shards. Name it: -o FOLDER.")
+        raise WrongUsage(f"--input {inputs[0]}: several files become a folder of Parquet shards. Name it: -o FOLDER/.")
     context = click.get_current_context()
     for option in context.command.params:
         if option.name in shards and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
-            raise WrongUsage(f"{option.opts[0]}: is for a folder of Parquet shards. Name it: -o FOLDER.")
+            raise WrongUsage(f"{option.opts[0]}: is for a folder of Parquet shards. Name it: -o FOLDER/.")
 
 
 def _embed_corpus(

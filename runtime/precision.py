@@ -27,7 +27,7 @@ def require_precision(precision: str, header: Header, width: int, *, is_normaliz
     if not is_normalized:
         raise WrongUsage(
             f"{precision}: {header.path} states ranges for vectors of length 1, and these are not normalised. Pass "
-            "normalize_embeddings=True."
+            "normalize_embeddings=True (without --no-normalize)."
         )
     if (ranges := header.ranges(width)) is None:
         raise WrongUsage(

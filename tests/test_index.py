@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,37 @@ def test_a_missing_package_and_a_folder_without_an_index_are_named(
     (tmp_path / "documents.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises((InputError, OutputError), match="cannot be read: file is not a database"):
         Store(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", KINDS)
+def test_every_kind_takes_odd_ids_and_says_what_it_cannot_write(
+    store: Store, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(ending)
+    kind, ids = KINDS[ending], [11, "11", 2**70, "a\0b", "id:11"]  # 11 is there already, as a number
+    store.put([Document.of(Row(f"odd {row_id}", row_id)) for row_id in ids], unit_vectors(5, seed=4))
+    cover(store, kind)
+    keys = searcher(store, kind)(unit_vectors(5, seed=4), 1)[1][:, 0].tolist()
+    assert [store.documents_of([key])[key][0] for key in keys] == ids
+    assert searcher(store, kind)(unit_vectors(1), 40_000)[1].shape == (1, store.n_keys)
+    assert len(store.documents_of(range(40_000))) == store.n_documents  # more than SQLite takes as values
+
+    def full(*_: Any) -> None:
+        raise kind._class.errors()[0]("the disk is full\nat line 9")
+
+    monkeypatch.setattr(kind._class, "save", full)
+    store.put([Document.of(Row("changed", 11))], unit_vectors(1, seed=5))
+    with pytest.raises(OutputError, match=r"cannot be written: the disk is full\. .* run the same command again"):
+        cover(store, kind)
+    assert searcher(store, kind)(unit_vectors(1, seed=5), 1)[1][0, 0] == store.n_keys - 1
+
+
+def test_a_moved_model_is_asked_for_and_noted(own: Path, run: Run, tmp_path: Path) -> None:
+    docs, out, moved = write_docs(tmp_path / "x.jsonl", {"a": "b"}), tmp_path / "index", tmp_path / "moved.gguf"
+    shutil.copyfile(own, tmp_path / "own.gguf")
+    run("f2gguf", "index", docs, "-m", tmp_path / "own.gguf", "-o", out)
+    (tmp_path / "own.gguf").rename(moved)
+    assert "is not there any more. Name it with -m" in run("f2gguf", "search", "--index", out, "b").stderr
+    run("f2gguf", "index", docs, "-m", moved, "-o", out)
+    assert run("f2gguf", "search", "--index", out, "b").returncode == 0

@@ -108,7 +108,7 @@ def test_a_file_without_ranges_has_no_int8_vectors_and_says_what_it_has(nano: Em
 
 
 def test_ranges_are_of_vectors_of_length_1(model: Embedder) -> None:
-    with pytest.raises(WrongUsage, match=r"int8: .* Pass normalize_embeddings=True"):
+    with pytest.raises(WrongUsage, match=r"int8: .* Pass normalize_embeddings=True \(without --no"):
         model.embed(TEXTS, normalize=False, precision="int8")
     assert model.embed(TEXTS, normalize=False, precision="ubinary").vectors.shape == (4, 32)
 

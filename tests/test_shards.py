@@ -14,7 +14,7 @@ from conftest import Run
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.corpus import job, pools
 from f2gguf.runtime.corpus.inputs import find_inputs
-from f2gguf.runtime.corpus.job import embed_corpus
+from f2gguf.runtime.corpus.job import embed_corpus, require_complete
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, OutputError, WrongUsage
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -111,6 +111,25 @@ def test_shards_that_are_lost_or_cut_are_made_again(
     embed_corpus([str(docs)], tmp_path, model, shard_rows=SHARD_ROWS)
     assert files_in(tmp_path) == whole
     assert "part-000004.parquet: is damaged, and is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "lost"), [(3, None), (3, 4), (9, None)])
+def test_a_shard_under_another_name_is_refused(
+    model: Embedder, docs: Path, whole: dict[str, bytes], tmp_path: Path, target: int, lost: int | None
+) -> None:
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    copy = tmp_path / f"part-{target:06}.parquet"
+    copy.write_bytes(whole["part-000000.parquet"])
+    if lost is not None:
+        (tmp_path / f"part-{lost:06}.parquet").unlink()
+    with pytest.raises(OutputError, match=f"{copy.name}: does not follow the shard before it.* Move it away"):
+        embed_corpus([str(docs)], tmp_path, model, shard_rows=SHARD_ROWS)
+    with pytest.raises(InputError if target == 9 or lost else OutputError):
+        require_complete(tmp_path)
+    copy.unlink()
+    embed_corpus([str(docs)], tmp_path, model, shard_rows=SHARD_ROWS)
+    assert files_in(tmp_path) == whole
 
 
 def test_what_an_earlier_text_needed_changes_no_later_shard(
@@ -260,9 +279,24 @@ def test_files_globs_and_folders_are_found_once_and_in_order(tmp_path: Path) -> 
         find_inputs([f"{tmp_path}/*.parquet"])
 
 
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    listed = Path.iterdir
+
+    def forbidden(path: Path) -> Any:
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(InputError, match="b: cannot be read: Permission denied"):
+        find_inputs([str(tmp_path)])
+
+
 def test_flags_of_a_folder_need_one(run: Run, own: Path, docs: Path, tmp_path: Path) -> None:
     for arguments, words in (
-        (["--input", docs], "several files become a folder of Parquet shards. Name it: -o FOLDER."),
+        (["--input", docs], "several files become a folder of Parquet shards. Name it: -o FOLDER/."),
         (["a text", "--keep-text"], "--keep-text: is for a folder of Parquet shards."),
         (["a text", "-o", tmp_path / "out"], "a folder takes the texts of files. Name them with --input."),
     ):

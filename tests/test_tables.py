@@ -15,7 +15,7 @@ import pytest
 from conftest import Run
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, UnknownName
 from f2gguf.runtime.tables import texts as tables
-from f2gguf.runtime.tables.texts import Texts, read_texts
+from f2gguf.runtime.tables.texts import Texts, iter_rows, read_texts
 
 TEXTS = ("one, two", "zwei\nZeilen", "三; |")
 CSV = 'id{0}text\r\n7{0}"one, two"\r\n8{0}"zwei\nZeilen"\r\n9{0}"三; |"\r\n'
@@ -290,6 +290,18 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 def test_what_parquet_lacks_is_named(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
     path = parquet(tmp_path / "x.parquet", columns)
     assert words.removesuffix(". Did you mean") in refusal(tmp_path, "x.parquet", Path(path).read_bytes())
+
+
+def test_parquet_values_that_python_cannot_hold_are_bad_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets = pyarrow.array([0, 2, 4, 5], pyarrow.int32()).buffers()[1]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"ok\xff\xfex")])
+    rows = [row for _, row in iter_rows(parquet(tmp_path / "x.parquet", {"text": texts}))]
+    assert [isinstance(row, InputError) for row in rows] == [False, True, False]
+    assert "x.parquet, row 2: has a value that cannot be read: 'utf-8' codec" in str(rows[1])
+    late = pyarrow.array([2**53], pyarrow.timestamp("ms"))  # after the year 9999
+    path = Path(parquet(tmp_path / "y.parquet", {"text": ["a"], "id": late}))
+    assert "row 1: has a value that cannot be read: " in refusal(tmp_path, "y.parquet", path.read_bytes())
 
 
 def test_other_bytes_are_no_parquet(tmp_path: Path) -> None:

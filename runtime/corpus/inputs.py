@@ -58,12 +58,26 @@ def _below(name: str) -> Iterator[Path]:
         for match in sorted(glob.iglob(name, recursive=True)):  # noqa: PTH207
             yield from _below(match) if Path(match).is_dir() else [Path(match)]
         return
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    visible = sorted(file for file in _visible(path) if file.is_file())
     readable = [file for file in visible if format_of(file)[0] in READERS]
     if n_others := len(visible) - len(readable):
         say(f"{name}: {n_others} files of other formats are left out")
     yield from readable
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """What a folder and its subfolders hold, without hidden ones. Raises `InputError` for one that cannot be read."""
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}. Allow it, or leave this folder out.") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _visible(entry)
+        else:
+            yield entry
 
 
 def _is_glob(name: str) -> bool:

@@ -16,7 +16,7 @@ from f2gguf.runtime.console import Advance, progress
 from f2gguf.runtime.corpus.cut import Shard, cut
 from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, stat_inputs
 from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster
-from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, write_shard
+from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, require_order, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import InputError, OutputError, parsing
@@ -127,6 +127,7 @@ def embed_corpus(
     with locked(folder):
         _require_folder(folder, settings, force=force)
         done = finished_shards(folder, settings.hash)
+        require_order(folder, done, whole=False)
         totals = read_manifest(folder)["totals"]
         if totals is None or totals["n_shards"] != len(done):
             shards = cut(
@@ -140,6 +141,7 @@ def embed_corpus(
                 n_processes = choose_processes(model, sum(file.size_bytes for file in settings.inputs))
             with _open_pool(model, options, size_bytes, n_processes=n_processes, ray=ray) as pool:
                 done.update(_write_all(folder, settings, pool, shards))
+        require_order(folder, done, whole=True)
         if totals is None:
             finished = [done[number] for number in sorted(done)]
             n_ids = 0 if settings.ids == "position" else sum(it.n_texts for it in finished)
@@ -261,8 +263,10 @@ def require_complete(folder: Path) -> dict[str, Any]:
     """The settings of a folder whose shards are all there. Raises `InputError` for any other folder of shards."""
     manifest = read_manifest(folder, next_step="Embed the corpus again.")
     settings, totals = manifest["settings"], manifest["totals"]
-    if totals is None or totals["n_shards"] != len(finished_shards(folder, _hash(settings))):
+    shards = finished_shards(folder, _hash(settings))
+    if totals is None or totals["n_shards"] != len(shards):
         raise InputError(f"{folder}: is not complete. Run its `f2gguf embed` again, which goes on.")
+    require_order(folder, shards, whole=True)
     return dict(settings)
 
 

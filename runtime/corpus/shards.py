@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class ShardFacts:
     n_truncated: int
     n_rejects: int
     broken: tuple[str, ...]  # files whose rest could not be read
+
+    @property
+    def n_rows_before(self) -> int:
+        """Rows of the corpus before it: each of its own has a vector or is a reject."""
+        return self.end.n_rows - self.n_texts - self.n_rejects
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ShardFacts:
@@ -110,6 +115,23 @@ def finished_shards(folder: Path, job: str) -> dict[int, ShardFacts]:
         else:
             found[int(path.stem.removeprefix("part-"))] = facts
     return found
+
+
+def require_order(folder: Path, shards: Mapping[int, ShardFacts], *, whole: bool) -> None:
+    """Raise `OutputError` for a shard that does not begin where the one before it ends, as one that was renamed.
+
+    Unless they are the `whole` folder, a shard may lack the one before it.
+    """
+    for number, facts in shards.items():
+        before = shards.get(number - 1)
+        is_first = number == 0
+        if not before and not is_first and not whole:
+            continue
+        if (not before and not is_first) or facts.n_rows_before != (before.end.n_rows if before else 0):
+            raise OutputError(
+                f"{shard_path(folder, number)}: does not follow the shard before it, as a copy of another one. "
+                "Move it away, and run the `f2gguf embed` of this folder again."
+            )
 
 
 def read_facts(path: Path) -> ShardFacts | None:

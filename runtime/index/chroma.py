@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.index.exact import until_enough
-from f2gguf.runtime.index.store import Keys, Rows, Store, id_of
+from f2gguf.runtime.index.store import Errors, Keys, Rows, Store, id_of
 
 FILE = "chroma"
 _NAME = "documents"
@@ -33,14 +33,13 @@ class Chroma:
 
     @classmethod
     def load(cls, path: Path, *, to_add: bool = False) -> Chroma:
+        return cls(_client(path))
+
+    @staticmethod
+    def errors() -> Errors:
         from chromadb.errors import ChromaError
 
-        try:
-            found = cls(_client(path))
-            len(found)
-        except (ChromaError, ValueError) as error:
-            raise OSError(str(error)) from error
-        return found
+        return ChromaError, ValueError, AttributeError  # the last where its database is damaged, on the second try
 
     @staticmethod
     def type_for(n_vectors: int) -> str:
@@ -61,7 +60,7 @@ class Chroma:
                 f"SELECT key, name, text FROM documents WHERE key IN ({', '.join(map(str, some))}) ORDER BY key"
             ).fetchall()
             collection.add(
-                ids=[_id(name) for _, name, _ in rows],
+                ids=self._new_ids([name for _, name, _ in rows]),
                 embeddings=[vectors[key] for key, _, _ in rows],
                 documents=[text for _, _, text in rows],
                 metadatas=[{"key": key} for key, _, _ in rows],
@@ -84,6 +83,15 @@ class Chroma:
             return scores, keys
 
         return until_enough(ask, top, len(self), without)
+
+    def _new_ids(self, names: list[str]) -> list[str]:
+        """The ids of documents; a name stands for one that another has, as where both 1 and "1" are ids."""
+        taken = set(self._collection.get(ids=list({_id(name) for name in names}), include=[])["ids"])
+        ids: list[str] = []
+        for name in names:
+            ids.append(name if _id(name) in taken else _id(name))
+            taken.add(ids[-1])
+        return ids
 
     def save(self, path: Path) -> None:
         """Chroma has saved what it was given."""

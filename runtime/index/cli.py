@@ -18,7 +18,7 @@ from f2gguf.runtime.cli import (
     opening_options,
 )
 from f2gguf.runtime.console import progress, say
-from f2gguf.runtime.errors import WrongUsage
+from f2gguf.runtime.errors import InputError, WrongUsage
 
 
 @click.command()
@@ -137,6 +137,11 @@ def _search_index(
     from f2gguf.runtime.index.store import Store
 
     with contextlib.closing(Store(folder)) as store:
+        if model is None and (made := Path(store.facts["model"])).is_absolute() and not made.exists():
+            raise InputError(
+                f"{folder}: the model that made it, {made}, is not there any more. Name it with -m. (`f2gguf index` "
+                f"with -m and -o {folder} notes where it is now.)"
+            )
         if model in (None, store.facts["model"]):  # opened as it was then
             opening = {**opening, "pooling": opening["pooling"] or store.facts["pooling"]}
             opening["add_eos"] = opening["add_eos"] or store.facts["add_eos"]

@@ -105,7 +105,10 @@ def find_documents(names: Sequence[str], *, column: str | None, apart_from: Path
 
     Raises `InputError`, `WrongUsage` or `UnknownName` for what holds none.
     """
-    shards = [name for name in names if (Path(name) / MANIFEST).exists()]
+    try:
+        shards = [name for name in names if (Path(name) / MANIFEST).exists()]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}. Allow it, or leave it out.") from error
     if not shards:
         files = find_inputs(names, apart_from=apart_from)
         glance(files, column)

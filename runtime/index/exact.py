@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from f2gguf.runtime.index.store import Keys, Rows
 
+MOST_NEAREST = 4096  # that an index is asked for, and sqlite-vec gives; more are searched exactly
 _BLOCK_ROWS = 262_144
 
 

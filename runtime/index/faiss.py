@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.index.store import Keys, Rows, Store
+from f2gguf.runtime.index.store import Errors, Keys, Rows, Store
 
 FILE = "index.faiss"
 MOST_FLAT = 20_000  # vectors, up to which exact search takes a few milliseconds
@@ -44,10 +44,11 @@ class Faiss:
     def load(cls, path: Path, *, to_add: bool = False) -> Faiss:
         """The lists of IVF are mapped into memory, unless it is `to_add`."""
         faiss = _faiss()
-        try:
-            return cls(faiss.read_index(str(path), 0 if to_add else faiss.IO_FLAG_MMAP))
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+        return cls(faiss.read_index(str(path), 0 if to_add else faiss.IO_FLAG_MMAP))
+
+    @staticmethod
+    def errors() -> Errors:
+        return (RuntimeError,)
 
     @staticmethod
     def type_for(n_vectors: int) -> str:

@@ -6,8 +6,9 @@ file is missing, damaged, or not of so many vectors, as after a stop.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from f2gguf.runtime.console import say
-from f2gguf.runtime.errors import ExtraMissing, UnknownName
+from f2gguf.runtime.errors import ExtraMissing, OutputError, UnknownName
 from f2gguf.runtime.files import writing
-from f2gguf.runtime.index.exact import merged, nearest
-from f2gguf.runtime.index.store import Keys, Rows, Store
+from f2gguf.runtime.index.exact import MOST_NEAREST, merged, nearest
+from f2gguf.runtime.index.store import Errors, Keys, Rows, Store
 
 RECALL_AT = 10
 _N_PROBED = 200  # documents that the recall is measured with
@@ -28,13 +29,17 @@ _ADDED_AT_ONCE = 65_536
 
 
 class Cover(Protocol):
-    """An index over the vectors of a store. Errors of its file are raised as `OSError`."""
+    """An index over the vectors of a store."""
 
     removes: bool  # whether `remove` takes vectors out
 
     @property
     def type(self) -> str:
         """How it searches: 'flat', 'exact', 'HNSW' or 'IVF'."""
+
+    @staticmethod
+    def errors() -> Errors:
+        """What the library raises for a file that is damaged or cannot be written, besides `OSError`."""
 
     @staticmethod
     def type_for(n_vectors: int) -> str:
@@ -63,31 +68,50 @@ class Kind:
         """Raise `ExtraMissing` unless its package is installed."""
         if not find_spec(self.package):
             raise ExtraMissing(f"{self.package} is not installed. Run: pip install 'f2gguf[{self.extra}]'")
+        self._class.errors()
 
     @property
     def _module(self) -> Any:
-        self.require()
         return import_module(f"f2gguf.runtime.index.{self.module}")
+
+    @property
+    def _class(self) -> Any:
+        return getattr(self._module, self.cover)
 
     def path(self, store: Store) -> Path:
         return store.folder / str(self._module.FILE)
 
     def build(self, store: Store, keys: Keys) -> Cover:
-        cover: Cover = getattr(self._module, self.cover).build(store, keys)
+        cover: Cover = self._class.build(store, keys)
         return cover
+
+    @contextlib.contextmanager
+    def writing(self, store: Store) -> Iterator[None]:
+        """Raise `OutputError` where the library cannot write its file."""
+        try:
+            yield
+        except (OSError, *self._class.errors()) as error:
+            raise OutputError(
+                f"{self.path(store)}: cannot be written: {_reason(error)}. The documents and their vectors are kept: "
+                "make room, or remove what is there, and run the same command again."
+            ) from error
 
     def load(self, store: Store, *, to_add: bool = False) -> Cover | None:
         """The index that is there; None where it does not hold what the store says."""
+        self.require()
         path = self.path(store)
-        n_covered = store.facts["n_covered"]
-        if not n_covered or not path.exists():
+        if not store.facts["n_covered"] or not path.exists():
             return None
         try:
-            cover: Cover = getattr(self._module, self.cover).load(path, to_add=to_add)
-        except OSError as error:
-            say(f"{path}: is damaged ({error})")
+            cover: Cover = self._class.load(path, to_add=to_add)
+            return cover if len(cover) == store.facts["n_held"] else None
+        except (OSError, *self._class.errors()) as error:
+            say(f"{path}: cannot be used ({_reason(error)})")
             return None
-        return cover if len(cover) == store.facts["n_held"] else None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 KINDS = {
@@ -113,16 +137,19 @@ def cover(store: Store, kind: Kind) -> str:
     removed, n_keys = store.removed(), store.n_keys
     live = np.setdiff1d(np.arange(n_keys), removed, assume_unique=True)
     index = kind.load(store, to_add=True)
-    if index is not None and index.type == index.type_for(len(live)):
-        added = live[live >= store.facts["n_covered"]]
-        gone = removed
-    else:
-        store.drop_cover()
-        index, added, gone = kind.build(store, live), live, removed[:0]
-    index.remove(gone)
-    for start in range(0, len(added), _ADDED_AT_ONCE):
-        index.add(store, added[start : start + _ADDED_AT_ONCE])
-    _save(index, kind, store)
+    with kind.writing(store):
+        if index is not None and index.type == index.type_for(len(live)):
+            added = live[live >= store.facts["n_covered"]]
+            gone = removed
+            if not kind.is_file:
+                store.drop_cover()
+        else:
+            store.drop_cover()
+            index, added, gone = kind.build(store, live), live, removed[:0]
+        index.remove(gone)
+        for start in range(0, len(added), _ADDED_AT_ONCE):
+            index.add(store, added[start : start + _ADDED_AT_ONCE])
+        _save(index, kind, store)
     with store.transaction():
         store.state(n_covered=n_keys, n_held=len(index))
     return f"{kind.package} {index.type}, {len(live):,} documents, {time.perf_counter() - begin:.1f} s"
@@ -132,6 +159,7 @@ def _save(index: Cover, kind: Kind, store: Store) -> None:
     if kind.is_file:
         with writing(kind.path(store)) as part:
             index.save(part)
+            store.drop_cover()  # after a stop here, the file may hold as many keys as before, and others
     else:
         index.save(kind.path(store))
 
@@ -148,8 +176,10 @@ def searcher(store: Store, kind: Kind | None) -> Callable[[Rows, int], tuple[Row
     n_covered = store.facts["n_covered"] if index else 0
 
     def search(queries: Rows, top: int) -> tuple[Rows, Keys]:
-        parts = [index.search(queries, top, removed)] if index else []
-        parts.append(nearest(vectors[n_covered:], queries, top, without=removed, first=n_covered))
+        is_asked = index is not None and top <= MOST_NEAREST
+        parts = [index.search(queries, top, removed)] if index and is_asked else []
+        first = n_covered if is_asked else 0
+        parts.append(nearest(vectors[first:], queries, top, without=removed, first=first))
         return merged(parts, top, len(queries))
 
     return search

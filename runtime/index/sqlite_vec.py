@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import ExtraMissing
-from f2gguf.runtime.index.exact import until_enough
-from f2gguf.runtime.index.store import Keys, Rows, Store, id_of
+from f2gguf.runtime.index.exact import MOST_NEAREST, until_enough
+from f2gguf.runtime.index.store import Errors, Keys, Rows, Store, id_of
+from f2gguf.runtime.tables.texts import Id
 
 FILE = "index.db"
-_MOST_NEAREST = 4096  # that vec0 gives
 _NEAREST = "SELECT rowid, distance FROM vectors WHERE embedding MATCH ? AND k = ? ORDER BY distance"
 
 
@@ -36,12 +36,11 @@ class SqliteVec:
 
     @classmethod
     def load(cls, path: Path, *, to_add: bool = False) -> SqliteVec:
-        try:
-            found = cls(path)
-            len(found)
-        except sqlite3.Error as error:
-            raise OSError(str(error)) from error
-        return found
+        return cls(path)
+
+    @staticmethod
+    def errors() -> Errors:
+        return (_library().Error,)
 
     @staticmethod
     def type_for(n_vectors: int) -> str:
@@ -57,7 +56,7 @@ class SqliteVec:
         rows = store.db.execute(
             "SELECT key, name, text FROM documents WHERE key BETWEEN ? AND ?", (int(keys[0]), int(keys[-1]))
         )
-        documents = [(key, id_of(name), text) for key, name, text in rows]
+        documents = [(key, _id(name), text) for key, name, text in rows]
         self._db.executemany("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", documents)
 
     def remove(self, keys: Keys) -> None:
@@ -74,26 +73,36 @@ class SqliteVec:
                 scores[i, : len(rows)] = [1 - row[1] for row in rows]
             return scores, keys
 
-        return until_enough(ask, top, min(len(self), _MOST_NEAREST), without)
+        return until_enough(ask, top, min(len(self), MOST_NEAREST), without)
 
     def save(self, path: Path) -> None:
         self._db.commit()
 
 
+def _id(name: str) -> Id | None:
+    """An integer that SQLite cannot hold is a text."""
+    row_id = id_of(name)
+    return row_id if not isinstance(row_id, int) or -(2**63) <= row_id < 2**63 else str(row_id)
+
+
+def _library() -> Any:
+    """The package pysqlite3 where Python's own sqlite3 takes no extensions, which sqlite-vec is."""
+    if hasattr(sqlite3.Connection, "enable_load_extension"):
+        return sqlite3
+    if not find_spec("pysqlite3"):
+        raise ExtraMissing(
+            "this Python's sqlite3 loads no extensions, and sqlite-vec is one. Run: pip install pysqlite3-binary"
+        )
+    import pysqlite3
+
+    return pysqlite3
+
+
 def _connect(path: Path) -> Any:
-    """A connection with sqlite-vec in it, by the package pysqlite3 where Python's own sqlite3 takes no extensions."""
+    """A connection with sqlite-vec in it."""
     import sqlite_vec
 
-    library: Any = sqlite3
-    if not hasattr(sqlite3.Connection, "enable_load_extension"):
-        if not find_spec("pysqlite3"):
-            raise ExtraMissing(
-                "this Python's sqlite3 loads no extensions, and sqlite-vec is one. Run: pip install pysqlite3-binary"
-            )
-        import pysqlite3
-
-        library = pysqlite3
-    connection = library.connect(path)
+    connection = _library().connect(path)
     connection.enable_load_extension(True)
     sqlite_vec.load(connection)
     connection.enable_load_extension(False)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Keys = NDArray[np.int64]
 Rows = NDArray[np.float32]
 Vector = NDArray[Any]
+Errors = tuple[type[Exception], ...]  # that a library raises
 
 DOCUMENTS = "documents.sqlite"
 VECTORS = "vectors-*.f32"  # its generation; the only one, but for a stop while it was compacted
@@ -127,9 +128,9 @@ class Store:
 
     def documents_of(self, keys: Sequence[int]) -> dict[int, tuple[Id | None, str]]:
         """Id and text by key."""
-        marks = ", ".join("?" * len(keys))
+        wanted = json.dumps([int(it) for it in keys])  # one value, since SQLite takes a limited number of them
         rows = self.db.execute(
-            f"SELECT key, name, text FROM documents WHERE key IN ({marks})", [int(it) for it in keys]
+            "SELECT key, name, text FROM documents WHERE key IN (SELECT value FROM json_each(?))", (wanted,)
         )
         return {key: (id_of(name), text) for key, name, text in rows}
 

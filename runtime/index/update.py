@@ -10,7 +10,7 @@ from pathlib import Path
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import F2ggufError, InputError, OutputError
-from f2gguf.runtime.files import locked
+from f2gguf.runtime.files import locked, require_absent
 from f2gguf.runtime.index.documents import Documents, Found, find_documents, vectors_of
 from f2gguf.runtime.index.kinds import cover, kind_of, measure_search
 from f2gguf.runtime.index.store import DOCUMENTS, VECTORS, Store
@@ -54,6 +54,9 @@ def update_index(
         "pooling": model.pooling,
         "add_eos": model.adds_eos,
     }
+    require_absent(folder / DOCUMENTS, force=True)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, and an index is a folder. Choose another -o.")
     if not (folder / DOCUMENTS).exists() and folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: holds other files, and no index. Choose another -o.")
     with locked(folder), _or_nothing(folder), contextlib.closing(Store(folder, facts=facts)) as store:
@@ -101,6 +104,10 @@ def require_space(store: Store, facts: dict[str, object]) -> None:
                 "Ask for the same, or choose another -o."
             )
     require_fingerprint(store, str(facts["fingerprint"]), str(facts["model"]))
+    opening = {name: facts[name] for name in ("model", "pooling", "add_eos")}  # the file may have moved
+    if any(store.facts[name] != value for name, value in opening.items()):
+        with store.transaction():
+            store.state(**opening)
 
 
 def require_fingerprint(store: Store, fingerprint: str, model: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.index.exact import until_enough
-from f2gguf.runtime.index.store import Keys, Rows, Store
+from f2gguf.runtime.index.store import Errors, Keys, Rows, Store
 
 FILE = "index.usearch"
 _EF_CONSTRUCTION, _EF_SEARCH = 128, 128
@@ -31,14 +31,15 @@ class Usearch:
     def load(cls, path: Path, *, to_add: bool = False) -> Usearch:
         from usearch.index import Index
 
-        try:
-            index = Index.restore(str(path), view=not to_add)
-        except (RuntimeError, ValueError) as error:
-            raise OSError(str(error)) from error
+        index = Index.restore(str(path), view=not to_add)
         if index is None:
             raise OSError("it is no index of usearch")
         index.expansion_search = _EF_SEARCH
         return cls(index)
+
+    @staticmethod
+    def errors() -> Errors:
+        return RuntimeError, ValueError
 
     @staticmethod
     def type_for(n_vectors: int) -> str:

@@ -100,6 +100,8 @@ def iter_rows(
     """
     path, name = Path(source), "stdin" if source == "-" else source
     ending, packing = (".txt", None) if source == "-" else format_of(path)
+    if not ending and not path.exists():
+        raise InputError(f"{path}: there is no such file or folder (--input).")
     if ending not in READERS or (packing and ending == ".parquet"):
         raise UnknownName("input format", path.suffix or path.name, READERS, " The file's ending decides (--input).")
     try:
@@ -217,7 +219,9 @@ def _read_jsonl(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
 def _read_json(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
     rows = _parsed(name, "".join(decoded(name, file)), " If each line is an object, call the file .jsonl.")
     if not isinstance(rows, list):
-        raise InputError(f"{name}: holds {described(rows)}, and no list of strings or objects.")
+        raise InputError(
+            f"{name}: holds {described(rows)}, and no list of strings or objects. Leave this file out, or mend it."
+        )
     for number, row in enumerate(rows, start=1):
         where = f"{name}, item {number}"
         yield where, _attempt(_fields, where, row, column)
@@ -329,10 +333,26 @@ def _read_parquet(name: str, file: BinaryIO, column: str) -> Iterator[Found]:
             _require_column(name, column, names)
             used = [it for it in names if it in (column, *USED)]
             batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=used)
-            for number, fields in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-                yield f"{name}, row {number}", fields
+            number = 0
+            for batch in batches:
+                for found in _rows_of(batch):
+                    number += 1
+                    where = f"{name}, row {number}"
+                    yield where, InputError(f"{where}: {found}") if isinstance(found, str) else found
     except (ArrowException, OSError) as error:
         raise InputError(f"{name}: cannot be read as Parquet: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _rows_of(batch: Any) -> Iterator[Fields | str]:
+    """The rows of a batch; of one that Python cannot hold (other bytes than UTF-8, a date after 9999), the reason."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(len(batch)):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield f"has a value that cannot be read: {error}. Take the row out, or mend it."
 
 
 # By the file's ending: each takes the file's name, the file and the name of the text's column.
