@@ -53,7 +53,8 @@ def quantized(vectors: NDArray[np.float32], precision: str, ranges: NDArray[np.f
     if precision in SCALED:
         assert ranges is not None
         steps = _steps(ranges)
-        codes = np.clip(np.floor((vectors - ranges[0]) / steps), 0, _STEPS)
+        with np.errstate(over="ignore"):  # where a range is hardly any: clipped like all that is outside
+            codes = np.clip(np.floor((vectors - ranges[0]) / steps), 0, _STEPS)
         return np.asarray(codes, np.uint8) if precision == "uint8" else np.asarray(codes - 128, np.int8)
     bits = np.packbits(vectors > 0, axis=-1)
     return np.asarray(bits if precision == "ubinary" else (bits - 128).astype(np.int8))
