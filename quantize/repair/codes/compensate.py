@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 SHIFT = 0.5  # of the way to the weights that undo the difference
 LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
 N_ROWS = 256  # of a matrix, to price a type
-_N_CHECKED = 1024  # tokens, at least, that say whether feedback pays in a matrix
+_N_CHECKED = 1024  # tokens, or up to twice as many, that say whether feedback pays in a matrix
 TOKEN_TABLE = "token_embd.weight"
 # Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
 COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
