@@ -1,7 +1,8 @@
 """How long a run of the main job takes on this machine, and how much memory and disk: said before the work starts.
 
-It follows from the shapes of the tensors and half a second's sample of the machine, and is corrected by every stage
-that ends. What the search does beyond llama.cpp's own types is not in it, as nobody knows it before.
+It follows from the shapes of the tensors and half a second's sample of the machine; of a run that takes minutes, from
+a sample of some layers of every file too. It is corrected by every stage that ends. What the search does beyond
+llama.cpp's own types is not in it, as nobody knows it before.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 from f2gguf.evals.conversion import can_check
 from f2gguf.evals.full_precision import available_memory_bytes, whole_bytes
 from f2gguf.evals.texts import EvalText
 from f2gguf.quantize.convert.reserved import N_STEP_TEXTS
+from f2gguf.quantize.fit.excerpt import sampled_speed
+from f2gguf.quantize.fit.plan import planned
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.repair.calibration import (
     LONG_TOKENS,
@@ -26,20 +32,21 @@ from f2gguf.quantize.repair.calibration import (
     fitting,
     judging,
     layer_shapes,
-    n_tokens,
     sampled,
     spliced,
+    token_budget,
 )
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, cost
 from f2gguf.quantize.repair.codes.parallel import all_cores, product
 from f2gguf.quantize.repair.codes.tune import MAX_MINUTES
 from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
+from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.console import say
 from f2gguf.runtime.files import format_size
 from f2gguf.runtime.llama.threads import default_threads
 
 _WORTH_SAYING = 120  # seconds
-_BYTES_A_TOKEN = 3.5  # of text in UTF-8
+_BYTES_A_TOKEN = 3.5  # of text in UTF-8, where there is no tokenizer.json
 _PASSES = 5  # over a checkpoint's bytes: hashed, cast, written, and read back
 _FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, and the file itself
 _ARRAYS = 7  # of a number for each token and each of the widest columns, at a time
@@ -104,19 +111,41 @@ def expect(
 
     Work with matrices is counted in products: one for each weight of the layers and each token.
     """
-    facts, machine = job.facts, _Machine.sample()
+    work, machine, n_tokens = (job, base, variants, texts, claimed, calibration), _Machine.sample(), _counted(job.facts)
+    outlook = _expected(*work, machine, n_tokens, {})
+    if outlook.seconds_left < _WORTH_SAYING:
+        return outlook
+    return _expected(*work, machine, n_tokens, _speeds(job.facts, variants))
+
+
+def _expected(
+    job: Job,
+    base: str | None,
+    variants: Sequence[str],
+    texts: Sequence[EvalText],
+    claimed: Sequence[EvalText],
+    calibration: Calibration | None,
+    machine: _Machine,
+    n_tokens: Callable[[Sequence[EvalText], int], float],
+    speeds: Mapping[str, float],
+) -> Outlook:
+    """`speeds`: tokens/s of the files, by variant, as far as they were sampled."""
+    facts = job.facts
     shapes, n_all = layer_shapes(facts.tensors.items()), facts.checkpoint.n_parameters
     n_weights, widest = sum(map(math.prod, shapes)), max(n_cols for _, n_cols in shapes)
     base_bytes = n_all * (2 if facts.base == "f16" else 4)
     stages: dict[str, Seconds] = {}
     memory_bytes, disk_bytes = 0.0, float(base_bytes if base else 0)
 
-    def through(kind: str, some: Sequence[EvalText]) -> Seconds:
-        return {kind: _n_tokens(some, facts.max_tokens) * n_weights / (_SPEED[kind] * machine.products)}
+    def through(name: str, some: Sequence[EvalText]) -> Seconds:
+        kind = name if name in _SPEED else "llama.cpp"
+        speed = speeds.get(name) or _SPEED[kind] * machine.products / n_weights
+        return {kind: n_tokens(some, facts.max_tokens) / speed}
 
+    base_file = facts.base.upper()
     if base:
-        stages["convert"] = {"bytes": _PASSES * base_bytes / machine.bytes} | through("llama.cpp", texts[:N_STEP_TEXTS])
-        stages[f"measure {base}"] = through("llama.cpp", texts)
+        stages["convert"] = {"bytes": _PASSES * base_bytes / machine.bytes} | through(base_file, texts[:N_STEP_TEXTS])
+        stages[f"measure {base}"] = through(base_file, texts)
         if can_check():
             stages["gate 1"] = through("torch", texts)
             memory_bytes = min(whole_bytes(n_all), available_memory_bytes())  # it runs in layers where there is less
@@ -124,11 +153,11 @@ def expect(
     judged: list[EvalText] = []
     codes = 0.0
     if calibration:
-        budget = n_tokens(shapes)
+        budget = token_budget(shapes)
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
-        stages["calibrate"] = through("llama.cpp", [*chosen, *judged])
-        n = _n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
+        stages["calibrate"] = through(base_file, [*chosen, *judged])
+        n = n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
         memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
         codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
     for name in variants:
@@ -136,10 +165,10 @@ def expect(
         compensates = bool(calibration) and job.compensate and kind in COMPENSATED
         n_made = 1 + bool(calibration) + compensates  # llama.cpp's own recipe, then candidates
         quantise = n_made * n_all / _weights_a_second(kind)
-        stages[name] = {"quantise": quantise} | through("llama.cpp", [*claimed, *judged * (n_made - 1)])
+        stages[name] = {"quantise": quantise} | through(name, [*claimed, *judged * (n_made - 1)])
         if compensates:
             stages[name]["codes"] = codes
-            training = _training_seconds(job.tune, n_weights, int(_n_tokens(chosen, LONG_TOKENS)))
+            training = _training_seconds(job.tune, n_weights, int(n_tokens(chosen, LONG_TOKENS)))
             stages[name] |= {} if training is None else {"training": training}
         disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
     return Outlook(stages, int(memory_bytes), int(disk_bytes))
@@ -185,9 +214,30 @@ def _training_seconds(wanted: bool | None, n_weights: int, n: int) -> float | No
     return seconds if wanted or seconds <= 60 * MAX_MINUTES else None
 
 
-def _n_tokens(texts: Sequence[EvalText], most: int) -> float:
-    """About how many tokens texts have that are cut after `most`; no tokenizer has to be there."""
-    return sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
+def _counted(facts: Facts) -> Callable[[Sequence[EvalText], int], float]:
+    """What counts the tokens of texts that are cut after some: nearly, since it knows nothing of prompts."""
+    path = facts.checkpoint.tokenizer_path
+    if not path.is_file():
+        return lambda texts, most: sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
+    tokenizer, lengths = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()
+
+    def count(texts: Sequence[EvalText], most: int) -> float:
+        new = list({text.text: None for text in texts if text.text not in lengths})
+        lengths.update(zip(new, map(len, tokenizer.encode_batch(new)), strict=True))
+        return sum(min(lengths[text.text], most) for text in texts)
+
+    return count
+
+
+def _speeds(facts: Facts, variants: Sequence[str]) -> dict[str, float]:
+    """Tokens/s of the base file and the variants, by a sample of their layers."""
+    speeds = {}
+    with tempfile.TemporaryDirectory(prefix="f2gguf-outlook-") as name:
+        for candidate in planned(facts, variants, Path(name)):
+            path = Path(name, "excerpt.gguf")
+            speed = sampled_speed(candidate, path, pooling=facts.pooling, n_threads=default_threads())
+            speeds[candidate.variant] = speed.tokens_per_s or 0.0
+    return speeds
 
 
 def _time(seconds: float) -> str:

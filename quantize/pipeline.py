@@ -1,4 +1,4 @@
-"""The main job: a model becomes a folder of measured .gguf files, resumable at any point, the same bytes every time.
+"""The main job: a model becomes a folder of measured .gguf files, the same bytes every time, resumable at any point.
 
     fetch -> convert -> gate 1 -> F16.gguf -> calibrate -> recipe -> quantise -> measure -> variant.gguf -> card
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from f2gguf.evals.drift import MAX_DRIFT
 from f2gguf.evals.neighbours import Vectors
-from f2gguf.evals.texts import EvalText, claimed_texts, embed_texts, load_texts, quick_texts
+from f2gguf.evals.texts import EvalText, claimed_texts, embed_timed, load_texts, quick_texts
 from f2gguf.quantize.convert.gate import pass_gate_1
 from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.reserved import stamp_golden, stamp_int8_steps
@@ -37,6 +37,7 @@ from f2gguf.quantize.report.report import (
     Report,
     VariantInputs,
     described,
+    machine_of,
     read_report,
     write_report,
 )
@@ -170,17 +171,18 @@ def _make_base(
             stock_differs = convert_checked(job.facts, part, dtype=job.facts.base, texts=texts)
         with outlook.stage(f"measure {report.base}"):
             # the claimed texts apart, as a resumed run embeds them: vectors move by 1e-7 with the rest of their batch
-            reference, is_claimed = _embed(job, part, claimed), np.array([text in claimed for text in texts])
+            (reference, texts_per_s), is_claimed = _embed(job, part, claimed), np.array([it in claimed for it in texts])
             vectors = np.empty((len(texts), reference.shape[1]), dtype=np.float32)
             vectors[is_claimed] = reference
-            vectors[~is_claimed] = _embed(job, part, [text for text in texts if text not in claimed])
+            vectors[~is_claimed], _ = _embed(job, part, [text for text in texts if text not in claimed])
         with outlook.stage("gate 1"):
             check = pass_gate_1(job.facts, part, vectors, texts)
         with writing(job.reference_path) as cached, cached.open("wb") as file:
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
         files = {report.base: described(part, name=path.name), **report.files}
-        return _saved(job, replace(report, files=files, conversion=conversion))
+        report = replace(report, files=files, conversion=conversion, machine=machine_of(part, job.device))
+        return _saved(job, report.with_performance(report.base, part, texts_per_s))
 
 
 def _make_variants(
@@ -235,7 +237,8 @@ def _make_variant(
         verdict = measured(part, made)
         if made.recipe == stock:
             report = replace(report, stock={other: report.stock[other] for other in report.stock if other != name})
-        report = _saved(job, report.with_variant(name, described(part, name=target.name), verdict))
+        report = report.with_variant(name, described(part, name=target.name), verdict)
+        report = _saved(job, report.with_performance(name, part, made.texts_per_s))
         say("\n".join(f"  {line}" for line in verdict.recipe_lines))
     return report
 
@@ -257,12 +260,12 @@ def _reference(job: Job, claimed: Sequence[EvalText]) -> Vectors:
     """The base file's vectors, which every variant is measured against."""
     if job.reference_path.exists():
         return np.asarray(np.load(job.reference_path))
-    return _embed(job, job.base_path, claimed)
+    return _embed(job, job.base_path, claimed)[0]
 
 
-def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> Vectors:
+def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> tuple[Vectors, float]:
     with Embedder(path, device=job.device) as model, progress(f"measure {path.name}", len(texts)) as advance:
-        return embed_texts(model, texts, advance)
+        return embed_timed(model, texts, advance)
 
 
 def _saved(job: Job, report: Report) -> Report:

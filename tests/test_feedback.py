@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts, prompted
-from f2gguf.quantize.repair.calibration import fitting, judging, layer_shapes, load_calibration, n_tokens, sampled
+from f2gguf.quantize.repair.calibration import fitting, judging, layer_shapes, load_calibration, sampled, token_budget
 from f2gguf.quantize.repair.codes import feedback, parallel
 from f2gguf.quantize.repair.codes.blocks import FORMATS, pack, unpack
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
@@ -212,5 +212,5 @@ def test_texts_that_judge_are_not_those_that_choose(nano_f16: Path) -> None:
         assert len(joined) > 10
         assert all(any(text in whole for text in own) for whole in joined), "long texts begin with their own side's"
         assert not any(text in whole for text in other for whole in joined if len(text) > 60)
-    budget = n_tokens(layer_shapes((tensor.name, tensor) for tensor in read_header(nano_f16).tensors))
+    budget = token_budget(layer_shapes((tensor.name, tensor) for tensor in read_header(nano_f16).tensors))
     assert sampled(texts, budget) == texts, "a small model runs through all of them"

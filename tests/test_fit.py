@@ -14,10 +14,11 @@ from conftest import Release, Run
 from f2gguf import Fits, fit
 from f2gguf.quantize.fit.goal import choose, parse_goal
 from f2gguf.quantize.fit.picture import draw, require_picture
+from f2gguf.quantize.fit.table import lines
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime.errors import UnknownName, WrongUsage
-from f2gguf.runtime.fit.devices import devices
+from f2gguf.runtime.fit.devices import Work, devices
 from hub import Hub, only_error, run_command, serving
 
 GOAL = "drift<1%,memory<3GB"
@@ -101,10 +102,37 @@ def test_a_device_is_estimated_and_costs(tiny_fits: Fits) -> None:
 
 
 def test_every_device_states_its_source() -> None:
-    assert len(devices()) > 10
+    assert len(devices()) > 30
     for device in devices().values():
         assert device.source.startswith("https://")
-        assert device.memory_gb > 0 < device.bandwidth_gb_s
+        assert device.bandwidth_gb_s > 0
+        assert device.memory_gb is None or device.memory_gb > 0
+        assert (device.price is None) == (device.price_source is None)
+
+
+def test_a_device_costs_what_its_price_says_unless_the_user_knows_another(nano_f16: Path) -> None:
+    listed = fit(nano_f16, device="RTX 4090")
+    assert listed.price == devices()["RTX 4090"].price
+    assert listed.price
+    assert any("US dollars an hour (RunPod" in line for line in lines(listed))
+    assert fit(nano_f16, device="RTX 4090", price=9.0).price == 9.0
+    assert fit(nano_f16, device="M3 Pro").price is None
+
+
+def test_a_processor_has_the_memory_of_its_machine(nano_f16: Path) -> None:
+    found = fit(nano_f16, device="EPYC 9654")
+    assert found.files[0].fits is None
+    assert found.files[0].speed
+    assert found.files[0].speed.tokens_per_s is None
+    assert any("the memory of its machine" in line for line in lines(found))
+
+
+def test_the_estimate_gives_what_was_measured_on_an_h100() -> None:
+    """Tokens/s of CHANGELOG.md, "On a GPU", by the layers and the products of each shape."""
+    shapes = {(28, 440_401_920): 47_000, (36, 3_633_315_840): 16_400, (8, 31_457_280): 135_000}
+    for (n_layers, products), measured in shapes.items():
+        estimate = devices()["H100 SXM"].speed(Work(n_layers, products, 1)).tokens_per_s
+        assert estimate == pytest.approx(measured, rel=0.1)
 
 
 def test_a_goal_picks_the_file_of_least_drift(nano_fits: Fits) -> None:

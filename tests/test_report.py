@@ -27,7 +27,9 @@ from f2gguf.quantize.report.picture import draw
 from f2gguf.quantize.report.report import (
     Conversion,
     File,
+    Machine,
     Measured,
+    Performance,
     Report,
     Source,
     Texts,
@@ -45,6 +47,8 @@ from f2gguf.quantize.report.tables import (
     worst_texts,
 )
 from f2gguf.runtime.errors import InputError
+from f2gguf.runtime.fit.devices import Work
+from f2gguf.runtime.fit.memory import ContextMemory, Memory, ModelMemory
 
 LANGUAGES = ("de", "en", "ja")
 TEXTS = tuple(
@@ -65,6 +69,7 @@ RECIPE = Recipe(
     n_calibration_texts=311,
     versions={"llama-cpp-python": "0.3.36"},
 )
+CONTEXT = ContextMemory(1000, 1000, 2000, 2000)
 LINES = ("importance matrix over 311 texts", "1 tensor promoted: token_embd.weight to Q8_0")
 
 
@@ -80,6 +85,18 @@ def verdict_of(noise: float, size_bytes: int, *, recipe: Recipe = RECIPE, max_dr
 
 def file_of(name: str, size_bytes: int) -> File:
     return File(f"model-{name}.gguf", size_bytes, name.lower() * 8)
+
+
+def performance_of(size_bytes: int, products: int | None) -> Performance:
+    memory = Memory(size_bytes, 0, 1000, 2000, 10_000_000, vram_bytes=size_bytes + 3000, host_bytes=10_000_000)
+    return Performance(1234.5, memory, Work(8, products, size_bytes))
+
+
+PERFORMANCE = {
+    "F16": performance_of(2_000_000, None),
+    "Q2": performance_of(40 * 10**9, 1_000_000),
+    "Q4_0": performance_of(600_000, 1_000_000),
+}
 
 
 def report_with(**changes: Any) -> Report:
@@ -108,6 +125,7 @@ def report_with(**changes: Any) -> Report:
         files={"F16": file_of("F16", 2_000_000), "Q4_0": file_of("Q4_0", 600_000), "Q2": file_of("Q2", 400_000)},
         variants={"Q4_0": verdict_of(0.03, 600_000), "Q2": verdict_of(0.3, 400_000, recipe=Recipe("Q2"))},
         stock={"Q4_0": verdict_of(0.2, 562_500, recipe=Recipe("Q4_0"))},
+        machine=Machine("Some CPU", 2, "cpu", ModelMemory(10_000_000, CONTEXT, CONTEXT, CONTEXT), PERFORMANCE),
     )
     return replace(report, **changes)
 
@@ -247,6 +265,29 @@ def test_a_report_of_a_version_that_knew_no_corpus_is_read(report: Report, tmp_p
     assert read_report(tmp_path).as_dict() == report.as_dict()
 
 
+def test_a_report_of_a_version_that_measured_no_speed_is_read(report: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    document = json.loads((tmp_path / "drift.json").read_text())
+    del document["machine"]
+    (tmp_path / "drift.json").write_text(json.dumps(document))
+    old = read_report(tmp_path)
+    assert (old.machine, old.performance) == (None, {})
+    assert "What fits where" not in model_card(old)
+
+
+def test_card_says_what_fits_where_and_how_fast_it_was(report: Report) -> None:
+    card = model_card(report)
+    assert "| Q4_0 | 600.0 kB | 4.80 |" in card
+    assert "| 1,234.5 | q4_0q4_0q4_0 |" in card
+    assert "Texts/s: the evaluation texts, when they were measured, on Some CPU, with 2 threads." in card
+    assert "| Q4_0 | 10.6 MB | 600.0 kB | 603.0 kB | 10.0 MB |" in card
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in card.splitlines() if line.startswith("| RTX")}
+    f16, q4_0, q2 = rows["RTX 4090"]
+    assert f16 == "fits", "nothing is known of 16-bit weights"
+    assert re.fullmatch(r"about [\d,]+ tokens/s", q4_0), "reading so few bytes takes no time"
+    assert q2 == "too large |"
+
+
 def test_tables_of_a_corpus_name_it(report: Report) -> None:
     drift = CorpusDrift(300, 0.00912, 0.0088, 0.0095, 0.02, 0.03, 0.04, "row|7", "my|own.jsonl")
     report = replace(report, variants={**report.variants, "Q4_0": replace(report.variants["Q4_0"], corpus=drift)})
@@ -313,8 +354,8 @@ def test_page_says_at_a_glance_what_holds_and_gives_every_table_a_header(report:
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     n_tables = sum(tag == "table" for tag, _ in page.tags)
     assert (
-        n_tables == sum(tag == "caption" for tag, _ in page.tags) == 10
-    )  # files, 4 of groups, 2 of texts, 3 of origin
+        n_tables == sum(tag == "caption" for tag, _ in page.tags) == 12
+    )  # files, memory, devices, 4 of groups, 2 of texts, 3 of origin
 
 
 def test_page_tells_recipe_worst_texts_and_origin(report: Report) -> None:
@@ -367,7 +408,7 @@ def test_without_matplotlib_the_extra_is_named_and_no_old_picture_stays(
 
 
 def test_a_report_before_its_first_variant_still_has_page_and_card() -> None:
-    report = report_with(variants={}, stock={}, files={"F16": file_of("F16", 2_000_000)})
+    report = report_with(variants={}, stock={}, machine=None, files={"F16": file_of("F16", 2_000_000)})
     assert "0 of 0 variants" in Page(report_html(report)).text
     assert "| F16 | 2.0 MB | 16.00 | reference |" in model_card(report)
 

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import require_device
-from f2gguf.runtime.llama.threads import default_threads, require_threads
+from f2gguf.runtime.llama.threads import cpu_name, default_threads, require_threads
 from numpy.typing import NDArray
 
 N_CTX = 512  # context of the other sides, or a multiple for longer texts
@@ -168,7 +167,7 @@ def _machine_facts(settings: SideSettings) -> dict[str, Any]:
     import llama_cpp
 
     return {
-        "cpu": _cpu_model() or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "n_physical_cores": default_threads(),
         "n_threads": settings.n_threads,
         "device": settings.device,
@@ -185,14 +184,6 @@ def _versions(sides: Mapping[str, SideSettings]) -> dict[str, str]:
         printed = re.findall("version:(.*)", _output(str(sides[LLAMA_SERVER].llama_server), "--version"))
         numbers[LLAMA_SERVER] = (printed or ["unknown"])[0].strip()
     return numbers
-
-
-def _cpu_model() -> str:
-    if sys.platform == "darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string").strip()
-    path = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", path.read_text() if path.exists() else "", re.MULTILINE)
-    return str(models[0]) if models else ""
 
 
 def _output(*command: str) -> str:

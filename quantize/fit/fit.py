@@ -9,23 +9,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from f2gguf.quantize.fit.excerpt import write_excerpt
+from f2gguf.quantize.fit.excerpt import sampled_speed
 from f2gguf.quantize.fit.goal import Wish, choose, parse_goal
 from f2gguf.quantize.fit.plan import Candidate, candidates, require_variants
 from f2gguf.quantize.fit.quality import Quality, quality_of
 from f2gguf.quantize.repair.plan import DEFAULT_VARIANTS
-from f2gguf.quantize.repair.tensors import size_as
 from f2gguf.quantize.source.facts import NOTHING, Stated
 from f2gguf.quantize.source.lock import Lock, read_lock
 from f2gguf.runtime.errors import OutOfReach, WrongUsage
-from f2gguf.runtime.files import format_size, require_free_space
-from f2gguf.runtime.fit.devices import Device, require_device
-from f2gguf.runtime.fit.memory import Memory, ModelMemory, memory_of, model_memory
-from f2gguf.runtime.fit.speed import Speed, sample_speed
-from f2gguf.runtime.llama.kernels import repacked
+from f2gguf.runtime.files import format_size
+from f2gguf.runtime.fit.devices import Device, require_device, work_of
+from f2gguf.runtime.fit.memory import MAX_TOKENS, Memory, ModelMemory, memory_of, model_memory
+from f2gguf.runtime.fit.speed import Speed
 from f2gguf.runtime.llama.threads import require_threads
 
-MAX_TOKENS = 512  # of the longest text, where the user and the model say no less
 N_TEXTS, N_TOKENS = 1e6, 128  # of a corpus, where the user does not say
 _PRECISION_BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
 _MOST = 1e15  # texts or tokens
@@ -123,18 +120,20 @@ def fit(
 
     A model is a .gguf file, a name of models.lock, a checkpoint folder, or org/name[@revision] on the Hub, of which
     only small files are downloaded. Memory is for texts of up to `max_tokens` and `parallel` requests. Speeds are
-    sampled here (not with `sample=False`), or estimated for a `device` of runtime/devices.toml. `price` is of an hour.
+    sampled here (not with `sample=False`), or estimated for a `device` of runtime/devices.toml. `price` is of an hour;
+    without it, the one that is known of the device.
     `goal` is such as "drift<1%,memory<3GB,latency<50ms".
 
     Raises `WrongUsage` and `UnknownName` for arguments that cannot work, and what opening a model raises.
     """
     named = [models] if isinstance(models, str | Path) else list(models)
+    estimated = require_device(device) if device is not None else None
     question = _Question(
         variants=require_variants(variants),
         max_tokens=max_tokens,
         parallel=parallel,
-        device=require_device(device) if device is not None else None,
-        price=price,
+        device=estimated,
+        price=estimated.price if price is None and estimated else price,
         n_texts=n_texts,
         n_tokens=n_tokens,
         n_threads=require_threads(n_threads),
@@ -157,7 +156,7 @@ def fit(
         n_texts=n_texts,
         n_tokens=n_tokens or N_TOKENS,
         device=question.device,
-        price=price,
+        price=question.price,
     )
     if not wishes:
         return found
@@ -210,7 +209,7 @@ def _require_answerable(named: Sequence[object], question: _Question, wishes: Se
         raise WrongUsage(f"--parallel {question.parallel}: pass a whole number from 1.")
     asked = {wish.name for wish in wishes}
     if "cost" in asked and question.price is None:
-        raise WrongUsage("--goal has a wish about cost: say what an hour costs, with --price.")
+        raise WrongUsage("--goal has a wish about cost, and no price is known: say what an hour costs, with --price.")
     if asked & {"latency", "speed", "cost"} and not question.sample and question.device is None:
         raise WrongUsage("--goal has a wish about speed, and --no-sample measures none: leave one of them out.")
 
@@ -227,12 +226,15 @@ def _files(model: str, question: _Question, lock: Lock, folder: Path) -> list[Fi
 
 
 def _fit(candidate: Candidate, question: _Question, model: ModelMemory, pooling: str, folder: Path) -> Fit:
-    memory, device = _memory(candidate, model), question.device
+    header, device = candidate.header, question.device
+    memory = memory_of(model, header, candidate.size_bytes)
     speed: Speed | None = None
     if device is not None:
-        speed = _estimated(device, candidate)
+        speed = device.speed(work_of(header))
     elif question.sample:
-        speed = _sampled(candidate, question, pooling, folder / "excerpt.gguf")
+        n_tokens, path = question.n_tokens, folder / "excerpt.gguf"
+        of_length = None if n_tokens is None else max(1, round(min(n_tokens, header.max_tokens)))
+        speed = sampled_speed(candidate, path, pooling=pooling, n_threads=question.n_threads, n_tokens=of_length)
     return Fit(
         model=candidate.model,
         variant=candidate.variant,
@@ -240,10 +242,10 @@ def _fit(candidate: Candidate, question: _Question, model: ModelMemory, pooling:
         is_made=candidate.is_made,
         quality=quality_of(candidate),
         memory=memory,
-        fits=None if device is None else _fits_on(device, memory),
+        fits=None if device is None else device.holds(memory),
         speed=speed,
         corpus=_corpus(speed, question.n_texts, question.n_tokens or N_TOKENS, question.price),
-        dims=candidate.header.dims,
+        dims=header.dims,
     )
 
 
@@ -256,37 +258,6 @@ def vectors(dims: Sequence[int], cost_of_million: float | None) -> list[dict[str
             cost = None if cost_of_million is None else cost_of_million / (n_bytes / 1e9)
             rows.append({"width": width, "precision": precision, "gb_of_million": n_bytes / 1e9, "cost_of_gb": cost})
     return rows
-
-
-def _memory(candidate: Candidate, model: ModelMemory) -> Memory:
-    tensors = {info.name: size_as(info, candidate.types[info.name]) for info in candidate.header.tensors}
-    header = replace(
-        candidate.header,
-        tensors=tuple(replace(info, type=candidate.types[info.name]) for info in candidate.header.tensors),
-    )
-    return memory_of(model, tensors, repacked(header), candidate.size_bytes)
-
-
-def _sampled(candidate: Candidate, question: _Question, pooling: str, path: Path) -> Speed:
-    require_free_space(path.parent, 1 << 30, "the sample of a model's layers", choose_with="TMPDIR")
-    excerpt = write_excerpt(candidate, path)
-    most, n_tokens = candidate.header.max_tokens, question.n_tokens
-    of_length = None if n_tokens is None else max(1, round(min(n_tokens, most)))
-    speed = sample_speed(excerpt, pooling=pooling, n_threads=question.n_threads, n_tokens=of_length)
-    path.unlink()
-    return speed
-
-
-def _estimated(device: Device, candidate: Candidate) -> Speed:
-    weights_bytes = sum(
-        size_as(info, candidate.types[info.name]) for info in candidate.header.tensors if info.name.startswith("blk.")
-    )
-    return Speed(device.tokens_per_s(candidate.header, candidate.types), device.query_ms(weights_bytes))
-
-
-def _fits_on(device: Device, memory: Memory) -> bool:
-    needed = memory.vram_bytes + (memory.host_bytes if device.shared else 0)
-    return needed <= device.memory_gb * 1e9
 
 
 def _corpus(speed: Speed | None, n_texts: float, n_tokens: float, price: float | None) -> Corpus | None:

@@ -6,7 +6,7 @@ Of a file that is not here, or not made yet, there is a skeleton: its header, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from f2gguf.quantize.convert.reserved import VERDICT
@@ -15,6 +15,7 @@ from f2gguf.quantize.fit.remote import drift_of_release, fetch_heads, is_release
 from f2gguf.quantize.repair.assemble import file_bytes
 from f2gguf.quantize.repair.plan import VARIANTS, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, stated
+from f2gguf.quantize.repair.tensors import size_as
 from f2gguf.quantize.source.facts import NOTHING, Facts, Stated, read_facts
 from f2gguf.quantize.source.fetch import fetch, fetch_settings, find_model
 from f2gguf.quantize.source.lock import Entry, Lock
@@ -32,8 +33,7 @@ class Candidate:
     model: str
     variant: str
     size_bytes: int
-    header: Header  # its own, or that of the model's skeleton
-    types: dict[str, str]  # GGML type of each tensor
+    header: Header  # its own, or that of the model's skeleton with the tensors that the file would have
     is_made: bool
     is_reference: bool  # others are measured against it
     drift: StatedDrift | None  # where it was measured
@@ -77,7 +77,9 @@ def planned(facts: Facts, variants: Sequence[str], folder: Path) -> list[Candida
         types = {tensor.name: tensor.new_type for tensor in plan.tensors}
         values = stated(Recipe(variant), {**VERDICT, keys.KEY_MAX_DRIFT: 0.0, keys.KEY_N_TEXTS: 0})
         size_bytes = file_bytes(header, types, values)
-        found.append(Candidate(facts.name, variant, size_bytes, header, types, False, False, None))
+        tensors = (replace(it, type=types[it.name], size_bytes=size_as(it, types[it.name])) for it in header.tensors)
+        its_own = replace(header, tensors=tuple(tensors))
+        found.append(Candidate(facts.name, variant, size_bytes, its_own, False, False, None))
     return sorted(found, key=lambda candidate: -candidate.size_bytes)
 
 
@@ -86,9 +88,8 @@ def _made(
 ) -> Candidate:
     header.require_pooling(pooling)
     size_bytes = header.path.stat().st_size
-    types = {tensor.name: tensor.type for tensor in header.tensors}
     found = drift or drift_of(header)
-    return Candidate(header.name, header.variant, size_bytes, header, types, is_made, is_reference(header), found)
+    return Candidate(header.name, header.variant, size_bytes, header, is_made, is_reference(header), found)
 
 
 def _facts(entry: Entry, there: Path | None, stated: Stated) -> Facts:

@@ -8,7 +8,7 @@ from f2gguf.evals.drift import percent
 from f2gguf.quantize.fit.fit import Fit, Fits, vectors
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.files import format_size
-from f2gguf.runtime.fit.devices import ESTIMATE
+from f2gguf.runtime.fit.devices import DEVICES_NOTE, rounded
 
 
 def lines(found: Fits) -> Iterator[str]:
@@ -42,8 +42,8 @@ def _row(file: Fit, found: Fits) -> list[str]:
         format_size(memory.required_bytes),
         vram,
         str(file.quality or "not measured"),
-        f"{estimate}{speed.tokens_per_s:,.0f}" if speed and speed.tokens_per_s else "not known",
-        f"{'at least ' if found.device else ''}{_rounded(speed.query_ms)}" if speed else "not known",
+        f"{estimate}{rounded(speed.tokens_per_s)}" if speed and speed.tokens_per_s else "not known",
+        f"{'at least ' if found.device else ''}{rounded(speed.query_ms)}" if speed else "not known",
         f"{estimate}{_duration(corpus.hours)}" if corpus else "not known",
     ]
     if found.price is not None:
@@ -57,9 +57,11 @@ def _notes(found: Fits) -> Iterator[str]:
     yield f"memory: of a process that embeds {limit}, {requests} at a time, on a CPU"
     if device := found.device:
         kind = "shared by processor and GPU" if device.shared else "of the GPU"
-        yield f"{device.name}: {device.memory_gb:g} GB {kind}, {device.bandwidth_gb_s:,g} GB/s ({device.source})"
-        yield f"documents: {ESTIMATE}"
-        yield "a query: the time to read its weights once"
+        memory = f"{device.memory_gb:g} GB {kind}" if device.memory_gb else "the memory of its machine"
+        yield f"{device.name}: {memory}, {device.bandwidth_gb_s:,g} GB/s ({device.source})"
+        yield DEVICES_NOTE
+        if found.price is not None and found.price == device.price:
+            yield f"cost: at {found.price:g} US dollars an hour ({device.price_source})"
     elif any(file.speed for file in found.files):
         yield "speed: sampled here on some layers of each file's shapes and types, with all cores"
     if any(file.quality and not file.quality.is_measured for file in found.files):
@@ -85,10 +87,6 @@ def _duration(hours: float) -> str:
         if hours >= 2 * size:
             return f"{hours / size:,.1f} {unit}"
     return f"{3600 * hours:,.0f} s"
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 1 else 2}f}"
 
 
 def _figure(wish: str, value: float | None) -> str:

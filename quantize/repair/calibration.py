@@ -56,7 +56,7 @@ def layer_shapes(tensors: Iterable[tuple[str, Any]]) -> list[tuple[int, int]]:
     return [tensor.shape for name, tensor in tensors if len(tensor.shape) == 2 and name.startswith("blk.")]
 
 
-def n_tokens(shapes: Sequence[tuple[int, int]]) -> float:
+def token_budget(shapes: Sequence[tuple[int, int]]) -> float:
     """How many tokens a model of these `layer_shapes` runs through in minutes and a few GB, or its widest needs."""
     n_weights, widest = sum(map(math.prod, shapes)), max((n_cols for _, n_cols in shapes), default=1)
     return max(min(N_PRODUCTS / max(n_weights, 1), _N_NUMBERS / widest), _ROWS_A_COLUMN * widest)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from f2gguf.evals.drift import Verdict, distribution, drift, judge
 from f2gguf.evals.neighbours import Vectors
-from f2gguf.evals.texts import EvalText, embed_texts
+from f2gguf.evals.texts import EvalText, embed_texts, embed_timed
 from f2gguf.quantize.convert.reserved import CORPUS_DRIFT, VERDICT, fill_in, golden_stamps
 from f2gguf.quantize.repair import promote, rescale
 from f2gguf.quantize.repair.assemble import WEIGHED, Imatrix, Ready
@@ -64,6 +64,7 @@ class Made:
 
     recipe: Recipe
     verdict: Verdict
+    texts_per_s: float  # of the evaluation texts, here
     corpus: CorpusDrift | None = None
 
 
@@ -111,7 +112,7 @@ def make_measured(
         make(weights, path, recipe, imatrix, ready=ready, header=header, on_progress=advance)
     with Embedder(path, device=evaluation.device) as model:
         with progress(f"measure {recipe.variant}", len(texts)) as advance:
-            vectors = embed_texts(model, texts, advance)
+            vectors, texts_per_s = embed_timed(model, texts, advance)
         dims, ranges = model.header.dims, model.header.ranges(model.header.n_embd)
         verdict = judge(vectors, evaluation.reference, texts, dims=dims, ranges=ranges, max_drift=max_drift)
         golden = golden_stamps(model)
@@ -120,7 +121,7 @@ def make_measured(
     if on_corpus:
         drifts |= {keys.KEY_CORPUS_MEAN: on_corpus.mean, keys.KEY_CORPUS_UPPER: on_corpus.upper}
     fill_in(path, {**drifts, keys.KEY_HOLDS: verdict.holds, **golden})
-    return Made(recipe, verdict, on_corpus)
+    return Made(recipe, verdict, texts_per_s, on_corpus)
 
 
 def _on_corpus(path: Path, held_out: HeldOut, device: str) -> CorpusDrift:

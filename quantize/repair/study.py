@@ -19,9 +19,9 @@ from f2gguf.quantize.repair.calibration import (
     fitting,
     judging,
     layer_shapes,
-    n_tokens,
     sampled,
     spliced,
+    token_budget,
     token_ids,
 )
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
@@ -179,7 +179,7 @@ def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids]
 
 
 def _budget(weights: Weights) -> float:
-    return n_tokens(layer_shapes(weights.infos.items()))
+    return token_budget(layer_shapes(weights.infos.items()))
 
 
 def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgress = lambda _: None) -> Rows:

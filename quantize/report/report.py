@@ -14,7 +14,12 @@ from f2gguf.quantize.repair.corpus import CorpusDrift
 from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.runtime.errors import InputError, parsing
 from f2gguf.runtime.files import sha256_file, write_text
+from f2gguf.runtime.fit.devices import Work, work_of
+from f2gguf.runtime.fit.memory import MAX_TOKENS, Memory, ModelMemory, memory_of, model_memory
+from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.hub.models import first_usual
+from f2gguf.runtime.llama.library import backends, device_in_use
+from f2gguf.runtime.llama.threads import cpu_name, default_threads
 
 FILE_NAME = "drift.json"
 BASE = "F16"  # unless a model does not fit it
@@ -60,6 +65,26 @@ class File:
     file: str
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What a file takes, and how fast it was, where it was measured. Two runs differ in it."""
+
+    texts_per_s: float  # of the evaluation texts
+    memory: Memory  # of a process that embeds texts of up to fit.memory.MAX_TOKENS tokens
+    work: Work
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the files were measured."""
+
+    name: str  # of the processor
+    n_threads: int
+    device: str  # 'cpu', 'cuda' or 'mps'
+    model: ModelMemory  # what any file of the model takes there besides its weights
+    files: Mapping[str, Performance] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,13 @@ class Report:
     imatrix: File | None = None
     stock: Mapping[str, Measured] = field(default_factory=dict)  # llama.cpp's own recipes, where another one was chosen
     variants: Mapping[str, Measured] = field(default_factory=dict)
+    machine: Machine | None = None  # None in reports of older versions
+
+    @property
+    def performance(self) -> dict[str, Performance]:
+        """What is known of each file, in their order."""
+        known = self.machine.files if self.machine else {}
+        return {name: known[name] for name in self.files if name in known}
 
     @property
     def base(self) -> str:
@@ -151,6 +183,15 @@ class Report:
             variants={variant: variants[variant] for variant in order},
         )
 
+    def with_performance(self, name: str, path: Path, texts_per_s: float) -> Report:
+        """The report with what the file at `path` took and did."""
+        if self.machine is None:
+            return self
+        header = read_header(path)
+        memory = memory_of(self.machine.model, header, path.stat().st_size)
+        files = {**self.machine.files, name: Performance(texts_per_s, memory, work_of(header))}
+        return replace(self, machine=replace(self.machine, files=files))
+
     def without_variants(self, names: set[str]) -> Report:
         """The report without the variants `names`."""
         return replace(
@@ -177,6 +218,15 @@ def differing(ours: Any, theirs: Any) -> list[str]:
 def described(path: Path, *, name: str | None = None) -> File:
     """A file of the release as it is now; `name` is what it will be called."""
     return File(name or path.name, path.stat().st_size, sha256_file(path))
+
+
+def machine_of(path: Path, device: str) -> Machine:
+    """This machine, and what the file at `path` takes on it besides its weights."""
+    header = read_header(path)
+    longest = min(header.max_tokens, MAX_TOKENS)
+    model = model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling())
+    in_use = device_in_use(offloaded=device != "cpu" and backends() != ["CPU"])
+    return Machine(cpu_name(), default_threads(), in_use, model)
 
 
 def write_report(folder: Path, report: Report) -> None:

@@ -13,18 +13,20 @@ from f2gguf.quantize.report.tables import (
     Table,
     conversion_sentence,
     corpus_tables,
+    devices_table,
     dims_table,
     files_table,
     groups_table,
+    memory_table,
     over_lines,
     precisions_table,
     worst_texts,
 )
 from f2gguf.runtime.files import format_bound
+from f2gguf.runtime.fit.devices import DEVICES_NOTE
+from f2gguf.runtime.fit.memory import MAX_TOKENS
 
 PICTURE = "Drift of every text, size against drift, and mean drift by dimension and language"
-_DEVICES_GB = (0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 128)
-_MODEL_SHARE = 0.8  # of a device's memory
 _CORPUS_NOTE = (
     "Other texts of the corpus were used to choose how the files are made. The held-out ones were only measured. They "
     f"are a uniform sample, each cut at {MAX_CHARS:,} characters. The bound is about the evaluation texts."
@@ -73,12 +75,18 @@ def sections(report: Report) -> Iterator[Block]:
     """Everything measured, in reading order."""
     yield Heading("Files")
     yield _files(report)
-    yield Paragraph(_files_note(report))
+    if note := _files_note(report):
+        yield Paragraph(note)
     yield Paragraph(_measurement(report))
     yield from (Paragraph(f"{line}.", is_warning=True) for line in over_lines(report))
     if on_corpus := corpus_tables(report):
         yield from on_corpus
         yield Paragraph(_CORPUS_NOTE)
+    if report.performance:
+        yield Heading("What fits where")
+        yield memory_table(report)
+        yield Paragraph(_memory_note(report))
+        yield Details("On other devices, estimated", [devices_table(report), Paragraph(f"{DEVICES_NOTE}.")])
     if report.variants:
         yield Picture()
         yield Heading("Where it drifts")
@@ -100,28 +108,33 @@ def sections(report: Report) -> Iterator[Block]:
 
 
 def _files(report: Report) -> Table:
-    """The table of sizes and drifts, with the memory that a file fits in, and the beginning of its hash."""
+    """The table of sizes and drifts, with the speed where it was measured, and the beginning of each hash."""
     table = files_table(report)
     rows = []
     for row in table.rows:
-        file = report.files.get(row[0])  # llama.cpp's own recipes were measured, and not kept
-        rows.append([*row, _fits_in(report, file.size_bytes), file.sha256[:12]] if file else [*row, "", ""])
-    return Table(table.caption, (*table.header, "fits in", "SHA-256"), rows)
-
-
-def _fits_in(report: Report, size_bytes: int) -> str:
-    needed = size_bytes + report.source.max_tokens * report.source.cache_bytes
-    fitting = (f"{size:g} GB" for size in _DEVICES_GB if needed <= _MODEL_SHARE * size * 1e9)
-    return next(fitting, f"{needed / 1e9:.0f} GB")
+        file, speed = report.files.get(row[0]), report.performance.get(row[0])  # llama.cpp's own recipes have neither
+        rows.append([*row, f"{speed.texts_per_s:,.1f}" if speed else "", file.sha256[:12] if file else ""])
+    return Table(table.caption, (*table.header, "texts/s", "SHA-256"), rows)
 
 
 def _files_note(report: Report) -> str:
-    cache, max_tokens = report.source.cache_bytes, report.source.max_tokens
-    of_tokens = f" and {cache / 1000:.1f} MB for every 1,000 tokens of a text (keys and values)" if cache else ""
-    stock = '"stock" is what llama.cpp\'s own recipe for the variant gives, measured on the same texts. '
+    notes = []
+    if report.stock:
+        notes.append('"stock" is what llama.cpp\'s own recipe for the variant gives, measured on the same texts.')
+    if machine := report.machine:
+        threads = f"{machine.n_threads} {'thread' if machine.n_threads == 1 else 'threads'}"
+        where = machine.name if machine.device == "cpu" else f"{machine.device}, beside {machine.name}"
+        notes.append(f"Texts/s: the evaluation texts, when they were measured, on {where}, with {threads}.")
+    return " ".join(notes)
+
+
+def _memory_note(report: Report) -> str:
+    cache, longest = report.source.cache_bytes, min(MAX_TOKENS, report.source.max_tokens)
+    more = f" Every 1,000 tokens more take {cache / 1000:.1f} MB (keys and values), and what passes need."
     return (
-        f'{stock if report.stock else ""}"Fits in" is computed: the file\'s size{of_tokens}, for a text of '
-        f"{max_tokens:,} tokens, is at most {_MODEL_SHARE:.0%} of that memory."
+        f"A process that embeds texts of up to {longest:,} tokens and single queries, one request at a time. What is "
+        "mapped from the file can be dropped and read again; the rest cannot. `f2gguf fit` says the same of other "
+        f"lengths and numbers of requests.{more if cache else ''}"
     )
 
 

@@ -11,6 +11,7 @@ from f2gguf.quantize.repair.corpus import CorpusDrift
 from f2gguf.quantize.report.report import Measured, Report
 from f2gguf.runtime.console import text_table
 from f2gguf.runtime.files import format_size
+from f2gguf.runtime.fit.devices import device_cell, devices
 
 COLUMNS = ("file", "size", "mean drift", "95% interval", "p99", "worst", "top-10 kept", "nDCG@10", "verdict")
 N_WORST = 10
@@ -90,6 +91,26 @@ def precisions_table(report: Report) -> Table:
     ]
     header = ("file", "vectors", "mean drift", "top-10 kept", "nDCG@10", "rescored")
     return Table("Vectors in fewer bits, of every file", header, rows)
+
+
+def memory_table(report: Report) -> Table:
+    """Memory of every file, on a processor and on a GPU."""
+    rows = []
+    for name, performance in report.performance.items():
+        memory = performance.memory
+        figures = (memory.total_bytes, memory.weights_bytes, memory.vram_bytes, memory.host_bytes)
+        rows.append([name, *map(format_size, figures)])
+    header = ("file", "on a processor", "mapped from the file", "GPU memory", "process beside a GPU")
+    return Table("Memory of every file", header, rows)
+
+
+def devices_table(report: Report) -> Table:
+    """Which files run on the devices of runtime/devices.toml, and how fast by estimate."""
+    files, rows = report.performance, []
+    for device in devices().values():
+        memory = "" if device.memory_gb is None else f"{device.memory_gb:g} GB"
+        rows.append([device.name, memory, *(device_cell(device, it.memory, it.work) for it in files.values())])
+    return Table("Documents, tokens/s; the least time of a query", ("device", "memory", *files), rows)
 
 
 def corpus_tables(report: Report) -> list[Table]:

@@ -10,17 +10,30 @@ from functools import cache
 from pathlib import Path
 
 from f2gguf.runtime.errors import UnknownName
+from f2gguf.runtime.fit.memory import Memory
+from f2gguf.runtime.fit.speed import Speed
 from f2gguf.runtime.gguf.header import Header
 
 PATH = Path(__file__).resolve().parents[1] / "devices.toml"
-# Milliseconds that 2,048 tokens take on an H100: for each layer, and for each 10**12 products of 8-bit weights. They
-# follow from 47,000 tokens/s of 0.6B in Q4_K_M and 16,400 of 4B in Q4_0 (CHANGELOG.md, "On a GPU"). The third figure
-# there, 135,000 of 80M in Q8_0, is not used, and the estimate is 1.5 times as much.
-_BATCH, _LAYER_MS, _PRODUCTS_MS, _H100_TOPS = 2048, 1.20, 10.96, 1979
-ESTIMATE = (
-    "estimated from two files on an H100, and scaled by the vendor's rate of 8-bit products; for 80M on an H100 it "
-    "says 1.5 times too much, and it is unchecked on other devices"
+# Milliseconds that 2,048 tokens take on an H100: for their splitting, which the processor does; for each layer; and for
+# each 10**12 products of 8-bit weights. The first is about a third of what 80M takes, as its profile says; the others
+# follow from 47,000 tokens/s of 0.6B in Q4_K_M and 16,400 of 4B in Q4_0 (CHANGELOG.md, "On a GPU"). Then 80M in Q8_0
+# is estimated at 148,000, where 135,000 were measured.
+_BATCH, _SPLIT_MS, _LAYER_MS, _PRODUCTS_MS, _H100_TOPS = 2048, 5.0, 1.017, 11.19, 1979
+_LEAST_MS = 0.1  # of a query: below, what takes longer is not the reading of weights
+DEVICES_NOTE = (
+    "documents: estimated from three files on an H100, which it gives within 10%, and scaled by the vendor's rate of "
+    "8-bit products, which is unchecked on other devices; a query: the least, the time to read its weights once"
 )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What computing with a file takes, which its speed on a device is estimated from."""
+
+    n_layers: int
+    products: int | None  # of weights for a token; None where none like them were measured: 16-bit weights, experts
+    weights_bytes: int  # of the layers
 
 
 @dataclass(frozen=True)
@@ -28,25 +41,56 @@ class Device:
     """A device of runtime/devices.toml."""
 
     name: str
-    memory_gb: float
     bandwidth_gb_s: float
     source: str  # the vendor's page
+    memory_gb: float | None = None  # None for processors, whose machines have what they have
     int8_tops: float | None = None
     shared: bool = False  # the memory, by processor and GPU
+    price: float | None = None  # of an hour of a rented one, in US dollars
+    price_source: str | None = None  # whose price, and when
 
-    def tokens_per_s(self, header: Header, types: Mapping[str, str]) -> float | None:
-        """Estimated speed of documents; None without a figure or measurement, as for 16-bit weights and experts."""
-        layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
-        is_plain = all(len(it.shape) == 2 and types[it.name] not in ("F16", "BF16", "F32") for it in layers)
-        if self.int8_tops is None or not is_plain:
+    def holds(self, memory: Memory) -> bool | None:
+        """Whether a file that takes `memory` runs on it; None where that depends on the machine."""
+        if self.memory_gb is None:
             return None
-        n_layers = int(header.values.get(f"{header.architecture}.block_count", 1))
-        products = _BATCH * sum(math.prod(tensor.shape) for tensor in layers) / 1e12
-        return 1000 * _BATCH / (n_layers * _LAYER_MS + products * _PRODUCTS_MS) * self.int8_tops / _H100_TOPS
+        needed = memory.vram_bytes + (memory.host_bytes if self.shared else 0)
+        return needed <= self.memory_gb * 1e9
 
-    def query_ms(self, weights_bytes: int) -> float:
-        """The least that a query takes: every weight is read once."""
-        return weights_bytes / self.bandwidth_gb_s / 1e6
+    def speed(self, work: Work) -> Speed:
+        """The estimated speed of documents, and the least that a query takes: every weight is read once."""
+        tokens_per_s = None
+        if self.int8_tops is not None and work.products is not None:
+            computing = work.n_layers * _LAYER_MS + _BATCH * work.products / 1e12 * _PRODUCTS_MS
+            tokens_per_s = 1000 * _BATCH / (_SPLIT_MS + computing * _H100_TOPS / self.int8_tops)
+        return Speed(tokens_per_s, work.weights_bytes / self.bandwidth_gb_s / 1e6)
+
+
+def work_of(header: Header) -> Work:
+    """The work of a file, or of a plan whose tensors have the types that they would get."""
+    layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.")]
+    matrices = [tensor for tensor in layers if len(tensor.shape) > 1]
+    is_usual = all(len(it.shape) == 2 and it.type not in ("F16", "BF16", "F32") for it in matrices)
+    return Work(
+        n_layers=int(header.values.get(f"{header.architecture}.block_count", 1)),
+        products=sum(math.prod(tensor.shape) for tensor in matrices) if is_usual else None,
+        weights_bytes=sum(tensor.size_bytes for tensor in layers),
+    )
+
+
+def device_cell(device: Device, memory: Memory, work: Work) -> str:
+    """What a file does on a device, in a table's cell: 'about 16,000 tokens/s, 2.1 ms', 'fits', or 'too large'."""
+    if device.holds(memory) is False:
+        return "too large"
+    speed = device.speed(work)
+    parts = [f"about {rounded(speed.tokens_per_s)} tokens/s"] if speed.tokens_per_s else []
+    if speed.query_ms >= _LEAST_MS:
+        parts.append(f"{rounded(speed.query_ms)} ms")
+    return ", ".join(parts) or "fits"
+
+
+def rounded(value: float) -> str:
+    """Two significant digits, which is more than an estimate has."""
+    return f"{float(f'{value:.2g}'):,.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
 
 @cache

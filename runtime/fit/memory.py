@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.kernels import repacked
 
 if TYPE_CHECKING:
     from f2gguf.runtime.llama.model import Model
 
+MAX_TOKENS = 512  # of the longest text, where the user and the model say no less
 QUERY_TOKENS = 32  # of a query by itself, for which there is a context without flash attention
 TABLE = "token_embd.weight"
 _MIB = 1 << 20
@@ -91,8 +93,9 @@ def model_memory(header: Header, *, max_tokens: int, parallel: int, pooling: str
     return ModelMemory(content["base_bytes"], **contexts)
 
 
-def memory_of(model: ModelMemory, tensors_bytes: dict[str, int], repacked: list[str], file_bytes: int) -> Memory:
-    """The memory of one file of a model: `tensors_bytes` of each tensor, of which some are `repacked`."""
+def memory_of(model: ModelMemory, header: Header, file_bytes: int) -> Memory:
+    """The memory of one file of a model, of which there may only be the header."""
+    tensors_bytes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
     has_head = "output.weight" in tensors_bytes
     weights_bytes = sum(tensors_bytes.values())
     # The first matrix stays with the CPU. A model that has no head of its own has the table as its head on the GPU.
@@ -100,7 +103,7 @@ def memory_of(model: ModelMemory, tensors_bytes: dict[str, int], repacked: list[
     contexts = (model.query, model.documents)
     return Memory(
         weights_bytes=file_bytes,
-        repacked_bytes=sum(tensors_bytes[name] for name in repacked),
+        repacked_bytes=sum(tensors_bytes[name] for name in repacked(header)),
         kv_bytes=sum(context.kv_bytes for context in contexts),
         compute_bytes=sum(context.used_bytes + context.output_bytes for context in contexts),
         base_bytes=model.base_bytes,
@@ -115,7 +118,6 @@ def main() -> None:
 
     from f2gguf.runtime.embedder import Embedder as Embedder  # what a user loads
     from f2gguf.runtime.gguf.header import read_header
-    from f2gguf.runtime.llama.kernels import repacked
     from f2gguf.runtime.llama.model import Model
     from f2gguf.runtime.llama.tokenizer import Tokenizer, load_overrides, own_tokenizer
 

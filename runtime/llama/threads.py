@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +37,14 @@ def require_threads(n_threads: int | None) -> int:
     return int(n_threads)
 
 
+def cpu_name(root: Path = _ROOT) -> str:
+    """The processor's model as the system names it, such as 'AMD EPYC 9654 96-Core Processor'."""
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    models = re.findall(r"^model name\s*: (.*)", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return str(models[0]) if models else platform.processor() or platform.machine()
+
+
 def _cores(root: Path) -> int:
     if sys.platform == "darwin":
         return _performance_cores() or os.cpu_count() or 1
@@ -48,8 +58,11 @@ def _cores(root: Path) -> int:
 @functools.cache
 def _performance_cores() -> int | None:
     """What macOS's `sysctl` says, asked once in a process; None where it does not know."""
-    asked = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True)
-    return _first_number(asked.stdout)
+    return _first_number(_sysctl("hw.perflevel0.physicalcpu"))
+
+
+def _sysctl(name: str) -> str:
+    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip()
 
 
 def _cpu_quota(root: Path) -> int | None:

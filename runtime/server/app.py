@@ -85,6 +85,20 @@ class Health(BaseModel):
     models: dict[str, str]
 
 
+class DeviceFit(BaseModel):
+    name: str
+    memory_gb: float | None
+    fits: bool | None
+    tokens_per_s: float | None
+    query_ms: float
+
+
+class Fits(BaseModel):
+    max_tokens: int
+    memory: dict[str, int]
+    devices: list[DeviceFit]
+
+
 def create_app(served: Sequence[ServedModel], limits: Limits, metrics: Metrics) -> FastAPI:
     """The ASGI app over open models. `app.state` has its limits, and `drain`, which says that the server is to end."""
     version = metadata.version("f2gguf")
@@ -186,6 +200,15 @@ def _add_operations(app: FastAPI, models: Models, metrics: Metrics, drain: Drain
     async def get_metrics() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    fitting = asyncio.Lock()
+
+    @app.get("/fit", tags=["operations"], response_model=dict[str, Fits])
+    async def get_fit() -> Response:
+        """What each model takes in memory, and what it would do on other devices, by estimate: `f2gguf fit`."""
+        async with fitting:  # each model is asked for once
+            found = {name: await asyncio.to_thread(getattr, model, "fits") for name, model in models.items()}
+        return json_response(found)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

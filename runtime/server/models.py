@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, InitVar, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ class ServedModel:
             max_waiting_tokens=self.limits.max_waiting_tokens,
             metrics=self.metrics,
         )
+
+    @cached_property
+    def fits(self) -> dict[str, Any]:
+        """What the file takes, and what it would do on other devices. The first time takes a second or two."""
+        from f2gguf.runtime.fit.where import fits
+
+        return fits(self.header, pooling=self.embedder.pooling)
 
     def finish_selftest(self) -> None:
         """Compare the probes that had no time before the first request. If it fails, the model answers no more."""
