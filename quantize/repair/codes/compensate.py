@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.quantize.checkpoint.weights import DTYPES
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
 from f2gguf.quantize.repair.codes.feedback import Moments, choose_codes, factor
@@ -36,7 +37,7 @@ from numpy.typing import NDArray
 SHIFT = 0.5  # of the way to the weights that undo the difference
 LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
 N_ROWS = 256  # of a matrix, to price a type
-_N_CHECKED = 1024  # tokens, or up to twice as many, that say whether feedback pays in a matrix
+_N_CHECKED = 1024  # tokens, or up to twice as many, of texts that judge: whether feedback pays in a matrix
 TOKEN_TABLE = "token_embd.weight"
 # Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
 COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
@@ -62,8 +63,8 @@ def cost(shape: Sequence[int], n_tokens: int) -> int:
 class Compensation:
     """The layers of `weights`, with re-scaled channels, over calibration texts.
 
-    `fitting` and `judging` are token ids of texts: the first choose codes. Codes that do worse on the second than
-    ggml's own are not used.
+    `fitting` and `judging` are token ids of texts: the first choose codes. Codes that do worse on some of the second
+    than ggml's own are not used.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Compensation:
         self.weights, self.imatrix, self.scales = weights, imatrix, scales
         self.fitting, self.judging = fitting, judging
         self.matrices = [t.name for t in weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
-        self.texts, self.shape = Texts.of([*fitting, *judging]), Shape(weights.header)
+        checked = judging[:: max(1, sum(map(len, judging)) // _N_CHECKED)]
+        self.texts, self.shape = Texts.of([*fitting, *checked]), Shape(weights.header)
         judged = np.array(self.texts.order) >= len(fitting)
         self._judged = np.repeat(judged, self.texts.lengths)
         self._token_weights = _token_weights(self.texts, weights.header)[~self._judged]
@@ -112,14 +114,15 @@ class Compensation:
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
             both: tuple[list[Rows], list[Rows]] = ([], [])
-            groups = self._groups(inputs[0], inputs[1])
+            rounded = _rounding(inputs[1], is_kept=len(names) > 1)
+            groups = self._groups(inputs[0], rounded)
             for name in names:
                 rows, bias, path = self._rows(name), self._bias(name), _path(folder, name)
                 exact = product(inputs[0], rows.T)
                 if not path.exists():
                     _save(path, self._fitted(name, rows, bias, groups, types[name], exact[self._judged]))
                 fitted = _load(path)
-                near = product(_rounded(inputs[1], types[name]), dequantized(fitted.data, types[name]).T)
+                near = product(rounded(types[name]), dequantized(fitted.data, types[name]).T)
                 if bias is not None and fitted.bias is not None:
                     exact, near = exact + bias, near + fitted.bias
                 both[0].append(exact)
@@ -143,7 +146,7 @@ class Compensation:
         found: dict[str, dict[str, float]] = {}
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> list[list[Rows]]:
-            groups, sent = self._groups(inputs[0], inputs[0]), []
+            groups, sent = self._groups(inputs[0], _rounding(inputs[0], is_kept=False)), []
             for name in names:
                 rows, bias = self._rows(name), self._bias(name)
                 some = rows[:: max(1, len(rows) // N_ROWS)]
@@ -171,14 +174,15 @@ class Compensation:
             sent = ()  # the last products are as large as the inputs
             sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
 
-    def _groups(self, exact: Rows, near: Rows) -> Groups:
+    def _groups(self, exact: Rows, rounded: Callable[[str], Rows]) -> Groups:
         """What gives the inputs of products with matrices of a type and with or without a bias."""
 
         @cache
         def of_rounding(width: int, has_bias: bool) -> _Group:
-            kind = "Q8_K" if width == 256 else "Q8_0"
-            judged = exact[self._judged], _rounded(near[self._judged], kind)
-            chosen = exact[~self._judged], _rounded(near[~self._judged], kind)
+            near = rounded("Q8_K" if width == 256 else "Q8_0")
+            judged = exact[self._judged], near[self._judged]
+            chosen = exact[~self._judged], near[~self._judged]
+            del near
             return _Group.of(*chosen, *judged, self._token_weights, has_bias=has_bias)
 
         return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
@@ -191,10 +195,8 @@ class Compensation:
             return Fitted(plain, bias)
         data = _with_feedback(rows, plain, kind, group)
         change = group.bias_change(rows, dequantized(data, kind))
-        some = slice(None, None, max(1, len(exact) // _N_CHECKED))
-        near, exact = group.judged_near[some], exact[some]
         errors = [
-            float(np.square(product(near, dequantized(codes, kind).T) + added - exact).mean())
+            float(np.square(product(group.judged_near, dequantized(codes, kind).T) + added - exact).mean())
             for codes, added in ((plain, np.float32(0)), (data, change))
         ]
         if not errors[1] < errors[0]:
@@ -285,8 +287,16 @@ def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
     return layer.send(products)
 
 
-def _rounded(rows: Rows, kind: str) -> Rows:
-    return by_rows(lambda part: as_multiplied(part, kind), rows)
+def _rounding(rows: Rows, *, is_kept: bool) -> Callable[[str], Rows]:
+    """What gives `rows` as llama.cpp rounds them for a type; it may keep them for the next matrix."""
+
+    def rounded(kind: str) -> Rows:
+        return by_rows(lambda part: as_multiplied(part, kind), rows)
+
+    if not is_kept:
+        return rounded
+    of_width = cache(lambda width: rounded("Q8_K" if width == 256 else "Q8_0"))
+    return lambda kind: rows if kind in DTYPES else of_width(rounding_width(kind))
 
 
 def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:
