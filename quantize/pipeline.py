@@ -181,7 +181,9 @@ def _make_base(
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
         files = {report.base: described(part, name=path.name), **report.files}
-        report = replace(report, files=files, conversion=conversion, machine=machine_of(part, job.device))
+        report = replace(
+            report, files=files, conversion=conversion, machine=machine_of(part, job.device, report.machine)
+        )
         return _saved(job, report.with_performance(report.base, part, texts_per_s))
 
 
@@ -195,6 +197,7 @@ def _make_variants(
     outlook: Outlook,
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
+    report = replace(report, machine=machine_of(job.base_path, job.device, report.machine))
     held_out = embed_held_out(job.base_path, calibration.corpus if calibration else None, job.device)
     evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out, quick=job.quick)
     study = None

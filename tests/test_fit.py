@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from f2gguf.runtime.errors import UnknownName, WrongUsage
 from f2gguf.runtime.fit.devices import Work, devices
 from hub import Hub, only_error, run_command, serving
 
+CHECK_FIT = Path(__file__).resolve().parent.parent / "scripts" / "check-fit"
 GOAL = "drift<1%,memory<3GB"
 RUN = """
 import sys
@@ -50,6 +52,24 @@ def test_memory_is_what_a_process_takes(nano_f16: Path) -> None:
     said = fit(nano_f16, sample=False).files[0].memory.total_bytes
     done = subprocess.run([sys.executable, "-c", RUN, str(nano_f16)], capture_output=True, text=True, check=True)
     assert said == pytest.approx(1024 * int(done.stdout), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize(
+    ("arguments", "figures"),
+    [
+        (("80M", "--no-speed"), ["memory"]),
+        (("4B", "--accounting"), ["weights", "keys and values", "passes, of what is reserved"]),
+    ],
+)
+def test_memory_of_shapes_is_what_is_said(arguments: Sequence[str], figures: list[str]) -> None:
+    """80M beside the peak of a process, and 4B beside what llama.cpp says that it takes."""
+    command = [sys.executable, CHECK_FIT, *arguments, "--variants", "Q8_0"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ratios = {cells[1]: float(cells[-1]) for cells in (re.split(r"  +", line) for line in table.splitlines()[1:])}
+    assert list(ratios) == figures
+    assert list(ratios.values()) == pytest.approx([1] * len(ratios), abs=0.05)
 
 
 def test_memory_grows_with_texts_and_requests(nano_f16: Path) -> None:

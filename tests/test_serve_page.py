@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -318,6 +319,17 @@ def test_everything_can_be_done_with_a_keyboard(page: Page, served: Served) -> N
     page.until(lambda: page.text("copy-status") != "")
     unnamed = "return [...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).length"
     assert page.script(unnamed) == 0
+
+
+def test_what_fits_where_is_worked_out_when_asked(page: Page, served: Served) -> None:
+    page.open(served.url)
+    assert not page.shows("fits")
+    page.find("fit").click()
+    page.until(lambda: page.shows("fits"))
+    names = [device["name"] for device in next(iter(httpx.get(f"{served.url}/fit").json().values()))["devices"]]
+    assert page.script("return [...document.querySelectorAll('#fits tbody th')].map(node => node.textContent)") == names
+    assert re.match(r"With texts of up to 512 tokens: \d+ MB on a processor", page.text("fit-status"))
+    assert "not known" in page.text("fits")
 
 
 def test_a_phone_scrolls_the_table_and_not_the_page(page: Page, served: Served) -> None:

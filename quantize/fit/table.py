@@ -43,7 +43,7 @@ def _row(file: Fit, found: Fits) -> list[str]:
         vram,
         str(file.quality or "not measured"),
         f"{estimate}{rounded(speed.tokens_per_s)}" if speed and speed.tokens_per_s else "not known",
-        f"{'at least ' if found.device else ''}{rounded(speed.query_ms)}" if speed else "not known",
+        f"{'at least ' if found.device else ''}{rounded(speed.query_ms)}" if speed and speed.query_ms else "not known",
         f"{estimate}{_duration(corpus.hours)}" if corpus else "not known",
     ]
     if found.price is not None:

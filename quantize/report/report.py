@@ -220,13 +220,15 @@ def described(path: Path, *, name: str | None = None) -> File:
     return File(name or path.name, path.stat().st_size, sha256_file(path))
 
 
-def machine_of(path: Path, device: str) -> Machine:
-    """This machine, and what the file at `path` takes on it besides its weights."""
+def machine_of(path: Path, device: str, known: Machine | None) -> Machine:
+    """This machine, and what the file at `path` takes on it besides its weights; `known` if that is this machine."""
+    in_use = device_in_use(offloaded=device != "cpu" and backends() != ["CPU"])
+    here = cpu_name(), default_threads(), in_use
+    if known and here == (known.name, known.n_threads, known.device):
+        return known
     header = read_header(path)
     longest = min(header.max_tokens, MAX_TOKENS)
-    model = model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling())
-    in_use = device_in_use(offloaded=device != "cpu" and backends() != ["CPU"])
-    return Machine(cpu_name(), default_threads(), in_use, model)
+    return Machine(*here, model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling()))
 
 
 def write_report(folder: Path, report: Report) -> None:

@@ -20,7 +20,7 @@ PATH = Path(__file__).resolve().parents[1] / "devices.toml"
 # follow from 47,000 tokens/s of 0.6B in Q4_K_M and 16,400 of 4B in Q4_0 (CHANGELOG.md, "On a GPU"). Then 80M in Q8_0
 # is estimated at 148,000, where 135,000 were measured.
 _BATCH, _SPLIT_MS, _LAYER_MS, _PRODUCTS_MS, _H100_TOPS = 2048, 5.0, 1.017, 11.19, 1979
-_LEAST_MS = 0.1  # of a query: below, what takes longer is not the reading of weights
+_LEAST_MS = 0.1  # of a query: no model answers in less
 DEVICES_NOTE = (
     "documents: estimated from three files on an H100, which it gives within 10%, and scaled by the vendor's rate of "
     "8-bit products, which is unchecked on other devices; a query: the least, the time to read its weights once"
@@ -57,12 +57,16 @@ class Device:
         return needed <= self.memory_gb * 1e9
 
     def speed(self, work: Work) -> Speed:
-        """The estimated speed of documents, and the least that a query takes: every weight is read once."""
+        """The estimated speed of documents, and the least that a query takes: every weight is read once.
+
+        Where that takes no time, other things take longer, and nothing is known of a query.
+        """
         tokens_per_s = None
         if self.int8_tops is not None and work.products is not None:
             computing = work.n_layers * _LAYER_MS + _BATCH * work.products / 1e12 * _PRODUCTS_MS
             tokens_per_s = 1000 * _BATCH / (_SPLIT_MS + computing * _H100_TOPS / self.int8_tops)
-        return Speed(tokens_per_s, work.weights_bytes / self.bandwidth_gb_s / 1e6)
+        query_ms = work.weights_bytes / self.bandwidth_gb_s / 1e6
+        return Speed(tokens_per_s, query_ms if query_ms >= _LEAST_MS else None)
 
 
 def work_of(header: Header) -> Work:
@@ -83,7 +87,7 @@ def device_cell(device: Device, memory: Memory, work: Work) -> str:
         return "too large"
     speed = device.speed(work)
     parts = [f"about {rounded(speed.tokens_per_s)} tokens/s"] if speed.tokens_per_s else []
-    if speed.query_ms >= _LEAST_MS:
+    if speed.query_ms:
         parts.append(f"{rounded(speed.query_ms)} ms")
     return ", ".join(parts) or "fits"
 

@@ -37,10 +37,10 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a whole file does: tokens of documents in a second (None: not known), and a query by itself."""
+    """What a whole file does: tokens of documents in a second, and a query by itself. None: not known."""
 
     tokens_per_s: float | None
-    query_ms: float
+    query_ms: float | None
 
 
 def sample_speed(excerpt: Excerpt, *, pooling: str, n_threads: int, n_tokens: int | None) -> Speed:

@@ -90,7 +90,7 @@ class DeviceFit(BaseModel):
     memory_gb: float | None
     fits: bool | None
     tokens_per_s: float | None
-    query_ms: float
+    query_ms: float | None
 
 
 class Fits(BaseModel):
