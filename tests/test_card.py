@@ -59,16 +59,17 @@ def test_provenance_goes_down_to_the_commit(report: Report) -> None:
     assert re.search(r"\| Made with ggml \| \d+\.\d+\.\d+ \(\w+", card)
 
 
-def test_what_fits_where_is_said_by_file_and_longest_text(report: Report) -> None:
+def test_what_fits_where_is_said_of_every_file(nano_release: Release, report: Report) -> None:
     """4 layers, 2 KV heads of 64 values, keys and values of 2 bytes: 2,048 bytes a token."""
+    card = model_card(report)
     assert report.source.cache_bytes == 2048
-    f16 = replace(report.files["F16"], size_bytes=10**9)
-    card = model_card(replace(report, files={**report.files, "F16": f16}))
-    [row] = re.findall(r"^\| F16 .*$", card, re.MULTILINE)
-    assert "| 2 GB |" in row
-    [row] = re.findall(r"^\| Q8_0 \|.* GB \|.*$", card, re.MULTILINE)
-    assert "| 0.5 GB |" in row
-    assert "2.0 MB for every 1,000 tokens" in card
+    assert "Every 1,000 tokens more take 2.0 MB (keys and values)" in card
+    assert report.machine
+    assert set(report.machine.files) == set(report.files)
+    for name, performance in report.machine.files.items():
+        assert performance.memory.weights_bytes == nano_release.file(name).stat().st_size
+        assert f"| {performance.texts_per_s:,.1f} | {report.files[name].sha256[:12]} |" in card
+    assert re.search(r"^\| RTX 4090 \| 24 GB \| fits \| about [\d,]+ tokens/s \|", card, re.MULTILINE)
 
 
 def test_python_of_the_card_runs(nano_release: Release) -> None:

@@ -19,7 +19,17 @@ with warnings.catch_warnings():
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 OURS = ("nano", "nano:query", "nano:latest")
-READ = ("/v1/models", "/v1/models/{name}", "/info", "/api/tags", "/api/ps", "/api/version", "/health", "/metrics")
+READ = (
+    "/v1/models",
+    "/v1/models/{name}",
+    "/info",
+    "/api/tags",
+    "/api/ps",
+    "/api/version",
+    "/health",
+    "/fit",
+    "/metrics",
+)
 ASKED = (
     "/v1/embeddings",
     "/v2/embed",

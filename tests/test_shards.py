@@ -264,6 +264,21 @@ def test_a_corpus_that_cannot_be_read_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_more_processes_than_threads_are_refused_before_the_work(own: Path, docs: Path, tmp_path: Path) -> None:
+    with Embedder(own, n_threads=2) as model, pytest.raises(WrongUsage, match="--processes 3: there are 2 threads"):
+        embed_corpus([str(docs)], tmp_path / "out", model, n_processes=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_linked_folders_are_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("one")
+    (tmp_path / "docs" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert find_inputs([str(tmp_path / "docs")]) == [str(tmp_path / "docs" / "a.txt")]
+    assert "1 linked folder is left out. Name what is wanted" in capsys.readouterr().err
+
+
 def test_files_globs_and_folders_are_found_once_and_in_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.jsonl.gz", "a.csv", ".hidden.txt", "b/.git/x.txt", "out/part.parquet", "x.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

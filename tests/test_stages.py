@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import edit_json, edit_tensors, tiny_tensors, write_tiny
-from conftest import facts_of
+from conftest import contents, facts_of
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize import job as job_module
 from f2gguf.quantize import pipeline
@@ -215,12 +215,6 @@ def test_another_corpus_repeats_the_variant_and_its_stock_recipe(runs: Runs, tmp
     assert {verdict.corpus.name for verdict in verdicts if verdict.corpus} == {"other.jsonl"}
     report = runs(stock=False, variants=("Q4_0",))
     assert (report.variants["Q4_0"].corpus, report.stock["Q4_0"].corpus) == (None, None)
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """The files of a release by name, and its report, without what is measured of the machine each time."""
-    files: dict[str, object] = {path.name: path.read_bytes() for path in folder.glob("*.gguf")}
-    return files | {"drift.json": replace(read_report(folder), machine=None)}
 
 
 def test_a_run_for_a_corpus_that_was_stopped_ends_in_the_same_bytes(

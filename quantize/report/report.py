@@ -194,8 +194,12 @@ class Report:
 
     def without_variants(self, names: set[str]) -> Report:
         """The report without the variants `names`."""
+        machine = self.machine
+        if machine:
+            machine = replace(machine, files={name: it for name, it in machine.files.items() if name not in names})
         return replace(
             self,
+            machine=machine,
             files={name: file for name, file in self.files.items() if name not in names},
             variants={name: verdict for name, verdict in self.variants.items() if name not in names},
         )

@@ -35,7 +35,8 @@ def is_plain_file(name: str) -> bool:
 def find_inputs(names: Iterable[str], *, apart_from: Path | None = None) -> list[str]:
     """The files that paths, globs ('docs/**/*.jsonl') and folders name, each once, a folder's in the order of names.
 
-    A folder counts with its subfolders, but without hidden files, those of other formats, and those in `apart_from`.
+    A folder counts with its subfolders, but without hidden files, linked folders, files of other formats, and those in
+    `apart_from`.
     Raises `InputError` where a name leads to no file, and `WrongUsage` for stdin, which cannot be read twice.
     """
     found: dict[str, None] = {}
@@ -58,7 +59,11 @@ def _below(name: str) -> Iterator[Path]:
         for match in sorted(glob.iglob(name, recursive=True)):  # noqa: PTH207
             yield from _below(match) if Path(match).is_dir() else [Path(match)]
         return
-    visible = sorted(file for file in _visible(path) if file.is_file())
+    entries = sorted(_visible(path))
+    if n_linked := sum(entry.is_dir() for entry in entries):
+        words = "1 linked folder is" if n_linked == 1 else f"{n_linked} linked folders are"
+        say(f"{name}: {words} left out. Name what is wanted with --input, too.")
+    visible = [file for file in entries if file.is_file()]
     readable = [file for file in visible if format_of(file)[0] in READERS]
     if n_others := len(visible) - len(readable):
         say(f"{name}: {n_others} files of other formats are left out")

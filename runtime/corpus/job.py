@@ -15,7 +15,7 @@ from typing import Any
 from f2gguf.runtime.console import Advance, progress
 from f2gguf.runtime.corpus.cut import Shard, cut
 from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, stat_inputs
-from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster
+from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster, require_processes
 from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, require_order, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
 from f2gguf.runtime.embedder import Embedder
@@ -102,6 +102,8 @@ def embed_corpus(
     for a file that cannot be read at all.
     """
     require_pyarrow(folder, "writes Parquet")
+    if n_processes:
+        require_processes(n_processes, model.encoder.settings.n_threads)
     files = find_inputs(names, apart_from=folder)
     prompt = model.prompt_of(prompt_name, prompt)
     width = model.header.require_width(model.truncate_dim if truncate_dim is None else truncate_dim)

@@ -65,13 +65,16 @@ def choose_processes(model: Embedder, n_input_bytes: int) -> int:
     return max(1, min(model.encoder.settings.n_threads, n_input_bytes // _BYTES_A_PROCESS))
 
 
+def require_processes(n_processes: int, n_threads: int) -> None:
+    """Raise `WrongUsage` for more processes than there are threads to share out."""
+    if n_processes > n_threads:
+        raise WrongUsage(f"--processes {n_processes}: there are {n_threads} threads to share out. Ask for fewer.")
+
+
 @contextlib.contextmanager
 def processes(n_processes: int, options: Options) -> Iterator[Pool]:
     """`n_processes` that each open the file, with an equal share of the threads."""
-    n_threads = require_threads(options.opening["n_threads"])
-    if n_processes > n_threads:
-        raise WrongUsage(f"--processes {n_processes}: there are {n_threads} threads to share out. Ask for fewer.")
-    options = _with_threads(options, n_threads // n_processes)
+    options = _with_threads(options, require_threads(options.opening["n_threads"]) // n_processes)
     executor = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         yield Pool(lambda texts: executor.submit(embed_texts, options, texts), lambda: n_processes)
