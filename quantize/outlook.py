@@ -220,6 +220,8 @@ def _counted(facts: Facts) -> Callable[[Sequence[EvalText], int], float]:
     if not path.is_file():
         return lambda texts, most: sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
     tokenizer, lengths = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
 
     def count(texts: Sequence[EvalText], most: int) -> float:
         new = list({text.text: None for text in texts if text.text not in lengths})

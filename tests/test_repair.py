@@ -40,7 +40,7 @@ Studied = Callable[[Path], Study]
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studied]:
     """The study of a .gguf file, on some of the calibration texts."""
-    texts = load_texts(PATH)[::6]
+    texts = load_texts(PATH)[::10]
     quick = pytest.MonkeyPatch()
     quick.setattr(calibration, "N_SPLICED", 0)
 

@@ -20,7 +20,7 @@ from f2gguf.quantize.job import Job
 from f2gguf.quantize.pipeline import make_release
 from f2gguf.quantize.release.check import read_release
 from f2gguf.quantize.release.write import write_release
-from f2gguf.quantize.repair import calibration, search
+from f2gguf.quantize.repair import calibration, search, study
 from f2gguf.quantize.report import picture
 from f2gguf.quantize.report.report import Report, read_report, write_report
 from f2gguf.quantize.source.facts import Facts
@@ -56,6 +56,7 @@ class Runs:
         self.folder, self.out, self.stages = folder, out, set[str]()
         monkeypatch.setattr(pipeline, "load_texts", lambda: TEXTS)
         monkeypatch.setattr(calibration, "N_SPLICED", 0)
+        monkeypatch.setattr(study, "_budget", lambda _weights: 25_000.0)  # of tokens: a quarter of all texts
         monkeypatch.setattr(picture, "find_spec", lambda _name: None)  # drawing would take most of the time
         self._spy(monkeypatch, pipeline, "convert", lambda *_: CONVERT)
         self._spy(monkeypatch, gate, "check_conversion", lambda *_: GATE_1)
