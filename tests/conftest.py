@@ -42,10 +42,10 @@ def find_spec(name, *rest, find=importlib.util.find_spec):
 importlib.util.find_spec = find_spec
 """
 NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0\n"  # as it takes minutes
-# About a quarter of the calibration texts, and none made of them: several times as quick
+# About half of the calibration texts, and none made of them: several times as quick
 FEW_TEXTS = """
 import f2gguf.quantize.repair.calibration as calibration
-calibration.N_SPLICED, calibration.N_PRODUCTS = 0, 1e11
+calibration.N_SPLICED, calibration.N_PRODUCTS = 0, 2e11
 """
 # Where measuring is not the subject: with few texts, and gate 1 is left to the releases of nano and MiniLM
 QUICK = f"""{NO_TRANSFORMERS}
