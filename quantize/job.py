@@ -101,7 +101,12 @@ def start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText
         say(f"{old.base}: made again, because gate 1 was not run then and can be now")
     variants = {name: file for name, file in old.files.items() if name != old.base}  # they stay if its bytes do
     return replace(
-        new, files=variants, imatrix=old.imatrix, stock=old.stock, variants=old.variants, machine=old.machine
+        new,
+        files=variants,
+        imatrix=old.imatrix,
+        stock=old.stock,
+        variants=old.variants,
+        performance=old.performance,
     )
 
 

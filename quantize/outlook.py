@@ -158,7 +158,8 @@ def _expected(
         chosen, judged = fitting(some), judging(some)
         stages["calibrate"] = through(base_file, [*chosen, *judged])
         n = n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
-        memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
+        if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):
+            memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
         codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
     for name in variants:
         kind = _TYPE.get(name, name)

@@ -37,7 +37,6 @@ from f2gguf.quantize.report.report import (
     Report,
     VariantInputs,
     described,
-    machine_of,
     read_report,
     write_report,
 )
@@ -121,7 +120,10 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         if outlook:
             say(outlook.summary())
         copy_legal_files(job.facts.checkpoint.folder, job.folder)
-        report = _saved(job, drop_lost_recipes(report))
+        report = drop_lost_recipes(report)
+        for name in report.files.keys() - report.performances.keys():  # which an older version left
+            report = report.with_performance(name, job.file(name), device=job.device)
+        report = _saved(job, report)
         write_release(job.folder, report)
         shutil.rmtree(job.work, ignore_errors=True)
         return report
@@ -181,10 +183,8 @@ def _make_base(
             np.save(file, reference)
         conversion = Conversion(**asdict(check), n_stock_tokenizer_differs=len(stock_differs))
         files = {report.base: described(part, name=path.name), **report.files}
-        report = replace(
-            report, files=files, conversion=conversion, machine=machine_of(part, job.device, report.machine)
-        )
-        return _saved(job, report.with_performance(report.base, part, texts_per_s))
+        report = replace(report, files=files, conversion=conversion)
+        return _saved(job, report.with_performance(report.base, part, texts_per_s, device=job.device))
 
 
 def _make_variants(
@@ -197,7 +197,6 @@ def _make_variants(
     outlook: Outlook,
 ) -> Report:
     """Each by llama.cpp's plain recipe first, for comparison, then by the one that holds the bound."""
-    report = replace(report, machine=machine_of(job.base_path, job.device, report.machine))
     held_out = embed_held_out(job.base_path, calibration.corpus if calibration else None, job.device)
     evaluation = Evaluation(texts, _reference(job, texts), job.max_drift, job.device, held_out, quick=job.quick)
     study = None
@@ -241,7 +240,7 @@ def _make_variant(
         if made.recipe == stock:
             report = replace(report, stock={other: report.stock[other] for other in report.stock if other != name})
         report = report.with_variant(name, described(part, name=target.name), verdict)
-        report = _saved(job, report.with_performance(name, part, made.texts_per_s))
+        report = _saved(job, report.with_performance(name, part, made.texts_per_s, device=job.device))
         say("\n".join(f"  {line}" for line in verdict.recipe_lines))
     return report
 

@@ -204,7 +204,9 @@ def contents(folder: Path) -> dict[str, object]:
     """What a release holds: its .gguf files, and its report without what is measured of the machine each time."""
     files: dict[str, object] = {path.name: path.read_bytes() for path in folder.glob("*.gguf")}
     is_whole = (folder / "SHA256SUMS").exists()
-    return files | ({"drift.json": replace(read_report(folder), machine=None)} if is_whole else {})
+    return files | (
+        {"drift.json": replace(read_report(folder), model_memory=None, performance=None)} if is_whole else {}
+    )
 
 
 def facts_of(folder: Path, stated: Stated = NOTHING, **locked: object) -> Facts:

@@ -64,9 +64,8 @@ def test_what_fits_where_is_said_of_every_file(nano_release: Release, report: Re
     card = model_card(report)
     assert report.source.cache_bytes == 2048
     assert "Every 1,000 tokens more take 2.0 MB (keys and values)" in card
-    assert report.machine
-    assert set(report.machine.files) == set(report.files)
-    for name, performance in report.machine.files.items():
+    assert set(report.performances) == set(report.files)
+    for name, performance in report.performances.items():
         assert performance.memory.weights_bytes == nano_release.file(name).stat().st_size
         assert f"| {performance.texts_per_s:,.1f} | {report.files[name].sha256[:12]} |" in card
     assert re.search(r"^\| RTX 4090 \| 24 GB \| fits \| about [\d,]+ tokens/s \|", card, re.MULTILINE)

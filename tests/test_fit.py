@@ -18,8 +18,10 @@ from f2gguf.quantize.fit.picture import draw, require_picture
 from f2gguf.quantize.fit.table import lines
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.errors import UnknownName, WrongUsage
 from f2gguf.runtime.fit.devices import Work, devices
+from f2gguf.runtime.gguf.header import read_header
 from hub import Hub, only_error, run_command, serving
 
 CHECK_FIT = Path(__file__).resolve().parent.parent / "scripts" / "check-fit"
@@ -155,6 +157,30 @@ def test_the_estimate_gives_what_was_measured_on_an_h100() -> None:
         assert estimate == pytest.approx(measured, rel=0.1)
 
 
+def test_another_checkpoint_of_a_known_name_is_not_what_was_measured(nano_facts: Facts, tmp_path: Path) -> None:
+    for source in nano_facts.checkpoint.folder.rglob("*"):
+        if source.is_file():
+            path = tmp_path / "all-MiniLM-L6-v2" / source.relative_to(nano_facts.checkpoint.folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(source)
+    quality = fit(tmp_path / "all-MiniLM-L6-v2", variants="Q4_0", sample=False).files[1].quality
+    assert quality
+    assert not quality.is_measured
+
+
+def test_a_folder_of_files_is_a_release(tiny_variants: Release) -> None:
+    names = [file.variant for file in fit(tiny_variants.folder, sample=False).files]
+    assert names == ["F16", "Q8_0", "Q4_K_M", "Q4_0"]
+
+
+def test_texts_are_cut_at_what_the_model_takes(tiny_variants: Release) -> None:
+    path = tiny_variants.file("Q8_0")
+    longest = read_header(path).max_tokens
+    most, more = (fit(path, n_tokens=n, device="RTX 4090").files[0].corpus for n in (longest, 1_000_000))
+    assert most
+    assert most == more
+
+
 def test_a_goal_picks_the_file_of_least_drift(nano_fits: Fits) -> None:
     assert nano_fits.best and nano_fits.best.variant == "F16"
 
@@ -163,6 +189,8 @@ def test_the_closest_file_misses_its_worst_wish_by_the_least() -> None:
     figures = [{"drift": 0.03, "memory": 1e9}, {"drift": 0.001, "memory": 5e9}, {"drift": None, "memory": 1e6}]
     assert choose(parse_goal("drift<1%,memory<2GB"), figures) == (1, {"memory<2GB": 5e9})
     assert choose(parse_goal("drift<4%,memory<2GB"), figures) == (0, {})
+    assert choose(parse_goal("memory<1MB"), figures) == (2, {"memory<1MB": 1e6})
+    assert choose(parse_goal("memory<=1MB"), figures) == (2, {})
 
 
 @pytest.mark.parametrize(
@@ -172,8 +200,9 @@ def test_the_closest_file_misses_its_worst_wish_by_the_least() -> None:
         ("", "is no wish"),
         ("drift<1%,", "is no wish"),
         ("drift>1%", "say drift<NUMBER"),
-        ("drift<0", "a number above 0"),
+        ("drift<0%", "a number above 0"),
         ("drift<1GB", "Units: %"),
+        ("drift<1", "Units: %"),
         ("memory<1.2.3GB", "is no memory"),
         ("speed<100", "say speed>NUMBER"),
         ("memory<1GB,memory<2GB", "two wishes about memory"),

@@ -27,7 +27,6 @@ from f2gguf.quantize.report.picture import draw
 from f2gguf.quantize.report.report import (
     Conversion,
     File,
-    Machine,
     Measured,
     Performance,
     Report,
@@ -89,7 +88,7 @@ def file_of(name: str, size_bytes: int) -> File:
 
 def performance_of(size_bytes: int, products: int | None) -> Performance:
     memory = Memory(size_bytes, 0, 1000, 2000, 10_000_000, vram_bytes=size_bytes + 3000, host_bytes=10_000_000)
-    return Performance(1234.5, memory, Work(8, products, size_bytes))
+    return Performance(memory, Work(8, products, size_bytes), 1234.5, "Some CPU, 2 threads")
 
 
 PERFORMANCE = {
@@ -125,7 +124,8 @@ def report_with(**changes: Any) -> Report:
         files={"F16": file_of("F16", 2_000_000), "Q4_0": file_of("Q4_0", 600_000), "Q2": file_of("Q2", 400_000)},
         variants={"Q4_0": verdict_of(0.03, 600_000), "Q2": verdict_of(0.3, 400_000, recipe=Recipe("Q2"))},
         stock={"Q4_0": verdict_of(0.2, 562_500, recipe=Recipe("Q4_0"))},
-        machine=Machine("Some CPU", 2, "cpu", ModelMemory(10_000_000, CONTEXT, CONTEXT, CONTEXT), PERFORMANCE),
+        model_memory=ModelMemory(10_000_000, CONTEXT, CONTEXT, CONTEXT),
+        performance=PERFORMANCE,
     )
     return replace(report, **changes)
 
@@ -268,10 +268,10 @@ def test_a_report_of_a_version_that_knew_no_corpus_is_read(report: Report, tmp_p
 def test_a_report_of_a_version_that_measured_no_speed_is_read(report: Report, tmp_path: Path) -> None:
     write_report(tmp_path, report)
     document = json.loads((tmp_path / "drift.json").read_text())
-    del document["machine"]
+    del document["model_memory"], document["performance"]
     (tmp_path / "drift.json").write_text(json.dumps(document))
     old = read_report(tmp_path)
-    assert (old.machine, old.performance) == (None, {})
+    assert (old.performance, old.performances) == (None, {})
     assert "What fits where" not in model_card(old)
 
 
@@ -279,7 +279,7 @@ def test_card_says_what_fits_where_and_how_fast_it_was(report: Report) -> None:
     card = model_card(report)
     assert "| Q4_0 | 600.0 kB | 4.80 |" in card
     assert "| 1,234.5 | q4_0q4_0q4_0 |" in card
-    assert "Texts/s: the evaluation texts, when they were measured, on Some CPU, with 2 threads." in card
+    assert "Texts/s: the evaluation texts, once, when the file was measured, on Some CPU, 2 threads." in card
     assert "| Q4_0 | 10.6 MB | 600.0 kB | 603.0 kB | 10.0 MB |" in card
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in card.splitlines() if line.startswith("| RTX")}
     f16, q4_0, q2 = rows["RTX 4090"]
@@ -408,7 +408,7 @@ def test_without_matplotlib_the_extra_is_named_and_no_old_picture_stays(
 
 
 def test_a_report_before_its_first_variant_still_has_page_and_card() -> None:
-    report = report_with(variants={}, stock={}, machine=None, files={"F16": file_of("F16", 2_000_000)})
+    report = report_with(variants={}, stock={}, performance=None, files={"F16": file_of("F16", 2_000_000)})
     assert "0 of 0 variants" in Page(report_html(report)).text
     assert "| F16 | 2.0 MB | 16.00 | reference |" in model_card(report)
 

@@ -103,7 +103,7 @@ class Fits:
 def fit(
     models: str | Path | Sequence[str | Path],
     *,
-    variants: str = ",".join(DEFAULT_VARIANTS),
+    variants: str | Sequence[str] = DEFAULT_VARIANTS,
     goal: str | None = None,
     max_tokens: int | None = None,
     parallel: int = 1,
@@ -118,10 +118,10 @@ def fit(
 ) -> Fits:
     """What the files of `models` take and give: those that are there, and those that `quantize all` would make.
 
-    A model is a .gguf file, a name of models.lock, a checkpoint folder, or org/name[@revision] on the Hub, of which
-    only small files are downloaded. Memory is for texts of up to `max_tokens` and `parallel` requests. Speeds are
-    sampled here (not with `sample=False`), or estimated for a `device` of runtime/devices.toml. `price` is of an hour;
-    without it, the one that is known of the device.
+    A model is a .gguf file or a folder of them, a name of models.lock, a checkpoint folder, or org/name[@revision] on
+    the Hub, of which only small files are downloaded. Memory is for texts of up to `max_tokens` and `parallel`
+    requests. Speeds are sampled here (not with `sample=False`), or estimated for a `device` of runtime/devices.toml.
+    `price` is of an hour; without it, the one that is known of the device.
     `goal` is such as "drift<1%,memory<3GB,latency<50ms".
 
     Raises `WrongUsage` and `UnknownName` for arguments that cannot work, and what opening a model raises.
@@ -129,7 +129,7 @@ def fit(
     named = [models] if isinstance(models, str | Path) else list(models)
     estimated = require_device(device) if device is not None else None
     question = _Question(
-        variants=require_variants(variants),
+        variants=require_variants(variants if isinstance(variants, str) else ",".join(variants)),
         max_tokens=max_tokens,
         parallel=parallel,
         device=estimated,
@@ -170,7 +170,7 @@ def fit(
 
 def largest_within(limit: int, model: str, variants: Sequence[str], *, lock: Path | None, stated: Stated) -> str:
     """The largest of the `variants` of a model that run within `limit` bytes of memory; `OutOfReach` if none does."""
-    found = fit(model, variants=",".join(variants), sample=False, lock=lock, stated=stated).files
+    found = fit(model, variants=variants, sample=False, lock=lock, stated=stated).files
     files = [file for file in found if file.variant in variants]
     fitting = [file for file in files if file.memory.total_bytes <= limit]
     if not fitting:
@@ -244,7 +244,7 @@ def _fit(candidate: Candidate, question: _Question, model: ModelMemory, pooling:
         memory=memory,
         fits=None if device is None else device.holds(memory),
         speed=speed,
-        corpus=_corpus(speed, question.n_texts, question.n_tokens or N_TOKENS, question.price),
+        corpus=_corpus(speed, question.n_texts, min(question.n_tokens or N_TOKENS, header.max_tokens), question.price),
         dims=header.dims,
     )
 

@@ -12,7 +12,7 @@ _WISH = re.compile(r"\s*([a-z]+)\s*([<>])=?\s*([0-9.]+)\s*([a-zA-Z%/$]*)\s*")
 _BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 # wish -> the sign that it takes, and its units in that of the figure
 WISHES: dict[str, tuple[str, Mapping[str, float]]] = {
-    "drift": ("<", {"": 1, "%": 0.01}),
+    "drift": ("<", {"%": 0.01}),
     "size": ("<", _BYTES),
     "memory": ("<", _BYTES),
     "vram": ("<", _BYTES),
@@ -34,7 +34,7 @@ class Wish:
             return float("inf")
         if self.name == "speed":
             return self.limit / max(value, 1e-9)
-        return value / self.limit if value != self.limit else 1.0000001  # less is asked for
+        return value / self.limit if value != self.limit or "=" in self.text else 1.0000001  # less is asked for
 
 
 def parse_goal(text: str) -> list[Wish]:

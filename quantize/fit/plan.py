@@ -37,6 +37,7 @@ class Candidate:
     is_made: bool
     is_reference: bool  # others are measured against it
     drift: StatedDrift | None  # where it was measured
+    is_listed: bool = False  # a model of models.lock, and no other checkpoint of its name
 
     @property
     def name(self) -> str:
@@ -48,12 +49,14 @@ def candidates(
 ) -> list[Candidate]:
     """The files that MODEL means, the largest first. Skeletons are written into `folder`.
 
-    MODEL is a .gguf file, a name in the lock, a checkpoint folder, or org/name[@revision] on the Hub: a release, or a
-    checkpoint, of which nothing but small files is downloaded. Raises what `read_header`, `find_model`, `fetch` and
-    `read_facts` raise.
+    MODEL is a .gguf file or a folder of them, a name in the lock, a checkpoint folder, or org/name[@revision] on the
+    Hub: a release, or a checkpoint, of which nothing but small files is downloaded. Raises what `read_header`,
+    `find_model`, `fetch` and `read_facts` raise.
     """
     if model.lower().endswith(".gguf"):
         return [_made(read_header(model), pooling=stated.pooling)]
+    if (files := _release_files(Path(model))) and model.lower() not in map(str.lower, lock.entries):
+        return [_made(read_header(path), pooling=stated.pooling) for path in files]
     entry, there = find_model(model, lock, name=stated.name)
     folder = folder / entry.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +69,20 @@ def candidates(
     return planned(facts, variants, folder)
 
 
+def _release_files(folder: Path) -> list[Path]:
+    """The models of a folder without a checkpoint, the largest first."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return []
+    files = [path for path in folder.glob("*.gguf") if not path.name.endswith(".imatrix.gguf")]
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
 def planned(facts: Facts, variants: Sequence[str], folder: Path) -> list[Candidate]:
     """The base file and the `variants` of a checkpoint, with the sizes that llama.cpp's own types give."""
-    path = folder / f"{facts.name}-{facts.base.upper()}.gguf"
+    path, is_listed = (
+        folder / f"{facts.name}-{facts.base.upper()}.gguf",
+        bool(facts.entry.package or facts.entry.revision),
+    )
     write_skeleton(facts, path)
     header = read_header(path)
     found = [_made(header, is_made=False)]
@@ -79,7 +93,7 @@ def planned(facts: Facts, variants: Sequence[str], folder: Path) -> list[Candida
         size_bytes = file_bytes(header, types, values)
         tensors = (replace(it, type=types[it.name], size_bytes=size_as(it, types[it.name])) for it in header.tensors)
         its_own = replace(header, tensors=tuple(tensors))
-        found.append(Candidate(facts.name, variant, size_bytes, its_own, False, False, None))
+        found.append(Candidate(facts.name, variant, size_bytes, its_own, False, False, None, is_listed))
     return sorted(found, key=lambda candidate: -candidate.size_bytes)
 
 

@@ -39,6 +39,6 @@ def quality_of(candidate: Candidate) -> Quality | None:
     measured = tomllib.loads(PATH.read_text(encoding="utf-8")).get(candidate.variant, {})
     if not measured or KEY_VERSION not in candidate.header.values:
         return None
-    if (drift := measured.get(candidate.model)) is not None:
+    if candidate.is_listed and (drift := measured.get(candidate.model)) is not None:
         return Quality(drift, drift, is_measured=True)
     return Quality(min(measured.values()), max(measured.values()), is_measured=False, n_models=len(measured))

@@ -63,7 +63,7 @@ def _notes(found: Fits) -> Iterator[str]:
         if found.price is not None and found.price == device.price:
             yield f"cost: at {found.price:g} US dollars an hour ({device.price_source})"
     elif any(file.speed for file in found.files):
-        yield "speed: sampled here on some layers of each file's shapes and types, with all cores"
+        yield "speed: sampled here on some layers of each file's shapes and types; texts are cut at what a model takes"
     if any(file.quality and not file.quality.is_measured for file in found.files):
         yield "drift: where nobody measured, the range of the models in quantize/fit/measured.toml, which is no promise"
 
@@ -91,7 +91,7 @@ def _duration(hours: float) -> str:
 
 def _figure(wish: str, value: float | None) -> str:
     if value is None:
-        return "not known, or it does not fit the device"
+        return "not known, or too large"
     if wish.startswith("drift"):
         return percent(value)
     if wish.startswith(("size", "memory", "vram")):

@@ -16,7 +16,7 @@ from f2gguf.runtime.errors import InputError, parsing
 from f2gguf.runtime.files import sha256_file, write_text
 from f2gguf.runtime.fit.devices import Work, work_of
 from f2gguf.runtime.fit.memory import MAX_TOKENS, Memory, ModelMemory, memory_of, model_memory
-from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.hub.models import first_usual
 from f2gguf.runtime.llama.library import backends, device_in_use
 from f2gguf.runtime.llama.threads import cpu_name, default_threads
@@ -71,20 +71,10 @@ class File:
 class Performance:
     """What a file takes, and how fast it was, where it was measured. Two runs differ in it."""
 
-    texts_per_s: float  # of the evaluation texts
     memory: Memory  # of a process that embeds texts of up to fit.memory.MAX_TOKENS tokens
     work: Work
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the files were measured."""
-
-    name: str  # of the processor
-    n_threads: int
-    device: str  # 'cpu', 'cuda' or 'mps'
-    model: ModelMemory  # what any file of the model takes there besides its weights
-    files: Mapping[str, Performance] = field(default_factory=dict)
+    texts_per_s: float | None = None  # of the evaluation texts; None where the file was measured by an older version
+    machine: str | None = None  # that did so many
 
 
 @dataclass(frozen=True)
@@ -138,12 +128,13 @@ class Report:
     imatrix: File | None = None
     stock: Mapping[str, Measured] = field(default_factory=dict)  # llama.cpp's own recipes, where another one was chosen
     variants: Mapping[str, Measured] = field(default_factory=dict)
-    machine: Machine | None = None  # None in reports of older versions
+    model_memory: ModelMemory | None = None  # what any file of the model takes besides its weights
+    performance: Mapping[str, Performance] | None = None  # of the files; None in reports of older versions
 
     @property
-    def performance(self) -> dict[str, Performance]:
+    def performances(self) -> dict[str, Performance]:
         """What is known of each file, in their order."""
-        known = self.machine.files if self.machine else {}
+        known = self.performance or {}
         return {name: known[name] for name in self.files if name in known}
 
     @property
@@ -183,23 +174,20 @@ class Report:
             variants={variant: variants[variant] for variant in order},
         )
 
-    def with_performance(self, name: str, path: Path, texts_per_s: float) -> Report:
-        """The report with what the file at `path` took and did."""
-        if self.machine is None:
-            return self
+    def with_performance(self, name: str, path: Path, texts_per_s: float | None = None, *, device: str) -> Report:
+        """The report with what the file at `path` takes, and how many texts it did in a second on `device`."""
         header = read_header(path)
-        memory = memory_of(self.machine.model, header, path.stat().st_size)
-        files = {**self.machine.files, name: Performance(texts_per_s, memory, work_of(header))}
-        return replace(self, machine=replace(self.machine, files=files))
+        model = self.model_memory or _model_memory(header)
+        memory, machine = memory_of(model, header, path.stat().st_size), texts_per_s and _machine(device)
+        made = Performance(memory, work_of(header), texts_per_s, machine or None)
+        return replace(self, model_memory=model, performance={**(self.performance or {}), name: made})
 
     def without_variants(self, names: set[str]) -> Report:
         """The report without the variants `names`."""
-        machine = self.machine
-        if machine:
-            machine = replace(machine, files={name: it for name, it in machine.files.items() if name not in names})
+        known = self.performance
         return replace(
             self,
-            machine=machine,
+            performance=known and {name: it for name, it in known.items() if name not in names},
             files={name: file for name, file in self.files.items() if name not in names},
             variants={name: verdict for name, verdict in self.variants.items() if name not in names},
         )
@@ -224,15 +212,17 @@ def described(path: Path, *, name: str | None = None) -> File:
     return File(name or path.name, path.stat().st_size, sha256_file(path))
 
 
-def machine_of(path: Path, device: str, known: Machine | None) -> Machine:
-    """This machine, and what the file at `path` takes on it besides its weights; `known` if that is this machine."""
+def _machine(device: str) -> str:
+    """This machine in words: 'AMD EPYC 9654 96-Core Processor, 2 threads'."""
+    n_threads = default_threads()
+    on_cpu = f"{cpu_name()}, {n_threads} {'thread' if n_threads == 1 else 'threads'}"
     in_use = device_in_use(offloaded=device != "cpu" and backends() != ["CPU"])
-    here = cpu_name(), default_threads(), in_use
-    if known and here == (known.name, known.n_threads, known.device):
-        return known
-    header = read_header(path)
+    return on_cpu if in_use == "cpu" else f"{in_use}, beside {on_cpu}"
+
+
+def _model_memory(header: Header) -> ModelMemory:
     longest = min(header.max_tokens, MAX_TOKENS)
-    return Machine(*here, model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling()))
+    return model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling())
 
 
 def write_report(folder: Path, report: Report) -> None:

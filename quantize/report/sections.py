@@ -82,7 +82,7 @@ def sections(report: Report) -> Iterator[Block]:
     if on_corpus := corpus_tables(report):
         yield from on_corpus
         yield Paragraph(_CORPUS_NOTE)
-    if report.performance:
+    if report.performances:
         yield Heading("What fits where")
         yield memory_table(report)
         yield Paragraph(_memory_note(report))
@@ -112,8 +112,9 @@ def _files(report: Report) -> Table:
     table = files_table(report)
     rows = []
     for row in table.rows:
-        file, speed = report.files.get(row[0]), report.performance.get(row[0])  # llama.cpp's own recipes have neither
-        rows.append([*row, f"{speed.texts_per_s:,.1f}" if speed else "", file.sha256[:12] if file else ""])
+        file, speed = report.files.get(row[0]), report.performances.get(row[0])  # llama.cpp's own recipes have neither
+        texts_per_s = f"{speed.texts_per_s:,.1f}" if speed and speed.texts_per_s else ""
+        rows.append([*row, texts_per_s, file.sha256[:12] if file else ""])
     return Table(table.caption, (*table.header, "texts/s", "SHA-256"), rows)
 
 
@@ -121,10 +122,8 @@ def _files_note(report: Report) -> str:
     notes = []
     if report.stock:
         notes.append('"stock" is what llama.cpp\'s own recipe for the variant gives, measured on the same texts.')
-    if machine := report.machine:
-        threads = f"{machine.n_threads} {'thread' if machine.n_threads == 1 else 'threads'}"
-        where = machine.name if machine.device == "cpu" else f"{machine.device}, beside {machine.name}"
-        notes.append(f"Texts/s: the evaluation texts, when they were measured, on {where}, with {threads}.")
+    if machines := dict.fromkeys(it.machine for it in report.performances.values() if it.machine):
+        notes.append(f"Texts/s: the evaluation texts, once, when the file was measured, on {' or '.join(machines)}.")
     return " ".join(notes)
 
 

@@ -96,7 +96,7 @@ def precisions_table(report: Report) -> Table:
 def memory_table(report: Report) -> Table:
     """Memory of every file, on a processor and on a GPU."""
     rows = []
-    for name, performance in report.performance.items():
+    for name, performance in report.performances.items():
         memory = performance.memory
         figures = (memory.total_bytes, memory.weights_bytes, memory.vram_bytes, memory.host_bytes)
         rows.append([name, *map(format_size, figures)])
@@ -106,7 +106,7 @@ def memory_table(report: Report) -> Table:
 
 def devices_table(report: Report) -> Table:
     """Which files run on the devices of runtime/devices.toml, and how fast by estimate."""
-    files, rows = report.performance, []
+    files, rows = report.performances, []
     for device in devices().values():
         memory = "" if device.memory_gb is None else f"{device.memory_gb:g} GB"
         rows.append([device.name, memory, *(device_cell(device, it.memory, it.work) for it in files.values())])

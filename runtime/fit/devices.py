@@ -83,13 +83,14 @@ def work_of(header: Header) -> Work:
 
 def device_cell(device: Device, memory: Memory, work: Work) -> str:
     """What a file does on a device, in a table's cell: 'about 16,000 tokens/s, 2.1 ms', 'fits', or 'too large'."""
-    if device.holds(memory) is False:
+    fits = device.holds(memory)
+    if fits is False:
         return "too large"
     speed = device.speed(work)
     parts = [f"about {rounded(speed.tokens_per_s)} tokens/s"] if speed.tokens_per_s else []
     if speed.query_ms:
         parts.append(f"{rounded(speed.query_ms)} ms")
-    return ", ".join(parts) or "fits"
+    return ", ".join(parts) or ("fits" if fits else "not known")
 
 
 def rounded(value: float) -> str:

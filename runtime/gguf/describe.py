@@ -38,7 +38,8 @@ def drift_of(header: Header) -> StatedDrift | None:
 
 def is_reference(header: Header) -> bool:
     """Whether others are measured against such a file."""
-    return header.file_type in ("F16", "BF16", "F32")
+    unquantised = ("F16", "BF16", "F32")
+    return header.file_type in unquantised and all(tensor.type in unquantised for tensor in header.tensors)
 
 
 def describe_drift(header: Header) -> str:
