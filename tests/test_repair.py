@@ -148,10 +148,8 @@ def test_outliers_in_the_residual_stream_are_promoted_away(tmp_path: Path, studi
     assert study.size_bytes(recipe) < 0.8 * sum(info.size_bytes for info in study.weights.header.tensors)
 
 
-@pytest.mark.parametrize("variant", ["Q4_K_M", "IQ4_NL"])
-def test_feedback_leaves_four_tenths_of_what_the_importance_matrix_does(
-    variant: str, nano_study: Study, tmp_path: Path
-) -> None:
+def test_feedback_leaves_four_tenths_of_what_the_importance_matrix_does(nano_study: Study, tmp_path: Path) -> None:
+    variant = "IQ4_NL"  # the outliers above have Q4_K_M, and MiniLM below has Q4_0
     recipe = Search(nano_study, variant).under(MARGIN * 0.02)
     with_imatrix = drift_of(nano_study, nano_study.recipe(variant), tmp_path / "imatrix.gguf")
     stock = drift_of(nano_study, Recipe(variant), tmp_path / "stock.gguf")
