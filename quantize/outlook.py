@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,31 +107,15 @@ def expect(
     texts: Sequence[EvalText],
     claimed: Sequence[EvalText],
     calibration: Calibration | None,
+    *,
+    speeds: Mapping[str, float] | None = None,
 ) -> Outlook:
     """What a run takes that makes `variants`, and before them the file `base` if it is named.
 
-    Work with matrices is counted in products: one for each weight of the layers and each token.
+    Work with matrices is counted in products: one for each weight of the layers and each token. `speeds` are tokens/s
+    of the files, by variant; without them, they are sampled where the run takes minutes.
     """
-    work, machine, n_tokens = (job, base, variants, texts, claimed, calibration), _Machine.sample(), _counted(job.facts)
-    outlook = _expected(*work, machine, n_tokens, {})
-    if outlook.seconds_left < _WORTH_SAYING:
-        return outlook
-    return _expected(*work, machine, n_tokens, _speeds(job.facts, variants))
-
-
-def _expected(
-    job: Job,
-    base: str | None,
-    variants: Sequence[str],
-    texts: Sequence[EvalText],
-    claimed: Sequence[EvalText],
-    calibration: Calibration | None,
-    machine: _Machine,
-    n_tokens: Callable[[Sequence[EvalText], int], float],
-    speeds: Mapping[str, float],
-) -> Outlook:
-    """`speeds`: tokens/s of the files, by variant, as far as they were sampled."""
-    facts = job.facts
+    facts, machine, n_tokens = job.facts, _Machine.sample(), _counted(job.facts.checkpoint.tokenizer_path)
     shapes, n_all = layer_shapes(facts.tensors.items()), facts.checkpoint.n_parameters
     n_weights, widest = sum(map(math.prod, shapes)), max(n_cols for _, n_cols in shapes)
     base_bytes = n_all * (2 if facts.base == "f16" else 4)
@@ -139,7 +124,7 @@ def _expected(
 
     def through(name: str, some: Sequence[EvalText]) -> Seconds:
         kind = name if name in _SPEED else "llama.cpp"
-        speed = speeds.get(name) or _SPEED[kind] * machine.products / n_weights
+        speed = (speeds or {}).get(name) or _SPEED[kind] * machine.products / n_weights
         return {kind: n_tokens(some, facts.max_tokens) / speed}
 
     base_file = facts.base.upper()
@@ -172,7 +157,10 @@ def _expected(
             training = _training_seconds(job.tune, n_weights, int(n_tokens(chosen, LONG_TOKENS)))
             stages[name] |= {} if training is None else {"training": training}
         disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
-    return Outlook(stages, int(memory_bytes), int(disk_bytes))
+    outlook = Outlook(stages, int(memory_bytes), int(disk_bytes))
+    if speeds is None and outlook.seconds_left >= _WORTH_SAYING:
+        return expect(job, base, variants, texts, claimed, calibration, speeds=_speeds(facts, variants))
+    return outlook
 
 
 @dataclass(frozen=True)
@@ -183,6 +171,7 @@ class _Machine:
     bytes: float  # hashed
 
     @classmethod
+    @cache
     def sample(cls) -> _Machine:
         square, data = np.ones((1024, 1024), dtype=np.float32), bytes(1 << 24)
         with all_cores():
@@ -190,6 +179,7 @@ class _Machine:
         return cls(products, len(data) / _seconds(lambda: hashlib.sha256(data)))
 
 
+@cache
 def _weights_a_second(kind: str) -> float:
     rows = np.random.default_rng(0).standard_normal((64, 1024), dtype=np.float32)
     return default_threads() * rows.size / _seconds(lambda: quantize_rows(rows, kind, np.ones(1024, dtype=np.float32)))
@@ -215,9 +205,9 @@ def _training_seconds(wanted: bool | None, n_weights: int, n: int) -> float | No
     return seconds if wanted or seconds <= 60 * MAX_MINUTES else None
 
 
-def _counted(facts: Facts) -> Callable[[Sequence[EvalText], int], float]:
+@cache
+def _counted(path: Path) -> Callable[[Sequence[EvalText], int], float]:
     """What counts the tokens of texts that are cut after some: nearly, since it knows nothing of prompts."""
-    path = facts.checkpoint.tokenizer_path
     if not path.is_file():
         return lambda texts, most: sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
     tokenizer, lengths = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()

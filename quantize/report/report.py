@@ -15,8 +15,8 @@ from f2gguf.quantize.repair.recipe import Recipe
 from f2gguf.runtime.errors import InputError, parsing
 from f2gguf.runtime.files import sha256_file, write_text
 from f2gguf.runtime.fit.devices import Work, work_of
-from f2gguf.runtime.fit.memory import MAX_TOKENS, Memory, ModelMemory, memory_of, model_memory
-from f2gguf.runtime.gguf.header import Header, read_header
+from f2gguf.runtime.fit.memory import Memory, ModelMemory, memory_of, model_memory
+from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.hub.models import first_usual
 from f2gguf.runtime.llama.library import backends, device_in_use
 from f2gguf.runtime.llama.threads import cpu_name, default_threads
@@ -177,9 +177,9 @@ class Report:
     def with_performance(self, name: str, path: Path, texts_per_s: float | None = None, *, device: str) -> Report:
         """The report with what the file at `path` takes, and how many texts it did in a second on `device`."""
         header = read_header(path)
-        model = self.model_memory or _model_memory(header)
-        memory, machine = memory_of(model, header, path.stat().st_size), texts_per_s and _machine(device)
-        made = Performance(memory, work_of(header), texts_per_s, machine or None)
+        model = self.model_memory or model_memory(header, pooling=header.require_pooling())
+        memory, machine = memory_of(model, header, path.stat().st_size), _machine(device) if texts_per_s else None
+        made = Performance(memory, work_of(header), texts_per_s, machine)
         return replace(self, model_memory=model, performance={**(self.performance or {}), name: made})
 
     def without_variants(self, names: set[str]) -> Report:
@@ -218,11 +218,6 @@ def _machine(device: str) -> str:
     on_cpu = f"{cpu_name()}, {n_threads} {'thread' if n_threads == 1 else 'threads'}"
     in_use = device_in_use(offloaded=device != "cpu" and backends() != ["CPU"])
     return on_cpu if in_use == "cpu" else f"{in_use}, beside {on_cpu}"
-
-
-def _model_memory(header: Header) -> ModelMemory:
-    longest = min(header.max_tokens, MAX_TOKENS)
-    return model_memory(header, max_tokens=longest, parallel=1, pooling=header.require_pooling())
 
 
 def write_report(folder: Path, report: Report) -> None:

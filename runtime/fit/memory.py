@@ -76,13 +76,19 @@ class Memory:
         return self.repacked_bytes + self.kv_bytes + self.compute_bytes + self.base_bytes
 
 
-def model_memory(header: Header, *, max_tokens: int, parallel: int, pooling: str) -> ModelMemory:
+def usual_tokens(header: Header) -> int:
+    """Tokens of the longest text, where nobody says another length."""
+    return min(header.max_tokens, MAX_TOKENS)
+
+
+def model_memory(header: Header, *, pooling: str, max_tokens: int | None = None, parallel: int = 1) -> ModelMemory:
     """Ask a process of its own, which opens the file of `header` without its weights.
 
-    `max_tokens` is the length of the longest text. With `parallel` requests, long texts and the short ones that go
-    before them have a context each.
+    `max_tokens` is the length of the longest text, `usual_tokens` by default. With `parallel` requests, long texts and
+    the short ones that go before them have a context each.
     """
-    arguments = {"path": str(header.path), "max_tokens": max_tokens, "parallel": parallel, "pooling": pooling}
+    longest = max_tokens or usual_tokens(header)
+    arguments = {"path": str(header.path), "max_tokens": longest, "parallel": parallel, "pooling": pooling}
     command = [sys.executable, "-c", "from f2gguf.runtime.fit.memory import main; main()", json.dumps(arguments)]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode:

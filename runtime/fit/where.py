@@ -6,20 +6,19 @@ from dataclasses import asdict
 from typing import Any
 
 from f2gguf.runtime.fit.devices import devices, work_of
-from f2gguf.runtime.fit.memory import MAX_TOKENS, memory_of, model_memory
+from f2gguf.runtime.fit.memory import memory_of, model_memory, usual_tokens
 from f2gguf.runtime.gguf.header import Header
 
 
 def fits(header: Header, *, pooling: str) -> dict[str, Any]:
-    """Bytes of memory with texts of up to MAX_TOKENS, and for each device whether the file fits, and how fast it is.
+    """Bytes of memory with texts of `usual_tokens`, and for each device whether the file fits, and how fast it is.
 
     For JSON; what is not known is None. It asks a process of its own, and takes a second or two.
     """
-    longest = min(header.max_tokens, MAX_TOKENS)
-    model = model_memory(header, max_tokens=longest, parallel=1, pooling=pooling)
-    memory, work = memory_of(model, header, header.path.stat().st_size), work_of(header)
+    memory = memory_of(model_memory(header, pooling=pooling), header, header.path.stat().st_size)
+    work = work_of(header)
     return {
-        "max_tokens": longest,
+        "max_tokens": usual_tokens(header),
         "memory": asdict(memory) | {"total_bytes": memory.total_bytes, "required_bytes": memory.required_bytes},
         "devices": [
             {

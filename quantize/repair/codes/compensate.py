@@ -290,13 +290,11 @@ def _go_on(step: tuple[Layer, Any]) -> tuple[tuple[str, ...], Rows]:
 def _rounding(rows: Rows, *, is_kept: bool) -> Callable[[str], Rows]:
     """What gives `rows` as llama.cpp rounds them for a type; it may keep them for the next matrix."""
 
-    def rounded(kind: str) -> Rows:
-        return by_rows(lambda part: as_multiplied(part, kind), rows)
+    def of_width(width: int) -> Rows:
+        return by_rows(lambda part: as_multiplied(part, "Q8_K" if width == 256 else "Q8_0"), rows)
 
-    if not is_kept:
-        return rounded
-    of_width = cache(lambda width: rounded("Q8_K" if width == 256 else "Q8_0"))
-    return lambda kind: rows if kind in DTYPES else of_width(rounding_width(kind))
+    rounded = cache(of_width) if is_kept else of_width
+    return lambda kind: rows if kind in DTYPES else rounded(rounding_width(kind))
 
 
 def _with_feedback(rows: Rows, plain: Codes, kind: str, group: _Group) -> Codes:
