@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from f2gguf.quantize.fit.picture import draw, require_picture
 from f2gguf.quantize.fit.table import lines
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
-from f2gguf.quantize.source.facts import Facts
+from f2gguf.quantize.source.facts import NOTHING, Facts, Stated
 from f2gguf.runtime.errors import UnknownName, WrongUsage
 from f2gguf.runtime.fit.devices import Work, devices
+from f2gguf.runtime.gguf.describe import is_reference
 from f2gguf.runtime.gguf.header import read_header
 from hub import Hub, only_error, run_command, serving
 
@@ -163,9 +165,19 @@ def test_another_checkpoint_of_a_known_name_is_not_what_was_measured(nano_facts:
             path = tmp_path / "all-MiniLM-L6-v2" / source.relative_to(nano_facts.checkpoint.folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(source)
-    quality = fit(tmp_path / "all-MiniLM-L6-v2", variants="Q4_0", sample=False).files[1].quality
-    assert quality
-    assert not quality.is_measured
+    renamed = Stated(name="all-MiniLM-L6-v2")
+    for model, stated in ((tmp_path / "all-MiniLM-L6-v2", NOTHING), ("f2llm-nano", renamed)):
+        quality = fit(model, variants="Q4_0", sample=False, stated=stated).files[1].quality
+        assert quality
+        assert not quality.is_measured
+
+
+def test_quantised_files_are_no_reference_whatever_type_they_state(nano_f16: Path) -> None:
+    header = read_header(nano_f16)
+    assert is_reference(header)
+    for kind in ("Q8_0", "IQ4_NL"):
+        first, *others = header.tensors
+        assert not is_reference(replace(header, tensors=(replace(first, type=kind), *others)))
 
 
 def test_a_folder_of_files_is_a_release(tiny_variants: Release) -> None:

@@ -55,7 +55,8 @@ def candidates(
     """
     if model.lower().endswith(".gguf"):
         return [_made(read_header(model), pooling=stated.pooling)]
-    if (files := _release_files(Path(model))) and model.lower() not in map(str.lower, lock.entries):
+    is_listed = model.lower() in map(str.lower, lock.entries)
+    if not is_listed and (files := _release_files(Path(model))):
         return [_made(read_header(path), pooling=stated.pooling) for path in files]
     entry, there = find_model(model, lock, name=stated.name)
     folder = folder / entry.name
@@ -66,7 +67,7 @@ def candidates(
             drifts = drift_of_release(listing)
             return [_made(read_header(path), drifts.get(name)) for name, path in fetch_heads(listing, variants, folder)]
     facts = _facts(entry, there, stated)
-    return planned(facts, variants, folder)
+    return planned(facts, variants, folder, is_listed=is_listed and stated.name is None)
 
 
 def _release_files(folder: Path) -> list[Path]:
@@ -77,12 +78,9 @@ def _release_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
-def planned(facts: Facts, variants: Sequence[str], folder: Path) -> list[Candidate]:
+def planned(facts: Facts, variants: Sequence[str], folder: Path, *, is_listed: bool = False) -> list[Candidate]:
     """The base file and the `variants` of a checkpoint, with the sizes that llama.cpp's own types give."""
-    path, is_listed = (
-        folder / f"{facts.name}-{facts.base.upper()}.gguf",
-        bool(facts.entry.package or facts.entry.revision),
-    )
+    path = folder / f"{facts.name}-{facts.base.upper()}.gguf"
     write_skeleton(facts, path)
     header = read_header(path)
     found = [_made(header, is_made=False)]
