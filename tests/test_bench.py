@@ -19,7 +19,7 @@ from conftest import Run, run_command
 from endpoint import KEY, Api
 from f2gguf.evals.bench import report as bench_report
 from f2gguf.evals.bench import run as bench
-from f2gguf.evals.bench.process import started
+from f2gguf.evals.bench.process import SideProcess, started
 from f2gguf.evals.bench.sides import LLAMA_EMBED, LLAMA_SERVER, OURS, SideSettings, peak_rss_bytes
 from f2gguf.evals.bench.texts import make_workloads
 from f2gguf.runtime import Embedder
@@ -250,6 +250,30 @@ def test_side_that_is_killed_is_one_error(nano_f16: Path) -> None:
         os.kill(sides[LLAMA_EMBED].pid, signal.SIGKILL)
         with pytest.raises(BenchFailed, match=r"Llama.embed: its process ended early \(signal SIGKILL\)"):
             sides[LLAMA_EMBED].ask(texts=["a"], prompt="", with_vectors=False)
+
+
+def test_only_llama_embed_is_left_out_where_it_cannot_embed(
+    nano_f16: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = SideProcess.ask
+
+    def ask_or_die(self: SideProcess, **request: Any) -> dict[str, Any]:
+        if self.name == dying:
+            os.kill(self.pid, signal.SIGILL)
+        return ask(self, **request)
+
+    monkeypatch.setattr(SideProcess, "ask", ask_or_die)
+    header = read_header(nano_f16)
+    sides = bench.choose_sides(header, device="cpu")
+    works = make_workloads(header, ["queries"], n_texts=1, seed=0, input_path=None, column=None)
+    dying = LLAMA_EMBED
+    report = bench.run_bench(header, sides, works, rounds=1)
+    assert list(report["sides"]) == list(report["work"]["queries"]["sides"]) == [OURS]
+    assert "left out: Llama.embed: its process ended early (signal SIGILL)" in capsys.readouterr().err
+    assert bench_report.report_lines(report)
+    dying = OURS
+    with pytest.raises(BenchFailed, match="f2gguf: its process ended early"):
+        bench.run_bench(header, sides, works, rounds=1)
 
 
 def test_checkpoint_of_another_model_is_an_error() -> None:

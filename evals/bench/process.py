@@ -20,6 +20,10 @@ from f2gguf.runtime.errors import BenchFailed
 _PROGRAM = ("-c", "from f2gguf.evals.bench.sides import main; main()")
 PATIENCE_S = 1.0
 _N_LINES = 5  # of a side's last output, quoted in its error
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: " The machine may have too little memory for all sides at once.",
+    signal.SIGILL: " Some compilers get llama.cpp's use of AMX wrong: https://github.com/ggml-org/llama.cpp/issues/20824",
+}
 
 
 class SideProcess:
@@ -42,8 +46,7 @@ class SideProcess:
         except (EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-            memory = " The machine may have too little memory for all sides at once." if code == -signal.SIGKILL else ""
-            raise self._failed(f"its process ended early ({how}).{memory}") from error
+            raise self._failed(f"its process ended early ({how}).{_HINTS.get(-code, '')}") from error
         if "error" in answer:
             raise self._failed(answer["error"])
         return answer

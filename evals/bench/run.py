@@ -76,7 +76,8 @@ def run_bench(
     """Measure every side on every workload: the figures of `f2gguf bench --json`, times in seconds.
 
     The vectors of a warm-up round are compared. Then the sides take turns in `rounds` rounds. Raises `BenchFailed` for
-    a side that ends, or whose vectors cannot be compared.
+    a side that ends, or whose vectors cannot be compared. Llama.embed, which nobody asked for, is left out with a word
+    where it cannot embed a first text.
     """
     n_ctx = math.ceil(max(workload.longest for workload in workloads) / N_CTX) * N_CTX
     say(f"bench: {', '.join(sides)}")
@@ -84,7 +85,7 @@ def run_bench(
         started({name: replace(settings, n_ctx=n_ctx) for name, settings in sides.items()}) as processes,
         progress("bench", len(workloads) * len(sides) * (1 + rounds)) as advance,
     ):
-        setups = {name: process.answer()["setup"] for name, process in processes.items()}
+        setups = _ready(processes)
         measured = [_measure(workload, processes, rounds, advance) for workload in workloads]
     return {
         "model": {
@@ -103,6 +104,22 @@ def run_bench(
             workload.name: _work_figures(workload, **work) for workload, work in zip(workloads, measured, strict=True)
         },
     }
+
+
+def _ready(processes: dict[str, SideProcess]) -> dict[str, str]:
+    """How each side is run, once it has embedded a first text. Takes Llama.embed out of `processes` if it cannot."""
+    setups = {}
+    for name, process in list(processes.items()):
+        try:
+            setups[name] = process.answer()["setup"]
+            process.ask(texts=["a"], prompt="", with_vectors=False)
+        except BenchFailed as error:
+            if name != LLAMA_EMBED:
+                raise
+            say(f"left out: {error}")
+            del processes[name]
+            setups.pop(name, None)
+    return setups
 
 
 def _measure(
