@@ -76,8 +76,8 @@ def run_bench(
     """Measure every side on every workload: the figures of `f2gguf bench --json`, times in seconds.
 
     The vectors of a warm-up round are compared. Then the sides take turns in `rounds` rounds. Raises `BenchFailed` for
-    a side that ends, or whose vectors cannot be compared. Llama.embed, which nobody asked for, is left out with a word
-    where it cannot embed a first text.
+    a side that ends, or whose vectors cannot be compared. Llama.embed, which nobody asked for, is left out where it cannot
+    embed a first text, and a line says why.
     """
     n_ctx = math.ceil(max(workload.longest for workload in workloads) / N_CTX) * N_CTX
     say(f"bench: {', '.join(sides)}")
@@ -111,14 +111,15 @@ def _ready(processes: dict[str, SideProcess]) -> dict[str, str]:
     setups = {}
     for name, process in list(processes.items()):
         try:
-            setups[name] = process.answer()["setup"]
+            setup = process.answer()["setup"]
             process.ask(texts=["a"], prompt="", with_vectors=False)
         except BenchFailed as error:
             if name != LLAMA_EMBED:
                 raise
             say(f"left out: {error}")
             del processes[name]
-            setups.pop(name, None)
+        else:
+            setups[name] = setup
     return setups
 
 
