@@ -76,8 +76,8 @@ def run_bench(
     """Measure every side on every workload: the figures of `f2gguf bench --json`, times in seconds.
 
     The vectors of a warm-up round are compared. Then the sides take turns in `rounds` rounds. Raises `BenchFailed` for
-    a side that ends, or whose vectors cannot be compared. Llama.embed, which nobody asked for, is left out where it cannot
-    embed a first text, and a line says why.
+    a side that ends, or whose vectors cannot be compared. Llama.embed, which nobody asked for, is left out where it
+    cannot embed a first text, and a line says why.
     """
     n_ctx = math.ceil(max(workload.longest for workload in workloads) / N_CTX) * N_CTX
     say(f"bench: {', '.join(sides)}")
