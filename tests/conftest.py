@@ -110,12 +110,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each of two workers begin with another release, so that none waits for the other's."""
-    first: dict[str, list[pytest.Item]] = {"nano_release": [], "minilm_release": [], "": []}
+    """Let each of two workers begin with another release, and none wait for the other's: what needs both comes late."""
+    first: dict[str, list[pytest.Item]] = {"minilm_release": [], "nano_release": [], "": []}
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         first[next((name for name in first if name in fixtures), "")].append(item)
-    nano, minilm, others = first.values()
+    minilm, nano, others = first.values()
+    minilm.sort(key=lambda item: "nano_release" in item.fixturenames)  # type: ignore[attr-defined]
     n_before = max(0, len(items) // 2 - len(nano))  # pytest-xdist gives each worker a half of the list
     items[:] = [*nano, *others[:n_before], *minilm, *others[n_before:]]
 

@@ -158,10 +158,6 @@ def test_every_script_imports_what_is_there() -> None:
         runpy.run_path(str(path), run_name="imported")
 
 
-def test_every_module_can_be_imported() -> None:
-    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, capture_output=True)
-
-
 def test_f2gguf_quantize_is_the_same_group(run: Run) -> None:
     assert (
         run("f2gguf", "quantize", "--help").stdout.split("Commands:")[1]
@@ -179,12 +175,13 @@ def test_wheel_works_in_a_clean_environment(tmp_path: Path, nano_release: Releas
     assert not [name for name in names if name.split("/")[0] in FOLDERS], "bare names must not reach site-packages"
     assert {"f2gguf/runtime/server/page.html", "f2gguf/py.typed"} <= set(names)
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     scripts = environment / "bin"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     # the dependencies by a .pth file: nested ones, such as the editable install of this checkout, are not followed
     (environment / "lib" / version / "site-packages" / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    subprocess.run([scripts / "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, wheel], check=True)
 
     def output(*command: str | Path) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout

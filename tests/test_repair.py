@@ -139,11 +139,11 @@ def test_repaired_file_gives_the_same_vectors_in_stock_llama_cpp(
 def test_outliers_in_the_residual_stream_are_promoted_away(tmp_path: Path, studied: Studied) -> None:
     source = tmp_path / "residual-F16.gguf"
     convert(facts_of(write_outliers(tmp_path / "residual", "residual", factor=512, seed=3, n_channels=8)), source)
-    study = studied(source)
+    study = replace(studied(source), compensate=False)  # quicker, and the search is the same
     recipe = Search(study, "Q4_K_M").under(MARGIN * 0.02)
     stock = drift_of(study, Recipe("Q4_K_M"), tmp_path / "stock.gguf")
     repaired = drift_of(study, recipe, tmp_path / "repaired.gguf")
-    assert recipe.kind == "compensated, promoted"
+    assert recipe.kind == "promoted"
     assert repaired < 0.02 < 0.05 < stock
     assert study.size_bytes(recipe) < 0.8 * sum(info.size_bytes for info in study.weights.header.tensors)
 
