@@ -303,7 +303,7 @@ def inspect(model: str, check: bool, pooling: str | None, add_eos: bool, as_json
         ]
         click.echo(json.dumps(outcome, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
         click.get_current_context().exit(0 if is_sound(found) else 1)
-    from f2gguf.runtime.llama.kernels import describe_kernels
+    from f2gguf.runtime.llama.kernels.choice import describe_kernels
 
     kernels = describe_kernels(header)
     words = {**as_dict(header), "kernels": kernels} if as_json else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.kernels import repacked
+from f2gguf.runtime.llama.kernels.choice import choose, copied_bytes
 
 if TYPE_CHECKING:
     from f2gguf.runtime.llama.model import Model
@@ -109,7 +109,7 @@ def memory_of(model: ModelMemory, header: Header, file_bytes: int) -> Memory:
     contexts = (model.query, model.documents)
     return Memory(
         weights_bytes=file_bytes,
-        repacked_bytes=sum(tensors_bytes[name] for name in repacked(header)),
+        repacked_bytes=copied_bytes(header),
         kv_bytes=sum(context.kv_bytes for context in contexts),
         compute_bytes=sum(context.used_bytes + context.output_bytes for context in contexts),
         base_bytes=model.base_bytes,
@@ -132,7 +132,7 @@ def main() -> None:
     overrides = load_overrides(header)
     with ThreadPoolExecutor(1) as pool:  # as in runtime/llama/encoder.py: what two threads do together takes more
         own = pool.submit(own_tokenizer, header)
-        model = Model(header.path, device="cpu", overrides=overrides, repacked=repacked(header), has_weights=False)
+        model = Model(header.path, device="cpu", overrides=overrides, placement=choose(header), has_weights=False)
         tokenizer = Tokenizer(model, own.result())
     with model:
         tokenizer("a text")

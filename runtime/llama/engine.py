@@ -19,7 +19,7 @@ from f2gguf.runtime.llama.context import (
     TensorMissing,
     Watch,
 )
-from f2gguf.runtime.llama.kernels import repacked
+from f2gguf.runtime.llama.kernels.choice import choose, summary
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, pack
 from f2gguf.runtime.llama.tokenizer import load_overrides
@@ -57,12 +57,12 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """Device, threads, way of computing, and matrices that are repacked for faster kernels."""
+        """Device, threads, way of computing, and matrices that are laid out anew for faster kernels."""
         is_last_token = self._context_type is LastTokenContext
         path = "last-token path" if is_last_token else f"llama.cpp's {self.settings.pooling} pooling"
         n_threads = self.settings.n_threads
-        repacked = f", {n} matrices repacked" if (n := self.model.n_repacked) else ""
-        return f"{self.model.offloaded or 'cpu'}, {n_threads} thread{'s' * (n_threads > 1)}, {path}{repacked}"
+        threads = f"{n_threads} thread{'s' * (n_threads > 1)}"
+        return f"{self.model.offloaded or 'cpu'}, {threads}, {path}{summary(self.model.placement)}"
 
     @property
     def compute_seconds(self) -> float:
@@ -121,7 +121,7 @@ class Engine:
             device=device,
             n_gpu_layers=self.settings.n_gpu_layers,
             overrides=overrides,
-            repacked=repacked(self.header),
+            placement=choose(self.header),
         )
 
     def _embed(self, texts: Sequence[Ids], n_shared: int, pause: Pause | None) -> Rows:

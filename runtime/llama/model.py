@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.pretokenizers import recursive
-from f2gguf.runtime.llama.kernels import repack
+from f2gguf.runtime.llama.kernels import amx
+from f2gguf.runtime.llama.kernels.choice import Placement, place
 from f2gguf.runtime.llama.library import backends, captured_errors, log_to, require_device
 from f2gguf.runtime.llama.stack import with_room
 from f2gguf.runtime.llama.worker import free_with, interruptible
@@ -34,10 +35,10 @@ class Model:
         n_gpu_layers: int = -1,
         vocab_only: bool = False,
         overrides: Mapping[str, bool] | None = None,
-        repacked: Sequence[str] = (),
+        placement: Placement | None = None,
         has_weights: bool = True,
     ) -> None:
-        """`overrides` replaces header values. Matrices `repacked` get the CPU kernels for repacked weights.
+        """`overrides` replaces header values. `placement` is of matrices that get other CPU kernels.
 
         Without weights, neither they nor the buffers of a context take memory: nothing can be computed, and llama.cpp
         logs what it would take.
@@ -49,9 +50,9 @@ class Model:
             params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
         is_on_cpu = params.n_gpu_layers == 0 or backends() == ["CPU"]
-        self.n_repacked = len(repacked)
-        if not (is_on_cpu and repack(params, repacked)):
-            self.n_repacked, params.use_extra_bufts = 0, not _has_amx()
+        self.placement = placement or {}
+        if not (is_on_cpu and place(params, self.placement)):
+            self.placement, params.use_extra_bufts = {}, not amx.is_built_in()
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -171,15 +172,3 @@ def _kv_overrides(values: Mapping[str, bool]) -> Any:
     for slot, (key, value) in zip(array, values.items(), strict=False):
         slot.key, slot.tag, slot.value.val_bool = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
     return array
-
-
-def _has_amx() -> bool:
-    """Whether llama.cpp would repack weights for AMX, where it may crash.
-
-    Its ggml_tile_config_init (ggml/src/ggml-cpu/amx/mmq.cpp) fills a configuration on the stack. GCC 12.2 drops all
-    stores but those of its first 16 bytes, because its own _tile_loadconfig states that 8 bytes are read (`g++ -O3
-    -mamx-tile -S` of that function), and the first quantised product faults. llama-cpp-python 0.3.36 still has that
-    code: https://github.com/ggml-org/llama.cpp/issues/20824, and pull request 26954, which is open. A library does not
-    say what compiled it, so AMX is left out everywhere, and the types in `REPACKED` get the AVX-512 kernels instead.
-    """
-    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()

@@ -1,0 +1,1 @@
+"""Which CPU kernels multiply which matrices of a file."""

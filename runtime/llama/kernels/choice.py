@@ -1,0 +1,122 @@
+"""Which matrices llama.cpp lays out anew for its CPU kernels, and which it leaves as they stand in the file.
+
+On x86 it would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
+types are chosen instead. `scripts/kernels` measures both ways: on 2 cores with AVX-512, with layers of the 0.6B shape,
+Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
+
+Nothing is measured at load: a llama.cpp that has AVX2 alone (ggml's -DGGML_NATIVE=OFF: no AVX-512, no VNNI) leads to
+the same choice on the same processor. There, on a busy machine, `scripts/kernels --layers 1` gave
+Q4_K 1,727 tokens/s as it is and 960 repacked, Q4_0 1,965 and 3,519, IQ4_NL 1,122 and 2,369.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import llama_cpp
+from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.llama.kernels import amx
+from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, extra_buffers
+
+Placement = Mapping[str, Sequence[str]]  # names of ggml's types of buffers -> names of the matrices that go there
+TYPES = {AMX: amx.TYPES, REPACK: ("Q4_0", "IQ4_NL", "MXFP4")}  # the first that is here and takes a matrix gets it
+_WORDS = {AMX: "on AMX", REPACK: "repacked"}
+_NO_AMX = (
+    ". AMX is not used, because a trial of it failed: f2gguf's runtime/README.md says how to compile llama-cpp-python"
+)
+_ROWS = {AMX: 32, REPACK: 8}  # that are laid out together: matrices must have multiples of them
+_MATRIX = re.compile(r"blk\.(\d+)\.(attn_(?:q|k|v|qkv|output)|ffn_(?:gate|up|down))\.weight")
+
+
+class _Override(ctypes.Structure):
+    """llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def choose(header: Header) -> Placement:
+    """Where the matrices of a file go that are worth another layout on this processor."""
+    placement: dict[str, list[str]] = {}
+    for buffer in _buffers():
+        taken = {name for names in placement.values() for name in names}
+        if names := [name for name in matrices(header, buffer, TYPES[buffer]) if name not in taken]:
+            placement[buffer] = names
+    return placement
+
+
+def matrices(header: Header, buffer: str, types: Iterable[str]) -> list[str]:
+    """Names of the matrices of a file that have one of `types` and can be laid out as a type of buffers does."""
+    types = frozenset(types)
+    return [
+        tensor.name
+        for tensor in header.tensors
+        if tensor.type in types and _MATRIX.fullmatch(tensor.name) and tensor.shape[0] % _ROWS[buffer] == 0
+    ]
+
+
+def describe_kernels(header: Header) -> str:
+    """Which matrices are laid out anew on this machine's CPU, in words; without loading the file."""
+    if not _buffers():
+        return "as llama.cpp chooses on this processor"
+    types = {tensor.name: tensor.type for tensor in header.tensors}
+    words = [
+        f"{n} {kind} matrices {_WORDS[buffer]}"
+        for buffer, names in choose(header).items()
+        for kind, n in sorted(Counter(types[name] for name in names).items())
+    ]
+    found = ", ".join(words) or "no matrix is repacked: their types have faster kernels as they are"
+    return found + (_NO_AMX if amx.is_built_in() and not amx.works() else "")
+
+
+def copied_bytes(header: Header) -> int:
+    """What the matrices take that are laid out anew, beside the file."""
+    buffers, infos = _buffers(), {tensor.name: tensor for tensor in header.tensors}
+    return sum(
+        allocated_bytes(buffers[buffer], infos[name].type, infos[name].shape)
+        for buffer, names in choose(header).items()
+        for name in names
+    )
+
+
+def summary(placement: Placement) -> str:
+    """Such as ", 36 matrices on AMX"."""
+    return "".join(f", {len(names)} matrices {_WORDS[buffer]}" for buffer, names in placement.items())
+
+
+def place(params: Any, placement: Placement) -> bool:
+    """Let a load with `params` lay out these matrices and no others; False where llama.cpp is left to choose."""
+    buffers = _buffers()
+    params.use_extra_bufts = not buffers
+    if not buffers:
+        return False
+    pairs = [(pattern, buffers[buffer]) for buffer, names in placement.items() for pattern in _patterns(names)]
+    overrides = (_Override * (len(pairs) + 1))()  # ended by an empty one
+    for override, (pattern, address) in zip(overrides, pairs, strict=False):
+        override.pattern, override.buffer_type = pattern.encode(), address
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    params.kept_alive = overrides
+    return True
+
+
+def _buffers() -> dict[str, int]:
+    """The types of buffers in `TYPES` that are here and right; none where they were not measured: not on x86."""
+    if b"AVX2 = 1" not in llama_cpp.llama_print_system_info():
+        return {}
+    here = extra_buffers()
+    return {name: here[name] for name in TYPES if name in here and (name != AMX or amx.works())}
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Regular expressions that match `names` alone, and few of them: llama.cpp tries each on every tensor."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if match := _MATRIX.fullmatch(name):
+            layers[match[2]].append(match[1])
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for kind, numbers in layers.items():
+        kinds["|".join(numbers)].append(kind)
+    return [rf"^blk\.({numbers})\.({'|'.join(some)})\.weight$" for numbers, some in kinds.items()]
