@@ -1,7 +1,7 @@
 """How long a run of the main job takes on this machine, and how much memory and disk: said before the work starts.
 
-It follows from the shapes of the tensors and half a second's sample of the machine; of a run that takes minutes, from
-a sample of some layers of every file too. It is corrected by every stage that ends. What the search does beyond
+It follows from the shapes of the tensors and half a second's sample of the machine; of a run that takes half a minute,
+from a sample of some layers of every file too. It is corrected by every stage that ends. What the search does beyond
 llama.cpp's own types is not in it, as nobody knows it before.
 """
 
@@ -47,6 +47,7 @@ from f2gguf.runtime.files import format_size
 from f2gguf.runtime.llama.threads import default_threads
 
 _WORTH_SAYING = 120  # seconds
+_WORTH_SAMPLING = 30  # seconds: without a sample, a run may take six times as long as was said
 _BYTES_A_TOKEN = 3.5  # of text in UTF-8, where there is no tokenizer.json
 _PASSES = 5  # over a checkpoint's bytes: hashed, cast, written, and read back
 _FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, and the file itself
@@ -113,7 +114,7 @@ def expect(
     """What a run takes that makes `variants`, and before them the file `base` if it is named.
 
     Work with matrices is counted in products: one for each weight of the layers and each token. `speeds` are tokens/s
-    of the files, by variant; without them, they are sampled where the run takes minutes.
+    of the files, by variant; without them, they are sampled where the run takes half a minute.
     """
     facts, machine, n_tokens = job.facts, _Machine.sample(), _counted(job.facts.checkpoint.tokenizer_path)
     shapes, n_all = layer_shapes(facts.tensors.items()), facts.checkpoint.n_parameters
@@ -158,7 +159,7 @@ def expect(
             stages[name] |= {} if training is None else {"training": training}
         disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
     outlook = Outlook(stages, int(memory_bytes), int(disk_bytes))
-    if speeds is None and outlook.seconds_left >= _WORTH_SAYING:
+    if speeds is None and outlook.seconds_left >= _WORTH_SAMPLING:
         return expect(job, base, variants, texts, claimed, calibration, speeds=_speeds(facts, variants))
     return outlook
 

@@ -285,6 +285,15 @@ def test_commands_work_for_a_user_whom_the_system_does_not_know(
     assert expected in process.stdout + process.stderr
 
 
+@pytest.mark.slow
+def test_files_of_the_current_folder_are_not_taken_for_modules(run: Run, path: Path, tmp_path: Path) -> None:
+    """By the processes that `fit` starts: what memory a file takes, and how fast it is."""
+    for name in ("json", "random", "token"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    process = run("f2gguf", "fit", path.resolve(), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(None, "Shared library with base name 'llama' not found"), (b"no library", "file too short")],

@@ -17,7 +17,7 @@ from typing import Any
 from f2gguf.evals.bench.sides import SideSettings, send
 from f2gguf.runtime.errors import BenchFailed
 
-_PROGRAM = ("-c", "from f2gguf.evals.bench.sides import main; main()")
+_PROGRAM = ("-P", "-c", "from f2gguf.evals.bench.sides import main; main()")
 PATIENCE_S = 1.0
 _N_LINES = 5  # of a side's last output, quoted in its error
 _HINTS: dict[int, str] = {

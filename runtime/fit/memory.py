@@ -89,7 +89,7 @@ def model_memory(header: Header, *, pooling: str, max_tokens: int | None = None,
     """
     longest = max_tokens or usual_tokens(header)
     arguments = {"path": str(header.path), "max_tokens": longest, "parallel": parallel, "pooling": pooling}
-    command = [sys.executable, "-c", "from f2gguf.runtime.fit.memory import main; main()", json.dumps(arguments)]
+    command = [sys.executable, "-P", "-c", "from f2gguf.runtime.fit.memory import main; main()", json.dumps(arguments)]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]

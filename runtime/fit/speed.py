@@ -50,7 +50,7 @@ def sample_speed(excerpt: Excerpt, *, pooling: str, n_threads: int, n_tokens: in
     """
     settings = {"device": "auto", "n_threads": n_threads, "pooling": pooling}
     arguments = {"excerpt": asdict(excerpt), "settings": settings, "n_tokens": n_tokens}
-    command = [sys.executable, "-c", "from f2gguf.runtime.fit.speed import main; main()", json.dumps(arguments)]
+    command = [sys.executable, "-P", "-c", "from f2gguf.runtime.fit.speed import main; main()", json.dumps(arguments)]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]

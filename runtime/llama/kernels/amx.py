@@ -48,7 +48,9 @@ def works() -> bool:
     known, found = recall("amx") or (None, False)
     if known != stamp:
         try:
-            child = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, timeout=_TIMEOUT_S)
+            child = subprocess.run(
+                [sys.executable, "-P", "-c", _CODE], capture_output=True, text=True, timeout=_TIMEOUT_S
+            )
         except (OSError, subprocess.TimeoutExpired):
             return False
         found = child.returncode == 0 and child.stdout.strip() == _RIGHT
