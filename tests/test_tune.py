@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import write_tiny, write_tiny_bert
 from conftest import Run, facts_of
 from f2gguf.evals.drift import drift
@@ -16,9 +17,11 @@ from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair import study as studies
 from f2gguf.quantize.repair.calibration import PATH
-from f2gguf.quantize.repair.codes import training
+from f2gguf.quantize.repair.codes import gradients, training
 from f2gguf.quantize.repair.codes import tune as tuning
 from f2gguf.quantize.repair.codes.blocks import unpack
+from f2gguf.quantize.repair.codes.gradients import gradient_weights
+from f2gguf.quantize.repair.codes.layers import Texts
 from f2gguf.quantize.repair.codes.tune import tuning_arithmetic
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.search import Search
@@ -77,7 +80,7 @@ def test_the_model_that_is_trained_is_the_file(study: Study, recipe: Recipe, tmp
         t.name for t in study.weights.header.tensors if len(t.shape) == 1 and t.name.startswith(("blk.", "output"))
     ]
     own = {n: ready[n].view(np.float32)[0] if n in ready else compensation.vector(n) for n in names}
-    model = training._Model(study.weights, study.types(recipe), ready, own)
+    model = training.Model(study.weights, study.types(recipe), ready, own)
     assert model.drift(model.batches(training.Objective(study.judged.ids, vectors))) < 1e-3
 
 
@@ -98,12 +101,14 @@ def test_where_no_epoch_helps_nothing_changes(study: Study, monkeypatch: pytest.
 def test_the_search_tunes_where_it_is_wanted_or_quick(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Search(replace(study, tune=True), "Q4_0")
     recipe = found.tuned(found.start.recipe)
-    assert recipe.tuned == tuning_arithmetic()
+    assert recipe.tuned == recipe.weighed == tuning_arithmetic()
     assert "tuned" in recipe.kind
-    assert Search(replace(study, tune=False), "Q4_0").tuned(found.start.recipe) == found.start.recipe
+    plain = Search(replace(study, tune=False), "Q4_0")
+    assert plain.start.recipe.weighed == ""
+    assert plain.tuned(found.start.recipe) == found.start.recipe
     assert Search(study, "Q4_0").tuned(found.start.recipe) == recipe
     monkeypatch.setattr(tuning, "MAX_MINUTES", 0)
-    assert Search(study, "Q4_0").tuned(found.start.recipe) == found.start.recipe
+    assert Search(replace(study), "Q4_0").tuned(found.start.recipe) == found.start.recipe
     plain = study.recipe("Q4_0")
     assert Search(replace(study, tune=True), "Q4_0").tuned(plain) == plain
 
@@ -112,9 +117,55 @@ def test_what_tuning_would_take_is_said(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "estimated_seconds", lambda *_: 3600.0)
-    recipe = replace(study.recipe("Q4_0"), compensated="tried")
-    assert not study.tunes(recipe)
-    assert "scales are not trained, which would take about 60 minutes here (--tune)" in capsys.readouterr().err
+    assert not replace(study).trains
+    assert "no scales trained, which would take about 60 minutes here (--tune)" in capsys.readouterr().err
+
+
+def test_weights_of_tokens_say_what_an_error_there_does(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean square of what errors of random directions change in the vector, for each token of one text."""
+    monkeypatch.setattr(gradients, "N_PROBES", 64)
+    ids = max(study.fitting, key=len)[:12]
+    texts, name = Texts.of([ids]), "blk.0.ffn_down"
+    squares = gradient_weights(study.weights, [ids])[f"{name}.weight"] ** (1 / gradients.POWER)
+    model, generator = gradients._Watched(study.weights), torch.Generator().manual_seed(1)
+
+    def vector(token: int, error: torch.Tensor | None) -> torch.Tensor:
+        def product(asked: str, inputs: torch.Tensor, own: Callable[..., torch.Tensor] = model.product) -> torch.Tensor:
+            found = own(asked, inputs)
+            if error is not None and asked == name:
+                found = found + error * torch.eye(len(ids))[token, :, None]
+            return found
+
+        with monkeypatch.context() as watched, torch.no_grad():
+            watched.setattr(model, "product", product)
+            return torch.nn.functional.normalize(model.rows(model.first_states(texts), texts))[0]
+
+    whole, width = vector(0, None), study.weights.header.n_embd
+    changes = []
+    for token in range(len(ids)):
+        errors = 1e-3 * torch.randn((64, width), generator=generator)
+        changes.append(np.mean([float((vector(token, error) - whole).square().sum()) for error in errors]))
+    np.testing.assert_allclose(squares / squares.sum(), np.array(changes) / sum(changes), atol=0.1)
+    assert np.corrcoef(squares, changes)[0, 1] > 0.9
+
+
+def test_weights_of_tokens_depend_on_their_text_alone(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the random signs, of which there are many here."""
+    monkeypatch.setattr(gradients, "N_PROBES", 64)
+    some = sorted(study.fitting, key=len)[:5]
+    found = [gradient_weights(study.weights, texts) for texts in (some, some[::-1])]
+    for name, values in found[0].items():
+        assert values.mean() == pytest.approx(1, abs=1e-4)
+        backwards = np.split(found[1][name], np.cumsum(list(map(len, some[::-1])))[:-1])
+        np.testing.assert_allclose(values, np.concatenate(backwards[::-1]), rtol=0.35, atol=0.1)
+
+
+def test_weights_of_tokens_choose_other_codes(study: Study, recipe: Recipe, tmp_path: Path) -> None:
+    drifts = [
+        drift_of(study, one, study.ready(one), tmp_path / "x.gguf")
+        for one in (recipe, replace(recipe, weighed=tuning_arithmetic()))
+    ]
+    assert drifts[0] != drifts[1] < 1.5 * drifts[0], "on a random model with few texts, either may be better"
 
 
 def test_the_estimate_grows_with_the_work() -> None:
@@ -125,7 +176,7 @@ def test_the_estimate_grows_with_the_work() -> None:
 def test_without_torch(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., object] = importlib.util.find_spec
     monkeypatch.setattr(tuning, "find_spec", lambda name: None if name == "torch" else find(name))
-    assert not study.tunes(replace(study.recipe("Q4_0"), compensated="tried"))
+    assert not replace(study).trains
     with pytest.raises(ExtraMissing, match=r"x, which takes torch. Run: pip install 'f2gguf\[evals\]'"):
         tuning.require_torch("x")
 

@@ -34,6 +34,7 @@ class Recipe:
     calibration_sha256: str = ""  # of the texts that the recipe was chosen with
     n_calibration_texts: int = 0
     compensated: str = ""  # library and processor that chose codes with feedback; empty for ggml's own codes
+    weighed: str = ""  # library and device whose gradients weighed the tokens for these codes; empty for none
     tuned: str = ""  # library and device that trained scales and vectors; empty if nothing was trained
     versions: Mapping[str, str] = field(default_factory=lambda: made_with())
 
@@ -62,6 +63,8 @@ class Recipe:
             lines.append(f"importance matrix of {self.n_calibration_texts} texts, SHA-256 {self.imatrix_sha256[:12]}")
         if self.compensated:
             lines.append(f"codes that compensate for each other's errors, by {self.compensated}")
+        if self.weighed:
+            lines.append(f"tokens weighed for them by the gradients of their texts' vectors, by {self.weighed}")
         if self.tuned:
             lines.append(f"scales, norms and biases trained on the drift of those texts, by {self.tuned}")
         scaled = Counter((kind_of(place), exponents) for place, exponents in self.exponents.items())

@@ -166,7 +166,8 @@ class Search:
         best = scaled if scaled.mean < WORTH * best.mean else best
         if not study.compensates(best.recipe):
             return best
-        compensated = self._measured(replace(best.recipe, compensated=arithmetic()))
+        weighed = tuning_arithmetic() if study.trains else ""
+        compensated = self._measured(replace(best.recipe, compensated=arithmetic(), weighed=weighed))
         if compensated.mean < best.mean:
             return compensated
         say(f"  {self.variant}: codes that compensate for each other's errors save nothing here, and are not used")
@@ -230,7 +231,7 @@ class Search:
 
     def tuned(self, recipe: Recipe) -> Recipe:
         """`recipe` with trained scales and vectors, if that is wanted and lowers the drift."""
-        if not self.study.tunes(recipe):
+        if not (recipe.compensated and self.study.trains):
             return recipe
         before, after = self._measured(recipe), self._measured(replace(recipe, tuned=tuning_arithmetic()))
         if after.mean < before.mean and after.worst <= before.worst:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from f2gguf.quantize.repair.calibration import (
 )
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.layers import has_layers
-from f2gguf.quantize.repair.codes.tune import Objective, require_torch, should_tune, tuned, tuning_arithmetic
+from f2gguf.quantize.repair.codes.tune import Objective, require_torch, should_tune, tuned, tuning_arithmetic, weighed
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
@@ -101,13 +102,14 @@ class Study:
         kinds = {kind for name, kind in self.types(recipe).items() if name.startswith("blk.")}
         return self.compensate and has_layers(self.weights.header) and bool(kinds & set(COMPENSATED))
 
-    def tunes(self, recipe: Recipe) -> bool:
-        """Whether scales and vectors of the compensated `recipe` are trained as well; says how long it would take."""
-        return bool(recipe.compensated) and should_tune(self.tune, self.weights.header, self.fitting)
+    @cached_property
+    def trains(self) -> bool:
+        """Whether torch weighs tokens and trains scales and vectors; says how long it would take where it does not."""
+        return should_tune(self.tune, self.weights.header, self.fitting)
 
     def compensation(self, recipe: Recipe) -> Compensation:
         """What makes the codes of `recipe`."""
-        return _compensation(self.weights, self.fitting, self.judged.ids, recipe, self.imatrix)
+        return _compensation(self.weights, self.fitting, self.judged.ids, recipe, self.imatrix, self.work)
 
     def ready(self, recipe: Recipe) -> Ready:
         """The tensors that a compensated `recipe` does not leave to ggml; they are kept until the study ends."""
@@ -162,13 +164,14 @@ def compensated(
         )
     if recipe.compensated != (here := arithmetic()):
         say(f"The recipe's codes were chosen by {recipe.compensated}. Some will differ with {here}.")
-    if recipe.tuned:
-        require_torch(f"{path}: its scales were trained")
-        if recipe.tuned != (here := tuning_arithmetic()):
-            say(f"The recipe's scales were trained by {recipe.tuned}. Some will differ with {here}.")
+    for theirs, what in ((recipe.weighed, "tokens were weighed"), (recipe.tuned, "scales were trained")):
+        if theirs:
+            require_torch(f"{path}: its {what} with gradients")
+            if theirs != (here := tuning_arithmetic()):
+                say(f"The recipe's {what} by {theirs}. Some codes and scales will differ with {here}.")
     types = recipe.all_types(plan_variant(weights.header.path, recipe.variant))
     fit, judge = token_ids_of(weights, texts)
-    return _run(_compensation(weights, fit, judge, recipe, imatrix), recipe, types, work, device)
+    return _run(_compensation(weights, fit, judge, recipe, imatrix, work), recipe, types, work, device)
 
 
 def token_ids_of(weights: Weights, texts: Sequence[EvalText]) -> tuple[list[Ids], list[Ids]]:
@@ -192,10 +195,11 @@ def vectors_of(path: Path, ids: Sequence[Ids], device: str, on_progress: OnProgr
 
 
 def _compensation(
-    weights: Weights, fit: Sequence[Ids], judge: Sequence[Ids], recipe: Recipe, imatrix: Imatrix
+    weights: Weights, fit: Sequence[Ids], judge: Sequence[Ids], recipe: Recipe, imatrix: Imatrix, work: Path
 ) -> Compensation:
     factors = scales(weights, imatrix, recipe.exponents)
-    return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors)
+    gradients = weighed(weights, fit, work) if recipe.weighed else None
+    return Compensation(weights, fit, judge, scaled_imatrix(imatrix, factors), factors, gradients)
 
 
 def _run(

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 SHIFT = 0.5  # of the way to the weights that undo the difference
 LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
+PLAIN_SHARE = 0.1  # of a token's weight that does not follow from gradients, where there are any
 N_ROWS = 256  # of a matrix, to price a type
 _N_CHECKED = 1024  # tokens, or up to twice as many, of texts that judge: whether feedback pays in a matrix
 TOKEN_TABLE = "token_embd.weight"
@@ -64,7 +65,7 @@ class Compensation:
     """The layers of `weights`, with re-scaled channels, over calibration texts.
 
     `fitting` and `judging` are token ids of texts: the first choose codes. Codes that do worse on some of the second
-    than ggml's own are not used.
+    than ggml's own are not used. `gradients` are what `gradient_weights` gives for `fitting`, if there are any.
     """
 
     def __init__(
@@ -74,15 +75,19 @@ class Compensation:
         judging: Sequence[Ids],
         imatrix: Imatrix,
         scales: Mapping[str, Scale],
+        gradients: Mapping[str, Floats] | None = None,
     ) -> None:
-        self.weights, self.imatrix, self.scales = weights, imatrix, scales
+        self.weights, self.imatrix, self.scales, self.gradients = weights, imatrix, scales, gradients
         self.fitting, self.judging = fitting, judging
-        self.matrices = [t.name for t in weights.header.tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
+        self.matrices = matrix_names(weights.header)
         checked = judging[:: max(1, sum(map(len, judging)) // _N_CHECKED)]
         self.texts, self.shape = Texts.of([*fitting, *checked]), Shape(weights.header)
         judged = np.array(self.texts.order) >= len(fitting)
         self._judged = np.repeat(judged, self.texts.lengths)
         self._token_weights = _token_weights(self.texts, weights.header)[~self._judged]
+        starts = np.concatenate([[0], np.cumsum(list(map(len, fitting)))])
+        kept = [i for i in self.texts.order if i < len(fitting)]
+        self._places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept])  # of tokens in `gradients`
 
     @cached_property
     def costs(self) -> dict[str, int]:
@@ -115,7 +120,7 @@ class Compensation:
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
             both: tuple[list[Rows], list[Rows]] = ([], [])
             rounded = _rounding(inputs[1], is_kept=len(names) > 1)
-            groups = self._groups(inputs[0], rounded)
+            groups = self._groups(names, inputs[0], rounded)
             for name in names:
                 rows, bias, path = self._rows(name), self._bias(name), _path(folder, name)
                 exact = product(inputs[0], rows.T)
@@ -146,7 +151,7 @@ class Compensation:
         found: dict[str, dict[str, float]] = {}
 
         def products(names: tuple[str, ...], inputs: Sequence[Rows]) -> list[list[Rows]]:
-            groups, sent = self._groups(inputs[0], _rounding(inputs[0], is_kept=False)), []
+            groups, sent = self._groups(names, inputs[0], _rounding(inputs[0], is_kept=False)), []
             for name in names:
                 rows, bias = self._rows(name), self._bias(name)
                 some = rows[:: max(1, len(rows) // N_ROWS)]
@@ -174,8 +179,12 @@ class Compensation:
             sent = ()  # the last products are as large as the inputs
             sent = products(tuple(f"{prefix}{name}.weight" for name in names[0]), inputs)
 
-    def _groups(self, exact: Rows, rounded: Callable[[str], Rows]) -> Groups:
-        """What gives the inputs of products with matrices of a type and with or without a bias."""
+    def _groups(self, names: Sequence[str], exact: Rows, rounded: Callable[[str], Rows]) -> Groups:
+        """What gives the inputs of products with the matrices `names`, by their type and whether there is a bias."""
+        weights = self._token_weights
+        if self.gradients:
+            found = np.mean([self.gradients[name] for name in names], axis=0)[self._places]
+            weights = (1 - PLAIN_SHARE) * found + PLAIN_SHARE * weights
 
         @cache
         def of_rounding(width: int, has_bias: bool) -> _Group:
@@ -183,7 +192,7 @@ class Compensation:
             judged = exact[self._judged], near[self._judged]
             chosen = exact[~self._judged], near[~self._judged]
             del near
-            return _Group.of(*chosen, *judged, self._token_weights, has_bias=has_bias)
+            return _Group.of(*chosen, *judged, weights, has_bias=has_bias)
 
         return lambda kind, has_bias: of_rounding(rounding_width(kind), has_bias)
 
@@ -311,6 +320,16 @@ def _token_weights(texts: Texts, header: Header) -> Floats:
     weights = np.repeat((1 - LAST_SHARE) * lengths / np.maximum(lengths - 1, 1), lengths)
     weights[np.cumsum(lengths) - 1] = LAST_SHARE * lengths
     return weights.astype(np.float32)
+
+
+def matrix_names(header: Header) -> list[str]:
+    """Those of the layers."""
+    return [tensor.name for tensor in header.tensors if len(tensor.shape) == 2 and tensor.name.startswith("blk.")]
+
+
+def vector_names(header: Header) -> list[str]:
+    """Norms and biases of the layers and behind them."""
+    return [t.name for t in header.tensors if len(t.shape) == 1 and t.name.startswith(("blk.", "output_norm."))]
 
 
 def _bias_name(name: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from f2gguf.quantize.repair.assemble import Ready
 from f2gguf.quantize.repair.codes.blocks import FORMATS, Codes, Floats, pack, unpack
-from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE
+from f2gguf.quantize.repair.codes.compensate import TOKEN_TABLE, matrix_names
 from f2gguf.quantize.repair.codes.layers import Layer, Shape, Texts, final_norm, first_states, pooled, run_layer
 from f2gguf.quantize.repair.codes.tune import Objective
 from f2gguf.quantize.repair.tensors import DENSE, OnProgress, Weights, dequantized
@@ -55,7 +55,7 @@ def estimated_seconds(n_weights: int, n_tokens: int) -> float:
 
 def n_steps(fitting: Objective) -> int:
     """How many times `train` reports progress at most."""
-    return MAX_EPOCHS * len(_chosen(fitting))
+    return MAX_EPOCHS * len(batches_of(fitting.ids))
 
 
 def train(
@@ -73,8 +73,8 @@ def train(
     The same inputs, version and processor give the same bytes. Where no epoch lowers the drift on the texts that judge,
     all is what it was.
     """
-    with _threads():
-        model = _Model(weights, types, ready, vectors)
+    with threads():
+        model = Model(weights, types, ready, vectors)
         batches, judged = model.batches(fitting), model.batches(judging)
         generator = torch.Generator().manual_seed(_SEED)
         optimizer = torch.optim.Adam(
@@ -158,15 +158,21 @@ def _values(levels: Tensor, steps: Tensor, offsets: Tensor | None) -> Tensor:
     return (values if offsets is None else values + offsets[..., None]).view(len(levels), -1)
 
 
-class _Model:
-    """The layers with what is trained of them: factors of scales, and changes of vectors, which all begin at zero."""
+class Model:
+    """The layers with what is trained of them: factors of scales, and changes of vectors, which all begin at zero.
+
+    Without `ready` matrices, those of the 16-bit file.
+    """
 
     def __init__(self, weights: Weights, types: Mapping[str, str], ready: Ready, vectors: Mapping[str, Floats]) -> None:
-        self.weights, self.shape, self.table = weights, Shape(weights.header), {TOKEN_TABLE: types[TOKEN_TABLE]}
+        self.weights, self.shape = weights, Shape(weights.header)
+        self.table = {TOKEN_TABLE: types[TOKEN_TABLE]} if ready else {}
         matrices = {name: data for name, data in ready.items() if name not in vectors}
         self.matrices = {name: _Matrix(data, types[name]) for name, data in matrices.items() if types[name] in FORMATS}
         others = matrices.keys() - self.matrices.keys()
         self.fixed = {name: _tensor(dequantized(matrices[name], types[name])) for name in others}
+        if not ready:
+            self.fixed = {name: _tensor(weights.rows(name)) for name in matrix_names(weights.header)}
         self.dense = [_tensor(weights.rows(name)) for name in sorted(weights.infos) if name.startswith(DENSE)]
         self.vectors = {name: _tensor(vector) for name, vector in vectors.items()}
         self.changes = {name: _part(vector.shape) for name, vector in vectors.items()}
@@ -175,23 +181,30 @@ class _Model:
 
     def batches(self, objective: Objective) -> list[_Batch]:
         found = []
-        for chosen in _chosen(objective):
+        for chosen in batches_of(objective.ids):
             texts = Texts.of([objective.ids[i] for i in chosen])
             target = objective.vectors[[chosen[i] for i in texts.order]]
-            found.append(_Batch(texts, _tensor(first_states(self.weights, texts, self.table)), _tensor(target)))
+            found.append(_Batch(texts, self.first_states(texts), _tensor(target)))
         return found
+
+    def first_states(self, texts: Texts) -> Tensor:
+        """What enters the first layer, (n_tokens, n_embd)."""
+        return _tensor(first_states(self.weights, texts, self.table))
 
     def loss(self, batch: _Batch) -> Tensor:
         """1 - cosine of each text, (n_texts,)."""
-        states = batch.states
+        return 1 - torch.nn.functional.cosine_similarity(self.rows(batch.states, batch.texts), batch.target)
+
+    def rows(self, states: Tensor, texts: Texts) -> Tensor:
+        """Vectors of any length, (n_texts, n_embd), from what enters the first layer."""
         for i in range(self.shape.n_layers):
-            states = self._through(i, states, batch.texts)
+            states = self._through(i, states, texts)
         norm = {name: self._vector(name) for name in self.vectors if name.startswith("output_norm")}
         states = final_norm(norm, states, self.shape)  # type: ignore[arg-type,assignment]
-        rows = pooled(states, batch.texts, self.weights.header.require_pooling())  # type: ignore[arg-type]
+        rows = pooled(states, texts, self.weights.header.require_pooling())  # type: ignore[arg-type]
         for matrix in self.dense:
             rows = rows @ matrix.T
-        return 1 - torch.nn.functional.cosine_similarity(rows, batch.target)  # type: ignore[arg-type]
+        return rows  # type: ignore[return-value]
 
     def drift(self, batches: Sequence[_Batch]) -> float:
         """The mean over all texts."""
@@ -217,11 +230,11 @@ class _Model:
         layer: Layer = run_layer(own, states, texts, self.shape.at(i))  # type: ignore[arg-type]
         names, inputs = next(layer)
         while names:
-            products = [self._product(f"{prefix}{name}", inputs) for name in names]  # type: ignore[arg-type]
+            products = [self.product(f"{prefix}{name}", inputs) for name in names]  # type: ignore[arg-type]
             names, inputs = layer.send(products)
         return inputs  # type: ignore[return-value]
 
-    def _product(self, name: str, inputs: Tensor) -> Tensor:
+    def product(self, name: str, inputs: Tensor) -> Tensor:
         weight, bias = f"{name}.weight", f"{name}.bias"
         product = self.matrices[weight].product(inputs) if weight in self.matrices else inputs @ self.fixed[weight].T
         return product + self._vector(bias) if bias in self.vectors else product
@@ -236,9 +249,9 @@ class _Model:
         return vector + unit * self.changes[name]
 
 
-def _chosen(objective: Objective) -> list[list[int]]:
+def batches_of(ids: Sequence[packing.Ids]) -> list[list[int]]:
     """Places of the texts of each batch."""
-    return list(packing.pack(list(map(len, objective.ids)), n_tokens=BATCH_TOKENS, n_texts=BATCH_TOKENS))
+    return list(packing.pack(list(map(len, ids)), n_tokens=BATCH_TOKENS, n_texts=BATCH_TOKENS))
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
@@ -250,7 +263,7 @@ def _part(shape: Sequence[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _threads() -> Iterator[None]:
+def threads() -> Iterator[None]:
     """Let torch use the cores of this process while the block runs."""
     n_before = torch.get_num_threads()
     torch.set_num_threads(default_threads())

@@ -1,19 +1,23 @@
-"""Whether scales are trained, which takes torch: an optional package, which `training` alone imports."""
+"""Whether torch weighs tokens and trains scales: an optional package, which `gradients` and `training` import."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Ready
-from f2gguf.quantize.repair.codes.compensate import Compensation
-from f2gguf.quantize.repair.tensors import Rows
+from f2gguf.quantize.repair.codes.blocks import Floats
+from f2gguf.quantize.repair.codes.compensate import Compensation, vector_names
+from f2gguf.quantize.repair.tensors import Rows, Weights
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import ExtraMissing
+from f2gguf.runtime.files import sha256_file, sha256_text, writing
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
 from numpy.typing import NDArray
@@ -52,8 +56,27 @@ def should_tune(wanted: bool | None, header: Header, fitting: Sequence[Ids]) -> 
     minutes = estimated_seconds(n_weights, sum(map(len, fitting))) / 60
     if minutes <= MAX_MINUTES:
         return True
-    say(f"  scales are not trained, which would take about {minutes:,.0f} minutes here (--tune)")
+    say(f"  no gradients are used, and no scales trained, which would take about {minutes:,.0f} minutes here (--tune)")
     return False
+
+
+def weighed(weights: Weights, fitting: Sequence[Ids], work: Path) -> dict[str, Floats]:
+    """The `gradient_weights` of tokens, which are kept in `work` for all recipes of the model."""
+    from f2gguf.quantize.repair.codes.gradients import gradient_weights, n_steps
+
+    inputs = [
+        sha256_file(weights.header.path),
+        tuning_arithmetic(),
+        sha256_text(str([ids.tolist() for ids in fitting])),
+    ]
+    path = work / f"gradients-{sha256_text(json.dumps(inputs))}.npz"
+    if not path.exists():
+        with progress("gradients", n_steps(fitting)) as advance:
+            found = gradient_weights(weights, fitting, advance)
+        with writing(path) as part, part.open("wb") as file:
+            np.savez(file, **found)  # type: ignore[arg-type]
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
 
 
 def tuned(
@@ -68,10 +91,9 @@ def tuned(
     """`ready` with scales that are trained on `fitting`, and every vector of the layers, trained as well."""
     from f2gguf.quantize.repair.codes.training import n_steps, train
 
-    header = compensation.weights.header
-    names = [t.name for t in header.tensors if len(t.shape) == 1 and t.name.startswith(("blk.", "output_norm."))]
     trained = {
-        name: ready[name].reshape(-1).view(np.float32) if name in ready else compensation.vector(name) for name in names
+        name: ready[name].reshape(-1).view(np.float32) if name in ready else compensation.vector(name)
+        for name in vector_names(compensation.weights.header)
     }
     with progress(label, n_steps(fitting)) as advance:
         return train(compensation.weights, types, ready, trained, fitting=fitting, judging=judging, on_progress=advance)
