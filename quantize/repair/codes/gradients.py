@@ -75,5 +75,5 @@ class _Watched(Model):
 
 
 def _normalised(squares: Floats) -> Floats:
-    roots = squares**POWER
-    return (roots / max(roots.mean(), np.finfo(np.float32).tiny)).astype(np.float32)
+    roots: Floats = (squares**POWER).astype(np.float32)
+    return roots / max(roots.mean(), np.finfo(np.float32).tiny)
