@@ -76,4 +76,5 @@ class _Watched(Model):
 
 def _normalised(squares: Floats) -> Floats:
     roots: Floats = (squares**POWER).astype(np.float32)
-    return roots / max(roots.mean(), np.finfo(np.float32).tiny)
+    roots /= max(roots.mean(), np.finfo(np.float32).tiny)
+    return roots
