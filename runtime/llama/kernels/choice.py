@@ -9,8 +9,8 @@ the same choice on the same processor. There, on a busy machine, `scripts/kernel
 Q4_K 1,727 tokens/s as it is and 960 repacked, Q4_0 1,965 and 3,519, IQ4_NL 1,122 and 2,369.
 
 On AMX, Q8_0 does 4,757 tokens/s where it does 1,777 as it is (`scripts/kernels --layers 2 --rounds 2`), Q4_0 5,131
-where it does 3,364 repacked, and Q4_K 4,728 where it does 4,806, but a query in 4.9 ms where it takes 5.5. Q6_K stays as
-it is: 3,978 tokens/s, and 3,312 on AMX.
+where it does 3,364 repacked, and Q4_K 4,728 where it does 4,806, but a query in 4.9 ms where it takes 5.5. Q6_K stays
+as it is: 3,978 tokens/s, and 3,312 on AMX.
 """
 
 from __future__ import annotations
