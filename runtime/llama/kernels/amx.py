@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,10 +28,9 @@ from numpy.typing import NDArray
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS")  # that have such kernels, but for F16
 _RIGHT = "right"  # what the child prints
-_CODE = (
-    f"from {__name__} import are_right, extra_buffers; print('{_RIGHT}' if are_right(extra_buffers()['{AMX}']) else '')"
-)
+_CODE = f"from {__name__} import main; main()"
 _TIMEOUT_S = 60
+_CRASHES = (-signal.SIGILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGABRT)
 _N_ROWS, _N_COLS, _N_TOKENS = 64, 512, 48  # more than one tile of each, so that several threads have work
 _TOLERANCE = 1e-3  # of the largest product: both kernels round inputs to 8 bits, by their own blocks
 
@@ -54,9 +55,15 @@ def works() -> bool:
         except (OSError, subprocess.TimeoutExpired):
             return False
         found = child.returncode == 0 and child.stdout.strip() == _RIGHT
-        if child.returncode <= 0:  # otherwise it is Python that ended, for reasons of its own
+        if child.returncode in (0, *_CRASHES):  # otherwise it ended for reasons that are not the kernels'
             remember("amx", [stamp, found])
     return bool(found)
+
+
+def main() -> None:
+    """The child process. A crash of it leaves no core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print(_RIGHT if are_right(extra_buffers()[AMX]) else "wrong")
 
 
 def are_right(buffer_type: int, types: Sequence[str] = TYPES) -> bool:
