@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from f2gguf.quantize.repair.calibration import (
 )
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, cost
 from f2gguf.quantize.repair.codes.parallel import all_cores, product
-from f2gguf.quantize.repair.codes.tune import MAX_MINUTES
+from f2gguf.quantize.repair.codes.tune import gradient_seconds, is_worth, training_seconds
 from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.console import say
@@ -137,13 +136,14 @@ def expect(
             memory_bytes = min(whole_bytes(n_all), available_memory_bytes())  # it runs in layers where there is less
     chosen: list[EvalText] = []
     judged: list[EvalText] = []
-    codes = 0.0
+    codes, n_fitting, weighs = 0.0, 0, False
     if calibration:
         budget = token_budget(shapes)
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
         stages["calibrate"] = through(base_file, [*chosen, *judged])
-        n = n_tokens([*chosen, *judged, *spliced(some, budget)], LONG_TOKENS)
+        n_fitting = int(n_tokens([*chosen, *spliced(some, budget)], LONG_TOKENS))
+        n = n_fitting + n_tokens(judged, LONG_TOKENS)
         if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):
             memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
         codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
@@ -155,8 +155,10 @@ def expect(
         stages[name] = {"quantise": quantise} | through(name, [*claimed, *judged * (n_made - 1)])
         if compensates:
             stages[name]["codes"] = codes
-            training = _training_seconds(job.tune, n_weights, int(n_tokens(chosen, LONG_TOKENS)))
-            stages[name] |= {} if training is None else {"training": training}
+            if is_worth(job.tune, training_seconds, n_weights, n_fitting):
+                stages[name]["training"] = training_seconds(n_weights, n_fitting)
+            if is_worth(job.tune, gradient_seconds, n_weights, n_fitting) and not weighs:
+                weighs, stages[name]["gradients"] = True, gradient_seconds(n_weights, n_fitting)
         disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
     outlook = Outlook(stages, int(memory_bytes), int(disk_bytes))
     if speeds is None and outlook.seconds_left >= _WORTH_SAMPLING:
@@ -194,16 +196,6 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         took.append(time.perf_counter() - begin)
     return min(took)
-
-
-def _training_seconds(wanted: bool | None, n_weights: int, n: int) -> float | None:
-    """How long scales are trained, if they are."""
-    if wanted is False or find_spec("torch") is None:
-        return None
-    from f2gguf.quantize.repair.codes.training import estimated_seconds
-
-    seconds = estimated_seconds(n_weights, n)
-    return seconds if wanted or seconds <= 60 * MAX_MINUTES else None
 
 
 @cache

@@ -117,8 +117,11 @@ def test_what_tuning_would_take_is_said(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "estimated_seconds", lambda *_: 3600.0)
-    assert not replace(study).trains
-    assert "no scales trained, which would take about 60 minutes here (--tune)" in capsys.readouterr().err
+    fresh = replace(study)
+    assert (fresh.weighs, fresh.trains) == (False, False)
+    said = capsys.readouterr().err
+    assert "tokens are not weighed by gradients, which would take about 60 minutes here (--tune)" in said
+    assert "scales are not trained, which would take about 60 minutes here (--tune)" in said
 
 
 def test_weights_of_tokens_say_what_an_error_there_does(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ class Search:
         best = scaled if scaled.mean < WORTH * best.mean else best
         if not study.compensates(best.recipe):
             return best
-        weighed = tuning_arithmetic() if study.trains else ""
+        weighed = tuning_arithmetic() if study.weighs else ""
         compensated = self._measured(replace(best.recipe, compensated=arithmetic(), weighed=weighed))
         if compensated.mean < best.mean:
             return compensated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,17 @@ from f2gguf.quantize.repair.calibration import (
 )
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.layers import has_layers
-from f2gguf.quantize.repair.codes.tune import Objective, require_torch, should_tune, tuned, tuning_arithmetic, weighed
+from f2gguf.quantize.repair.codes.tune import (
+    Estimate,
+    Objective,
+    gradient_seconds,
+    is_worth,
+    require_torch,
+    training_seconds,
+    tuned,
+    tuning_arithmetic,
+    weighed,
+)
 from f2gguf.quantize.repair.imatrix import Activations, collect, read_imatrix, write_imatrix
 from f2gguf.quantize.repair.plan import TypePlan, plan_variant
 from f2gguf.quantize.repair.recipe import Recipe, arithmetic, kind_of, make
@@ -103,9 +114,18 @@ class Study:
         return self.compensate and has_layers(self.weights.header) and bool(kinds & set(COMPENSATED))
 
     @cached_property
+    def weighs(self) -> bool:
+        """Whether gradients weigh tokens; says how long it would take where they do not."""
+        return self._is_worth(gradient_seconds, "tokens are not weighed by gradients")
+
+    @cached_property
     def trains(self) -> bool:
-        """Whether torch weighs tokens and trains scales and vectors; says how long it would take where it does not."""
-        return should_tune(self.tune, self.weights.header, self.fitting)
+        """Whether scales and vectors are trained; says how long it would take where they are not."""
+        return self._is_worth(training_seconds, "scales are not trained")
+
+    def _is_worth(self, seconds: Estimate, without: str) -> bool:
+        n_weights = sum(map(math.prod, layer_shapes(self.weights.infos.items())))
+        return is_worth(self.tune, seconds, n_weights, sum(map(len, self.fitting)), without=without)
 
     def compensation(self, recipe: Recipe) -> Compensation:
         """What makes the codes of `recipe`."""

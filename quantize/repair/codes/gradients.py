@@ -22,6 +22,7 @@ from torch import Tensor
 
 N_PROBES = 2  # random signs for each text
 POWER = 0.5  # of the mean square of a token's gradients
+PASSES = 2 + 4 * N_PROBES  # operations for each weight and token: there, and twice on the way back of each probe
 _SEED = 0
 
 

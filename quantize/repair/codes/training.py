@@ -33,8 +33,7 @@ STEP_RATE, VECTOR_RATE = 5e-4, 2e-4  # of Adam, as a part of the value
 DECAY = 0.75  # of both rates after each epoch
 BATCH_TOKENS = 1024  # of texts of like length
 _SEED = 0
-_PASSES = 6  # products with a matrix in a step: there, and twice on the way back, and two operations each
-_GRADIENT_PASSES = 10  # once, for what tokens count: there, and two probes back
+_PASSES = 6  # operations for each weight and token in a step: there, and twice on the way back, two each
 _SHARE = 0.4  # of the speed of large products that a step comes to
 
 
@@ -43,15 +42,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def estimated_seconds(n_weights: int, n_tokens: int) -> float:
-    """How long gradients and training take at most for `n_weights` and `n_tokens` of texts: a product is timed."""
+def estimated_seconds(n_weights: int, n_tokens: int, passes: int = MAX_EPOCHS * _PASSES) -> float:
+    """How long `train` takes at most for `n_weights` in matrices and `n_tokens` in texts: a product is timed.
+
+    Or what else takes `passes` operations for each weight and token.
+    """
     square, side = torch.ones((2, 1024, 1024), device=device()), 1024
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         float((square[0] @ square[1])[0, 0])
         seconds.append(time.perf_counter() - begin)
-    return (MAX_EPOCHS * _PASSES + _GRADIENT_PASSES) * n_tokens * n_weights / (_SHARE * 2 * side**3 / min(seconds))
+    return passes * n_tokens * n_weights / (_SHARE * 2 * side**3 / min(seconds))
 
 
 def n_steps(fitting: Objective) -> int:

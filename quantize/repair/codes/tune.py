@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,10 +17,10 @@ from f2gguf.quantize.repair.tensors import Rows, Weights
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import ExtraMissing
 from f2gguf.runtime.files import sha256_file, sha256_text, writing
-from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.packing import Ids
 from numpy.typing import NDArray
 
+Estimate = Callable[[int, int], float]  # of seconds, by weights in matrices and tokens in texts
 MAX_MINUTES = 5  # that training may take where nobody asked for it
 
 
@@ -46,18 +45,31 @@ def tuning_arithmetic() -> str:
     return f"torch {version('torch')}, {device()}"
 
 
-def should_tune(wanted: bool | None, header: Header, fitting: Sequence[Ids]) -> bool:
-    """Whether to train: as `wanted`, or for None where torch is there and it takes at most MAX_MINUTES."""
-    if wanted is not None or find_spec("torch") is None:
-        return bool(wanted)
+def training_seconds(n_weights: int, n_tokens: int) -> float:
+    """How long scales are trained."""
     from f2gguf.quantize.repair.codes.training import estimated_seconds
 
-    n_weights = sum(math.prod(t.shape) for t in header.tensors if len(t.shape) == 2 and t.name.startswith("blk."))
-    minutes = estimated_seconds(n_weights, sum(map(len, fitting))) / 60
-    if minutes <= MAX_MINUTES:
-        return True
-    say(f"  no gradients are used, and no scales trained, which would take about {minutes:,.0f} minutes here (--tune)")
-    return False
+    return estimated_seconds(n_weights, n_tokens)
+
+
+def gradient_seconds(n_weights: int, n_tokens: int) -> float:
+    """How long the gradients that weigh tokens take."""
+    from f2gguf.quantize.repair.codes import gradients, training
+
+    return training.estimated_seconds(n_weights, n_tokens, gradients.PASSES)
+
+
+def is_worth(wanted: bool | None, seconds: Estimate, n_weights: int, n_tokens: int, *, without: str = "") -> bool:
+    """Whether to do what takes `seconds`: as `wanted`, or for None where torch is there and they are at most MAX_MINUTES.
+
+    Where they are more, says that the work goes on `without`.
+    """
+    if wanted is not None or find_spec("torch") is None:
+        return bool(wanted)
+    minutes = seconds(n_weights, n_tokens) / 60
+    if minutes > MAX_MINUTES and without:
+        say(f"  {without}, which would take about {minutes:,.0f} minutes here (--tune)")
+    return minutes <= MAX_MINUTES
 
 
 def weighed(weights: Weights, fitting: Sequence[Ids], work: Path) -> dict[str, Floats]:
