@@ -60,9 +60,9 @@ def gradient_seconds(n_weights: int, n_tokens: int) -> float:
 
 
 def is_worth(wanted: bool | None, seconds: Estimate, n_weights: int, n_tokens: int, *, without: str = "") -> bool:
-    """Whether to do what takes `seconds`: as `wanted`, or for None where torch is there and they are at most MAX_MINUTES.
+    """Whether to do what takes `seconds`: as `wanted`, or for None where torch is there and they are few enough.
 
-    Where they are more, says that the work goes on `without`.
+    That is MAX_MINUTES. Where they are more, says that the work goes on `without`.
     """
     if wanted is not None or find_spec("torch") is None:
         return bool(wanted)
