@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,11 +287,16 @@ def test_commands_work_for_a_user_whom_the_system_does_not_know(
 
 
 @pytest.mark.slow
-def test_files_of_the_current_folder_are_not_taken_for_modules(run: Run, path: Path, tmp_path: Path) -> None:
+def test_files_of_the_current_folder_are_not_taken_for_modules(path: Path, tmp_path: Path) -> None:
     """By the processes that `fit` starts: what memory a file takes, and how fast it is."""
     for name in ("json", "random", "token"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
-    process = run("f2gguf", "fit", path.resolve(), cwd=tmp_path)
+    command = [
+        Path(sysconfig.get_path("scripts"), "f2gguf"),
+        "fit",
+        path.resolve(),
+    ]  # `python -c` would look there itself
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 
