@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 
 SHIFT = 0.5  # of the way to the weights that undo the difference
 LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give the vector
-# Of a token's weight that does not follow from gradients, where there are any. With a quarter of the texts, MiniLM's Q4_0
-# drifts 0.664% with 0, 0.653% with 0.1, 0.655% with 0.3 and 0.730% with 1 on texts that judge; f2llm-nano's Q4_K_M
+# Of a token's weight that does not follow from gradients, where there are any. With a quarter of the texts, MiniLM's
+# Q4_0 drifts 0.664% with 0, 0.653% with 0.1, 0.655% with 0.3 and 0.730% with 1 on texts that judge; f2llm-nano's Q4_K_M
 # 0.0230%, 0.0242%, 0.0240% and 0.0253%.
 PLAIN_SHARE = 0.1
 N_ROWS = 256  # of a matrix, to price a type
