@@ -291,12 +291,8 @@ def test_files_of_the_current_folder_are_not_taken_for_modules(path: Path, tmp_p
     """By the processes that `fit` starts: what memory a file takes, and how fast it is."""
     for name in ("json", "random", "token"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
-    command = [
-        Path(sysconfig.get_path("scripts"), "f2gguf"),
-        "fit",
-        path.resolve(),
-    ]  # `python -c` would look there itself
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = Path(sysconfig.get_path("scripts"), "f2gguf")  # `python -c` would look in the folder itself
+    process = subprocess.run([command, "fit", path.resolve()], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 

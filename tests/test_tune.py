@@ -20,6 +20,7 @@ from f2gguf.quantize.repair.calibration import PATH
 from f2gguf.quantize.repair.codes import gradients, training
 from f2gguf.quantize.repair.codes import tune as tuning
 from f2gguf.quantize.repair.codes.blocks import unpack
+from f2gguf.quantize.repair.codes.compensate import vector_names
 from f2gguf.quantize.repair.codes.gradients import gradient_weights
 from f2gguf.quantize.repair.codes.layers import Texts
 from f2gguf.quantize.repair.codes.tune import tuning_arithmetic
@@ -76,9 +77,7 @@ def test_the_model_that_is_trained_is_the_file(study: Study, recipe: Recipe, tmp
     make(study.weights, tmp_path / "x.gguf", recipe, study.imatrix, ready=ready)
     vectors = vectors_of(tmp_path / "x.gguf", study.judged.ids, "cpu")
     compensation = study.compensation(recipe)
-    names = [
-        t.name for t in study.weights.header.tensors if len(t.shape) == 1 and t.name.startswith(("blk.", "output"))
-    ]
+    names = vector_names(study.weights.header)
     own = {n: ready[n].view(np.float32)[0] if n in ready else compensation.vector(n) for n in names}
     model = training.Model(study.weights, study.types(recipe), ready, own)
     assert model.drift(model.batches(training.Objective(study.judged.ids, vectors))) < 1e-3
@@ -180,6 +179,8 @@ def test_without_torch(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., object] = importlib.util.find_spec
     monkeypatch.setattr(tuning, "find_spec", lambda name: None if name == "torch" else find(name))
     assert not replace(study).trains
+    with pytest.raises(ExtraMissing, match="--tune trains scales, which takes torch"):
+        _ = replace(study, tune=True).trains
     with pytest.raises(ExtraMissing, match=r"x, which takes torch. Run: pip install 'f2gguf\[evals\]'"):
         tuning.require_torch("x")
 

@@ -57,8 +57,8 @@ COMPENSATE = click.option(
 TUNE = click.option(
     "--tune/--no-tune",
     default=None,
-    help="Weigh tokens by gradients, and train scales, norms and biases on the drift, which takes torch; without "
-    "either, where it takes minutes.",
+    help="Weigh tokens by gradients, and train scales, norms and biases on the drift, which takes torch. By default, "
+    "each of the two where it takes minutes.",
 )
 STOCK = click.option("--stock", is_flag=True, help="Use llama.cpp's plain recipe, whatever it drifts.")
 

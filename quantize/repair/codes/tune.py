@@ -62,8 +62,11 @@ def gradient_seconds(n_weights: int, n_tokens: int) -> float:
 def is_worth(wanted: bool | None, seconds: Estimate, n_weights: int, n_tokens: int, *, without: str = "") -> bool:
     """Whether to do what takes `seconds`: as `wanted`, or for None where torch is there and they are few enough.
 
-    That is MAX_MINUTES. Where they are more, says that the work goes on `without`.
+    That is MAX_MINUTES. Where they are more, says that the work goes on `without`. Raises `ExtraMissing` where it is
+    wanted and torch is not there.
     """
+    if wanted:
+        require_torch("--tune trains scales")
     if wanted is not None or find_spec("torch") is None:
         return bool(wanted)
     minutes = seconds(n_weights, n_tokens) / 60

@@ -75,7 +75,7 @@ def describe_kernels(header: Header) -> str:
         for buffer, names in choose(header).items()
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
-    found = ", ".join(words) or "no matrix is repacked: their types have faster kernels as they are"
+    found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
     return found + (_NO_AMX if amx.is_built_in() and not amx.works() else "")
 
 
