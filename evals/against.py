@@ -16,7 +16,7 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress
 from f2gguf.runtime.errors import InputError, WrongUsage, parsing
 from f2gguf.runtime.gguf.header import Header, read_header
-from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.runner import unusable
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.floating[Any]]

@@ -15,7 +15,7 @@ from f2gguf.evals.texts import ANSWER_KINDS, EvalText
 from f2gguf.runtime.calls import described
 from f2gguf.runtime.errors import InputError
 from f2gguf.runtime.files import format_bound
-from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.runner import unusable
 from numpy.typing import NDArray
 
 MAX_DRIFT = 0.02

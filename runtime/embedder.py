@@ -32,9 +32,9 @@ from f2gguf.runtime.gguf.header import KEY_ADD_EOS, Header
 from f2gguf.runtime.hub.models import name_elsewhere, open_header
 from f2gguf.runtime.llama.context import ComputeSettings, Watch
 from f2gguf.runtime.llama.encoder import Encoder
-from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import device_in_use
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.llama.runner import unusable
 from f2gguf.runtime.llama.threads import require_threads
 from f2gguf.runtime.pool import Pool, require_pool
 from f2gguf.runtime.precision import quantized, require_precision

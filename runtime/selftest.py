@@ -17,8 +17,8 @@ from f2gguf.runtime.errors import SelftestFailed
 from f2gguf.runtime.gguf.golden import Golden, require_golden
 from f2gguf.runtime.gguf.header import POOLING_IDS
 from f2gguf.runtime.llama.encoder import Encoder, normalized
-from f2gguf.runtime.llama.engine import Rows
 from f2gguf.runtime.llama.packing import Ids, leading_length
+from f2gguf.runtime.llama.runner import Rows
 from numpy.typing import NDArray
 
 Compute = Callable[[list[Ids]], Rows]

@@ -13,8 +13,18 @@ from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import HOSTILE, load_texts
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.errors import FileWarning, PoolingMissing, TextError, TruncationWarning, UnknownDims, UnknownName
+from f2gguf.runtime.errors import (
+    FileWarning,
+    GGUFError,
+    PoolingMissing,
+    TextError,
+    TruncationWarning,
+    UnknownDims,
+    UnknownName,
+)
 from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama import engine
+from f2gguf.runtime.llama.context import Context
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as CheckpointTokenizer
@@ -70,6 +80,32 @@ def test_alone_equals_in_a_batch(nano: Embedder) -> None:
 def test_order_of_the_results_is_the_callers(nano: Embedder) -> None:
     forward, backward = nano.encode(TEXTS), nano.encode(TEXTS[::-1])
     assert drift(forward, backward[::-1]).max() < 1e-6
+
+
+@pytest.mark.parametrize("fixture", ["nano", "minilm"])
+def test_contexts_side_by_side_give_the_vectors_of_one(
+    fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, for texts of all lengths, one of them longer than a batch."""
+    model: Embedder = request.getfixturevalue(fixture)
+    texts = [text.text for text in load_texts()[:30]]
+    texts.append(" ".join(texts))
+    monkeypatch.setattr(engine, "_n_runners", lambda _model: 3)
+    with Embedder(model.header.path) as several, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        assert "3 contexts" in several.description
+        for prompt in (None, "a prompt that all texts of a batch share: "):
+            np.testing.assert_array_equal(
+                several.encode(texts, prompt=prompt), model.encode(texts, prompt=prompt), strict=True
+            )
+        with monkeypatch.context() as broken, pytest.raises(GGUFError, match="failed on a batch"):
+            broken.setattr(Context, "_decode", fails)
+            several.encode(texts)
+        assert drift(several.encode(texts[:9]), model.encode(texts[:9])).max() < 1e-5, "in new contexts"
+
+
+def fails(*_: object, **__: object) -> None:
+    raise GGUFError("llama.cpp failed on a batch")
 
 
 def test_truncated_text_keeps_its_eos(nano: Embedder) -> None:

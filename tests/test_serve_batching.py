@@ -13,6 +13,7 @@ import pytest
 from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.llama.context import Pause
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.server import batching
 from f2gguf.runtime.server.batching import CLIENT, Batcher, QueueFull, Schedule
 from f2gguf.runtime.server.metrics import Metrics
 
@@ -62,8 +63,8 @@ def run(test: Callable[[Batcher, Model], Awaitable[Any]], **limits: int) -> Mode
 
 
 def new_batcher(model: Model, schedule: Schedule, **limits: int) -> Batcher:
-    options: dict[str, Any] = {"batch_tokens": 100, "max_waiting_tokens": 10_000, **limits}
-    return Batcher(model, schedule, shares_prompts=True, can_pause=True, metrics=Metrics().of("model"), **options)
+    options: dict[str, Any] = {"batch_tokens": 100, "max_waiting_tokens": 10_000, "can_pause": True, **limits}
+    return Batcher(model, schedule, shares_prompts=True, metrics=Metrics().of("model"), **options)
 
 
 async def release(model: Model, *waiting: asyncio.Task[Any]) -> list[Any]:
@@ -121,6 +122,22 @@ def test_a_stream_of_short_requests_leaves_a_share_to_long_ones() -> None:
     order = [texts[0] for texts, _ in run(test).calls]
     assert order[1] == 10, "what is short goes first"
     assert order[-1] > 1, "and is not all done before the last text of the long one"
+
+
+def test_long_requests_get_their_share_and_no_more_where_a_step_cannot_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(steps: list[list[int]]) -> float:
+        return sum(3.0 if texts[0] == 1 else 1.0 for texts in steps)
+
+    async def test(batcher: Batcher, model: Model) -> None:
+        monkeypatch.setattr(batching.time, "perf_counter", lambda: seconds([texts for texts, _ in model.calls]))
+        huge = await ask(batcher, *[text(1, 90)] * 100)
+        await release(model, huge, *[await ask(batcher, text(i, 95)) for i in range(10, 410)])
+
+    steps = [texts for texts, _ in run(test, can_pause=False, max_waiting_tokens=10**6).calls[1:]]
+    while steps[-1][0] == 1:  # once no query waits
+        steps.pop()
+    share = seconds([texts for texts in steps if texts[0] == 1]) / seconds(steps)
+    assert 0.15 < share < 0.25, f"{share:.2f} of the time, and LONG_SHARE is {batching.LONG_SHARE}"
 
 
 def test_a_client_with_many_requests_does_not_hold_up_another() -> None:

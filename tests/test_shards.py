@@ -136,7 +136,7 @@ def test_what_an_earlier_text_needed_changes_no_later_shard(
     model: Embedder, docs: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     model.encode(["word " * 300])
-    model.encoder.engine._needs_f32 = True
+    model.encoder.engine._runners[0]._needs_f32 = True
     embed_corpus([str(docs)], tmp_path, model, shard_rows=SHARD_ROWS)
     assert files_in(tmp_path) == whole
 

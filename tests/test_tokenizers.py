@@ -470,8 +470,20 @@ def test_text_on_which_the_library_panics_is_an_error(tiny: Path, capfd: pytest.
     with open_tokenizer(read_header(path)) as tokenizer:
         with pytest.raises(TextError, match="the library tokenizers gives up on it"):
             tokenizer("York  \n  \n")
-        assert tokenizer("York")[0].tolist() == [16384, 16383]
+        several = tokenizer.each(["York", "York  \n  \n"])
+        assert next(several)[0].tolist() == tokenizer("York")[0].tolist() == [16384, 16383]
+        with pytest.raises(TextError, match="the library tokenizers gives up on it"):
+            next(several)
     capfd.readouterr()  # the panic's own words
+
+
+def test_texts_that_are_split_together_have_the_ids_that_each_has_alone(nano_f16: Path) -> None:
+    inputs: list[str | list[int]] = [text.text for text in load_texts()[:300]]
+    inputs[2:2] = ["a long text " * 2000, [5, 6, 7], ""]
+    with open_tokenizer(read_header(nano_f16)) as tokenizer:
+        alone = [tokenizer(it, max_tokens=64) if isinstance(it, str) else tokenizer.complete(it) for it in inputs]
+        together = list(tokenizer.each(inputs, max_tokens=64))
+    assert [(ids.tolist(), was_cut) for ids, was_cut in together] == [(ids.tolist(), cut) for ids, cut in alone]
 
 
 @pytest.fixture

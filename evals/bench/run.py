@@ -26,8 +26,8 @@ from f2gguf.evals.endpoint import open_endpoint, require_client, shown_url
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import BenchFailed, ExtraMissing, WrongUsage
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.library import require_device
+from f2gguf.runtime.llama.runner import unusable
 from f2gguf.runtime.llama.threads import cpu_name, default_threads, require_threads
 from numpy.typing import NDArray
 

@@ -20,7 +20,7 @@ from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.header import Header, read_header
 from f2gguf.runtime.llama.context import read_rows
 from f2gguf.runtime.llama.encoder import Encoder
-from f2gguf.runtime.llama.engine import unusable
+from f2gguf.runtime.llama.runner import unusable
 from gguf import GGUFWriter
 from llama_cpp._ggml import libggml
 from numpy.typing import NDArray

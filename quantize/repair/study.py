@@ -48,8 +48,8 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.console import progress, say
 from f2gguf.runtime.errors import NoVector, WrongRecipe
 from f2gguf.runtime.files import sha256_file, write_text, writing
-from f2gguf.runtime.llama.engine import unusable
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.llama.runner import unusable
 
 N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 

@@ -15,14 +15,14 @@ from f2gguf.runtime.fit.speed import Speed
 from f2gguf.runtime.gguf.header import Header
 
 PATH = Path(__file__).resolve().parents[1] / "devices.toml"
-# Milliseconds that 2,048 tokens take on an H100: for their splitting, which the processor does; for each layer; and for
-# each 10**12 products of 8-bit weights. The first is about a third of what 80M takes, as its profile says; the others
-# follow from 47,000 tokens/s of 0.6B in Q4_K_M and 16,400 of 4B in Q4_0 (CHANGELOG.md, "On a GPU"). Then 80M in Q8_0
-# is estimated at 148,000, where 135,000 were measured.
-_BATCH, _SPLIT_MS, _LAYER_MS, _PRODUCTS_MS, _H100_TOPS = 2048, 5.0, 1.017, 11.19, 1979
+# Milliseconds that 2,048 tokens take on an H200: for their splitting, which the processor does; for each layer; and for
+# each 10**12 products of 8-bit weights. A profile says 23.3 ms for 0.6B in Q4_K_M, of which 12.7 are products. So
+# estimated, 80M in Q8_0 does 376,000 tokens/s, and 0.6B 91,000; 363,000, 92,900 (Q4_K_M) and 99,700 (Q4_0) were
+# measured (CHANGELOG.md, "On a GPU").
+_BATCH, _SPLIT_MS, _LAYER_MS, _PRODUCTS_MS, _H200_TOPS = 2048, 2.0, 0.33, 12.5, 1979
 _LEAST_MS = 0.1  # of a query: no model answers in less
 DEVICES_NOTE = (
-    "documents: estimated from three files on an H100, which it gives within 10%, and scaled by the vendor's rate of "
+    "documents: estimated from three files on an H200, which it gives within 10%, and scaled by the vendor's rate of "
     "8-bit products, which is unchecked on other devices; a query: the least, the time to read its weights once"
 )
 
@@ -64,7 +64,7 @@ class Device:
         tokens_per_s = None
         if self.int8_tops is not None and work.products is not None:
             computing = work.n_layers * _LAYER_MS + _BATCH * work.products / 1e12 * _PRODUCTS_MS
-            tokens_per_s = 1000 * _BATCH / (_SPLIT_MS + computing * _H100_TOPS / self.int8_tops)
+            tokens_per_s = 1000 * _BATCH / (_SPLIT_MS + computing * _H200_TOPS / self.int8_tops)
         query_ms = work.weights_bytes / self.bandwidth_gb_s / 1e6
         return Speed(tokens_per_s, query_ms if query_ms >= _LEAST_MS else None)
 

@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[str, dict[str, int]]:
-    from f2gguf.runtime.llama.context import GPU_TOKENS, N_SEQ_MAX, ComputeSettings, Context, LastTokenContext
+    from f2gguf.runtime.llama.context import N_SEQ_MAX, ComputeSettings, Context, LastTokenContext
 
     pooling, longest = arguments["pooling"], arguments["max_tokens"]
     kind = LastTokenContext if header.takes_last_tokens(pooling) else Context
@@ -172,14 +172,14 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
         others = sizes(kind.cpu_tokens, flash=True)
         found["documents"] = {key: value + others[key] for key, value in found["documents"].items()}
     model.offloaded = "as on a GPU"  # so that passes are as large as there
-    found["on_gpu"] = sizes(max(GPU_TOKENS, longest), flash=True)
+    found["on_gpu"] = sizes(max(kind.gpu_tokens, longest), flash=True)
     return found
 
 
 def _logged(kind: Any, model: Model, settings: Any, n_tokens: int, flash: bool) -> dict[str, int]:
     """Bytes that llama.cpp names when a context for `n_tokens` is made; 0 for what it does not need."""
-    from f2gguf.runtime.llama.engine import CTX_STEP
     from f2gguf.runtime.llama.library import log_to
+    from f2gguf.runtime.llama.runner import CTX_STEP
 
     lines: list[str] = []
     with log_to(lambda _, text: lines.append(text)):

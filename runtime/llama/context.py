@@ -22,10 +22,6 @@ from numpy.typing import NDArray
 N_SEQ_MAX = 64  # sequences in a context; llama.cpp's mean pooling wants a divisor of its tokens
 MAX_TEXTS = N_SEQ_MAX - 1  # texts in one batch: a sequence is left to hold the shared prefix
 N_UBATCH = 512  # tokens in one pass; with last-token pooling a longer text takes several, through the KV cache
-# Tokens of a batch, and of a pass, on a GPU, which starts a kernel for each step of a layer, however few the tokens.
-# On an H100, 0.6B in Q4_K_M embeds 17,600 tokens/s in batches of 256, 39,000 of 1,024, 47,000 of 2,048 and 46,700 of
-# 4,096, where the attention mask, which grows with the square, takes what the fuller kernels save.
-GPU_TOKENS = 2048
 # On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
 # file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
 MIN_FLASH = 64
@@ -74,6 +70,9 @@ class Context:
 
     tapped: str | None = None  # name of the tensor that vectors are taken from; None for llama.cpp's own pooling
     cpu_tokens = 512  # short texts are packed up to this; 256 took 1.09 of the time for all-MiniLM-L6-v2
+    gpu_tokens = (
+        1024  # on an H200 MiniLM's Q4_0 does 195,000 tokens/s; 172,000 by 512, 165,000 by 2,048, 96,000 by 4,096
+    )
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class Context:
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.n_threads = params.n_threads_batch = settings.n_threads
-        self._n_pass = GPU_TOKENS if model.offloaded else N_UBATCH
+        self._n_pass = self.gpu_tokens if model.offloaded else N_UBATCH
         self._tap = _Tap(self.tapped, watch)
         if self.tapped or watch or pauses:
             params.cb_eval = self._tap.callback
@@ -121,7 +120,7 @@ class Context:
     @classmethod
     def batch_tokens(cls, model: Model) -> int:
         """Tokens up to which short texts of this model are packed into one batch."""
-        return GPU_TOKENS if model.offloaded else cls.cpu_tokens
+        return cls.gpu_tokens if model.offloaded else cls.cpu_tokens
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0, pause: Pause | None = None) -> NDArray[np.float32]:
         """Pooled raw vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32.
@@ -162,6 +161,10 @@ class LastTokenContext(Context):
 
     tapped = "result_norm"  # llama.cpp's name for the final norm's output
     cpu_tokens = 256  # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
+    # A GPU starts a kernel for each step of a layer, however few the tokens. On an H100, 0.6B in Q4_K_M does 17,600
+    # tokens/s in batches of 256, 39,000 of 1,024, 47,000 of 2,048 and 46,700 of 4,096, where the attention mask, which
+    # grows with the square, takes what the fuller kernels save.
+    gpu_tokens = 2048
 
     def _prepare(self, params: Any) -> None:
         self._held = np.empty(0, dtype=np.int32)  # ids whose keys and values the sequence _HELD keeps

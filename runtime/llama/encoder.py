@@ -13,12 +13,11 @@ import numpy as np
 from f2gguf.runtime.errors import TextError
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.context import ComputeSettings, Pause, Watch
-from f2gguf.runtime.llama.engine import Engine, Rows
+from f2gguf.runtime.llama.engine import Engine
 from f2gguf.runtime.llama.packing import Ids, shared_length, unique
-from f2gguf.runtime.llama.tokenizer import Tokenizer, own_tokenizer
+from f2gguf.runtime.llama.runner import Rows
+from f2gguf.runtime.llama.tokenizer import Input, Tokenizer, own_tokenizer
 from numpy.typing import NDArray
-
-Input = str | Sequence[int]  # a text, or the ids of its tokens
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,11 @@ class Encoder:
         most = max_tokens or self.settings.max_tokens
         ids: list[Ids] = []
         truncated = np.zeros(len(inputs), dtype=np.bool_)
-        for i, text in enumerate(inputs):
+        prompted = [add_prompt(it, prompt) if isinstance(it, str) else it for it in inputs]
+        results = self._tokenizer.each(prompted, max_tokens=most)
+        for i in range(len(inputs)):
             try:
-                if isinstance(text, str):
-                    tokens, truncated[i] = self._tokenizer(add_prompt(text, prompt), max_tokens=most)
-                else:
-                    tokens, truncated[i] = self._tokenizer.complete(text, max_tokens=most)
+                tokens, truncated[i] = next(results)
             except TextError as error:
                 name = label.format(index=i, number=i + 1, total=len(inputs))
                 raise TextError(f"{name}: {error}") from error

@@ -19,6 +19,10 @@ libggml.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
 libggml.ggml_backend_reg_count.restype = ctypes.c_size_t
 libggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
 libggml.ggml_backend_reg_get.restype = ctypes.c_void_p
+libggml.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
+libggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+libggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]
+libggml.ggml_backend_dev_memory.restype = None
 # device -> names of the ggml backend that drives it, and the build flag that brings it
 DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
     "auto": ((), ""),
@@ -28,6 +32,7 @@ DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 TORCH_NAMES = {"CUDA": "cuda", "ROCm": "cuda", "MTL": "mps", "Metal": "mps"}  # of ggml's backends
 ERROR = 4  # ggml_log_level
+_GPU = 1  # ggml_backend_dev_type: a card with memory of its own
 
 # ggml replays a CUDA graph where a batch has the shape of the two before it, and gives an earlier batch's vectors: for
 # 1,764 of 4,096 queries of all-MiniLM-L6-v2 on an H100. For a 0.6B shape in F16 it ended the process (ggml 0.25.3,
@@ -65,6 +70,15 @@ def device_in_use(*, offloaded: bool) -> str:
         return "cpu"
     names = [name for name in backends() if name != "CPU"]
     return next((TORCH_NAMES[name] for name in names if name in TORCH_NAMES), names[0].lower())
+
+
+def cuda_memory() -> tuple[int, int]:
+    """Free and total bytes of the first card that CUDA drives; 0 and 0 without one."""
+    device = libggml.ggml_backend_dev_by_type(_GPU)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if device and "CUDA" in backends():
+        libggml.ggml_backend_dev_memory(device, free, total)
+    return free.value, total.value
 
 
 def ggml_build() -> str:

@@ -76,6 +76,12 @@ class Model:
         self._recursive = recursive(kind, pre)
 
     @property
+    def is_offloaded_whole(self) -> bool:
+        """Whether all layers are on a GPU."""
+        counts = re.findall(r"\d+", self.offloaded)
+        return bool(counts) and counts[0] == counts[1]
+
+    @property
     def n_embd(self) -> int:
         return int(llama_cpp.llama_model_n_embd(self.pointer))
 

@@ -7,16 +7,20 @@ transformers. A file from elsewhere is split by llama.cpp.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.header import KEY_ADD_EOS, Header
-from f2gguf.runtime.llama.carried import carried_tokenizer, encode
+from f2gguf.runtime.llama.carried import carried_tokenizer, encode, encode_all
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids
 
+Input = str | Sequence[int]  # a text, or the ids of its tokens
+
+_AT_ONCE = 256  # texts that are split together: on 2 cores MiniLM's and f2llm-nano's take 0.4 of the time so
 _KEY_OF_OLD_FILES = "f2gguf.tokenizer.normalizer"
 
 
@@ -32,13 +36,27 @@ class Tokenizer:
         special, n_closing = model.tokenize(""), int(model.closes_texts)
         self.opening, self.closing = np.split(special, [len(special) - n_closing])
 
-    def __call__(self, text: str, *, max_tokens: int | None = None) -> tuple[Ids, bool]:
+    def each(self, inputs: Sequence[Input], *, max_tokens: int | None = None) -> Iterator[tuple[Ids, bool]]:
+        """What `__call__` gives of texts and `complete` of ids, one after the other."""
+        for begin in range(0, len(inputs), _AT_ONCE):
+            some = inputs[begin : begin + _AT_ONCE]
+            split: Iterator[list[int] | None] = itertools.repeat(None)
+            if self._carried is not None and len(some) > 1:
+                split = iter(encode_all(self._carried, [it for it in some if isinstance(it, str)]))
+            for it in some:
+                if isinstance(it, str):
+                    yield self(it, max_tokens=max_tokens, split=next(split))
+                else:
+                    yield self.complete(it, max_tokens=max_tokens)
+
+    def __call__(self, text: str, *, max_tokens: int | None = None, split: list[int] | None = None) -> tuple[Ids, bool]:
         """Ids of `text` with special tokens, (n_tokens,) int32, and whether it was cut.
 
-        Raises `TextError` for what is no valid text, or has no token.
+        `split` are its ids without them, where they are known. Raises `TextError` for what is no valid text, or has no
+        token.
         """
         try:
-            ids = self._ids(text)
+            ids = self._ids(text, split)
         except UnicodeEncodeError as error:
             raise TextError(
                 f"character {error.start + 1} is a lone surrogate ({text[error.start]!r}), which no text can hold. "
@@ -65,12 +83,13 @@ class Tokenizer:
             whole = np.concatenate([whole, self.closing])
         return self._cut(whole, max_tokens)
 
-    def _ids(self, text: str) -> Ids:
+    def _ids(self, text: str, split: list[int] | None) -> Ids:
         if self._carried is None:
             return self.model.tokenize(text)
-        text.encode("utf-8")  # the library stops at lone surrogates with a less telling error
-        ids = np.array(encode(self._carried, text), dtype=np.int32)
-        return np.concatenate([self.opening, ids, self.closing])
+        if split is None:
+            text.encode("utf-8")  # the library stops at lone surrogates with a less telling error
+            split = encode(self._carried, text)
+        return np.concatenate([self.opening, np.array(split, dtype=np.int32), self.closing])
 
     def _cut(self, ids: Ids, max_tokens: int | None) -> tuple[Ids, bool]:
         if max_tokens is None or len(ids) <= max_tokens:

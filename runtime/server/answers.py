@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 import orjson
-from f2gguf.runtime.llama.encoder import Input
-from f2gguf.runtime.llama.engine import Rows
+from f2gguf.runtime.llama.runner import Rows
+from f2gguf.runtime.llama.tokenizer import Input
 from f2gguf.runtime.precision import quantized
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from starlette.responses import Response

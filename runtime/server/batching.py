@@ -5,7 +5,7 @@ Short requests go first. They do not wait for a long one's batch to end either: 
 layer, and what is short is computed there, in a context of its own. So long requests keep batches of full size, and a
 query waits for a third of a layer. (A third of one layer for 256 tokens takes less than all layers for a query of a
 dozen, unless the model has fewer than seven: then the pieces of long requests get smaller while queries come.) A GPU
-does not pause: it takes tens of milliseconds for a whole batch.
+does not pause: it takes tens of milliseconds for a whole batch, and computes several at a time while no query comes.
 
 However many short requests come, long ones get LONG_SHARE of the time: that is what queries pay, and why no long
 request waits for ever. Within a size, models take turns by the time that they used, then clients, then the requests of
@@ -29,8 +29,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from f2gguf.runtime.llama.context import MIN_FLASH, Pause
-from f2gguf.runtime.llama.engine import Rows
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.llama.runner import Rows
 
 # Of the time, for long requests while short ones wait. Where queries could fill the machine, they take 1.25 times as
 # long as alone (at most 1.5 are promised, and pauses and caches cost something too).
@@ -241,9 +241,11 @@ class Schedule:
     def _long_tokens(self, model: Batcher) -> int:
         """Tokens of the next long step: so many that a query waits for less than half of what it takes itself.
 
-        Without queries, and where `part_s` was never measured, a batch of full size.
+        Without queries, as many batches of full size as are computed at a time; one where `part_s` was never measured.
         """
-        if time.perf_counter() - self._short_end > _ACTIVE_S or not model.part_s:
+        if time.perf_counter() - self._short_end > _ACTIVE_S:
+            return model.n_batches * model.batch_tokens
+        if not model.part_s:
             return model.batch_tokens
         return max(MIN_FLASH, min(model.batch_tokens, int(self._short_s / 2 / model.part_s)))
 
@@ -258,10 +260,13 @@ class Schedule:
             self._inner_s += self._resumed - begin
 
     def _owe_less(self) -> float:
-        """Count the seconds since a part of a long step began, and give them."""
+        """Count the seconds since a part of a long step began, and give them.
+
+        Where a part took more than was owed, short ones go first until that is made up for.
+        """
         now = time.perf_counter()
         seconds, self._resumed = now - self._resumed, now
-        self._owed_s = max(0.0, self._owed_s - seconds)
+        self._owed_s = max(-seconds, self._owed_s - seconds)
         return seconds
 
 
@@ -274,6 +279,7 @@ class Batcher:
         schedule: Schedule,
         *,
         batch_tokens: int,
+        n_batches: int = 1,
         shares_prompts: bool,
         can_pause: bool,
         max_waiting_tokens: int,
@@ -282,6 +288,7 @@ class Batcher:
         self._compute = compute
         self._schedule = schedule
         self.batch_tokens = batch_tokens
+        self.n_batches = n_batches  # that are computed at a time
         self.shares_prompts = shares_prompts
         self._can_pause = can_pause
         self._max_waiting_tokens = max_waiting_tokens

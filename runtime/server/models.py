@@ -20,9 +20,10 @@ from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
 from f2gguf.runtime.hub.models import open_header
-from f2gguf.runtime.llama.encoder import Input, Tokens
-from f2gguf.runtime.llama.engine import Rows, unusable
+from f2gguf.runtime.llama.encoder import Tokens
 from f2gguf.runtime.llama.packing import Ids
+from f2gguf.runtime.llama.runner import Rows, unusable
+from f2gguf.runtime.llama.tokenizer import Input
 from f2gguf.runtime.precision import SCALED, require_precision
 from f2gguf.runtime.selftest import SelftestInParts
 from f2gguf.runtime.server.answers import Answer, Job, Refused
@@ -89,6 +90,7 @@ class ServedModel:
             compute or self.encoder.compute,
             schedule,
             batch_tokens=engine.batch_tokens,
+            n_batches=engine.n_batches,
             shares_prompts=engine.shares_prefixes,
             can_pause=not engine.model.offloaded,
             max_waiting_tokens=self.limits.max_waiting_tokens,
