@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -93,6 +94,11 @@ class Outlook:
         parts = ", ".join(f"{name} {_time(self._expected(name))}" for name in self.stages)
         memory, disk = format_size(self.memory_bytes), format_size(self.disk_bytes)
         return f"expected: {_time(self.seconds_left)} ({parts}), {memory} of memory beside the files, {disk} of disk"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: seconds of each stage, and bytes."""
+        seconds = {name: round(self._expected(name), 1) for name in self.stages}
+        return {"seconds": seconds, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
 
     def summary(self) -> str:
         """Where the time went."""

@@ -129,9 +129,11 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
         return report
 
 
-def forecast(job: Job, variants: Sequence[str]) -> Outlook:
-    """What `make_release` takes where nothing is there yet."""
-    return expect(job, job.facts.base.upper(), variants, *_all_texts(job))
+def forecast(job: Job, variants: Sequence[str]) -> Outlook | None:
+    """What `make_release` takes for the files that are not there yet; None where all are."""
+    base, *missing = (None if job.file(name).exists() else name for name in [job.facts.base.upper(), *variants])
+    names = [name for name in missing if name]
+    return expect(job, base, names, *_all_texts(job)) if base or names else None
 
 
 def _all_texts(job: Job) -> tuple[tuple[EvalText, ...], tuple[EvalText, ...], Calibration | None]:

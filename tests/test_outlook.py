@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from checkpoints import NANO
-from conftest import Run
+from conftest import Release, Run
 from f2gguf.evals.texts import KINDS, load_texts, quick_texts
 from f2gguf.quantize import outlook
 from f2gguf.quantize.outlook import Outlook
@@ -38,6 +39,21 @@ def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: P
         assert f"{stage} " in line
     assert "of memory" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_finished_release_expects_no_work_and_says_so_in_json(
+    run: Run, tiny_release: Release, made: Path
+) -> None:
+    arguments = ("quantize", "all", made / "tiny", "-o", tiny_release.folder.parent, "--stock", "--dry-run", "--json")
+    finished, more = (json.loads(run(*arguments, "--variants", it).stdout) for it in ("Q8_0", "Q8_0,Q4_0"))
+    assert (finished["model"], finished["expected"]) == ("tiny", None)
+    assert finished["summary"] == "expected: nothing is left to make"
+    assert {Path(file["path"]).name: file["is_there"] for file in more["files"]} == {
+        "tiny-F16.gguf": True,
+        "tiny-Q8_0.gguf": True,
+        "tiny-Q4_0.gguf": False,
+    }
+    assert list(more["expected"]["seconds"]) == ["Q4_0"]
 
 
 def test_quick_texts_are_of_every_kind_and_hold_the_answers() -> None:

@@ -54,7 +54,6 @@ def all_(models: tuple[str, ...], variants: str, fit: int | None, dry_run: bool,
     whose stock recipe is over the bound is repaired until it holds the bound. The exit code is 3 if a variant is over
     the bound all the same.
     """
-    from f2gguf.evals.drift import json_text
     from f2gguf.quantize.pipeline import quantize_model
     from f2gguf.quantize.repair.plan import require_variant
     from f2gguf.quantize.report.tables import report_lines
@@ -75,8 +74,11 @@ def all_(models: tuple[str, ...], variants: str, fit: int | None, dry_run: bool,
     _require_different_names([entry.name for entry, _ in sources], models)
     made = {model: names if fit is None else [_within(fit, model, names, options)] for model in models}
     if dry_run:
-        for model, (entry, folder) in zip(models, sources, strict=True):
-            click.echo("\n".join(_dry_run_lines(model, entry, folder, made[model], options)))
+        plans = [
+            _plan(model, entry, folder, made[model], options)
+            for model, (entry, folder) in zip(models, sources, strict=True)
+        ]
+        click.echo(_json(plans) if as_json else "\n".join(map(_plan_text, plans)), nl=not as_json)
         return
     reports = []
     for model in models:
@@ -87,8 +89,7 @@ def all_(models: tuple[str, ...], variants: str, fit: int | None, dry_run: bool,
         for path in sorted((options["out"] / report.model).iterdir()):
             click.echo(str(path), err=as_json)
     if as_json:
-        documents = [report.as_dict() for report in reports]
-        click.echo(json_text(documents if len(documents) > 1 else documents[0]), nl=False)
+        click.echo(_json([report.as_dict() for report in reports]), nl=False)
     over = [
         f"{report.model} {name}"
         for model, report in zip(models, reports, strict=True)
@@ -134,26 +135,38 @@ def _within(limit: int, model: str, variants: list[str], options: dict[str, Any]
     return largest_within(limit, model, variants, lock=options["lock"], stated=stated)
 
 
-def _dry_run_lines(
-    model: str, entry: Any, folder: Path | None, variants: list[str], options: dict[str, Any]
-) -> list[str]:
-    """What would be made; and, of a checkpoint that is here, how long that takes."""
+def _json(documents: list[dict[str, Any]]) -> str:
+    """JSON of the document of each model: alone where there is one, else as a list."""
+    from f2gguf.evals.drift import json_text
+
+    return json_text(documents if len(documents) > 1 else documents[0])
+
+
+def _plan(model: str, entry: Any, folder: Path | None, variants: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """What would be made; and, of a checkpoint that is here, what that takes: None where it takes nothing."""
     from f2gguf.quantize.job import Job
     from f2gguf.quantize.pipeline import forecast
 
-    base, lines, out = "F16", [], options["out"]
+    base, outlook, out = "F16", None, options["out"]
     if folder is not None:
         stated = {name: options[name] for name in ("pooling", "eos_token", "allowed_keys", "name")}
         facts = shared.facts_of(model, options["lock"], **stated)
         chosen = ("max_drift", "device", "stock", "calibration", "column", "compensate", "tune", "quick")
         job = Job(facts, out, **{name: options[name] for name in chosen})
-        base, lines = facts.base.upper(), [f"  {forecast(job, variants)}"]
+        base, outlook = facts.base.upper(), forecast(job, variants)
+    unknown = "expected: nothing is left to make" if folder else "expected: known once the checkpoint is here"
     files = [out / entry.name / f"{entry.name}-{name}.gguf" for name in [base, *variants]]
-    return [
-        f"{entry.name}: from {folder or f'{entry.repo}@{entry.revision} on the Hub'}",
-        *(
-            f"  {path}: {'there, would be checked' if path.exists() else 'would be made and measured'}"
-            for path in files
-        ),
-        *lines,
-    ]
+    return {
+        "model": entry.name,
+        "source": str(folder or f"{entry.repo}@{entry.revision} on the Hub"),
+        "files": [{"path": str(path), "is_there": path.exists()} for path in files],
+        "expected": outlook.as_dict() if outlook else None,
+        "summary": str(outlook or unknown),
+    }
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    state = {True: "there, would be checked", False: "would be made and measured"}
+    lines = [f"{plan['model']}: from {plan['source']}"]
+    lines += [f"  {file['path']}: {state[file['is_there']]}" for file in plan["files"]]
+    return "\n".join([*lines, f"  {plan['summary']}"])

@@ -166,10 +166,10 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
             super()._prepare(params)
             params.n_outputs_max = params.n_seq_max = 1
 
-    n_batch = max(kind.cpu_tokens, longest)
+    n_batch = max(kind.batch_tokens(model), longest)
     found = {"query": sizes(QUERY_TOKENS, flash=False), "documents": sizes(n_batch, flash=True)}
     if arguments["parallel"] > 1:  # a long text pauses for others, which have a context of their own
-        others = sizes(kind.cpu_tokens, flash=True)
+        others = sizes(kind.batch_tokens(model), flash=True)
         found["documents"] = {key: value + others[key] for key, value in found["documents"].items()}
     model.offloaded = "as on a GPU"  # so that passes are as large as there
     found["on_gpu"] = sizes(max(kind.gpu_tokens, longest), flash=True)

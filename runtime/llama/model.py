@@ -21,6 +21,7 @@ from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
 
 _MAX_TEXT_BYTES = (1 << 31) - 64  # it counts them in 32 bits
+_LEAST_OF_A_LAYER = 4  # matrices of a layer: queries, keys and values in one, what follows them, and two more
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
 
 
@@ -80,6 +81,12 @@ class Model:
         """Whether all layers are on a GPU."""
         counts = re.findall(r"\d+", self.offloaded)
         return bool(counts) and counts[0] == counts[1]
+
+    @property
+    def is_laid_out_anew(self) -> bool:
+        """Whether most matrices are, for other CPU kernels."""
+        n_layers = int(llama_cpp.llama_model_n_layer(self.pointer))
+        return sum(map(len, self.placement.values())) >= _LEAST_OF_A_LAYER * n_layers
 
     @property
     def n_embd(self) -> int:
