@@ -73,9 +73,8 @@ class Context:
     # and 2,557 by 256, in Q4_0, repacked, 3,523 and 3,783, and on AMX, in Q8_0, 5,392 and 5,699.
     cpu_tokens = 512
     cpu_tokens_anew = 256  # where the matrices are laid out anew
-    gpu_tokens = (
-        1024  # on an H200 MiniLM's Q4_0 does 195,000 tokens/s; 172,000 by 512, 165,000 by 2,048, 96,000 by 4,096
-    )
+    # On an H200 its Q4_0 does 195,000 tokens/s so; 172,000 by 512, 165,000 by 2,048 and 96,000 by 4,096.
+    gpu_tokens = 1024
 
     def __init__(
         self,
@@ -165,9 +164,8 @@ class LastTokenContext(Context):
     """
 
     tapped = "result_norm"  # llama.cpp's name for the final norm's output
-    cpu_tokens = cpu_tokens_anew = (
-        256  # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
-    )
+    # 512 took 0.95 of the time for f2llm-nano, 0.99 for the 80M and 1.09 for the 0.6B shape
+    cpu_tokens = cpu_tokens_anew = 256
     # A GPU starts a kernel for each step of a layer, however few the tokens. On an H100, 0.6B in Q4_K_M does 17,600
     # tokens/s in batches of 256, 39,000 of 1,024, 47,000 of 2,048 and 46,700 of 4,096, where the attention mask, which
     # grows with the square, takes what the fuller kernels save.

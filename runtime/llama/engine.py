@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
+from queue import LifoQueue
 
 import numpy as np
 from f2gguf.runtime.gguf.header import Header
@@ -39,6 +39,9 @@ class Engine:
         self._runners = [
             Runner(self.model, shared, context_type, load_on_cpu=load_on_cpu, watch=watch) for _ in range(n_runners)
         ]
+        self._idle: LifoQueue[Runner] = LifoQueue()  # the last one used comes first: it has a context
+        for runner in reversed(self._runners):
+            self._idle.put(runner)
 
     @property
     def _context_type(self) -> type[Context]:
@@ -110,17 +113,14 @@ class Engine:
     def _side_by_side(
         self, compute: Callable[[Runner, list[int]], Rows], batches: list[list[int]]
     ) -> Iterator[tuple[list[int], Rows]]:
-        """Each batch with its vectors; every runner computes one at a time."""
-        free: SimpleQueue[Runner] = SimpleQueue()
-        for runner in self._runners:
-            free.put(runner)
+        """Each batch with its vectors; every runner computes one at a time, for whichever call comes first."""
 
         def run(batch: list[int]) -> Rows:
-            runner = free.get()
+            runner = self._idle.get()
             try:
                 return compute(runner, batch)
             finally:
-                free.put(runner)
+                self._idle.put(runner)
 
         pool = ThreadPoolExecutor(self.n_batches, thread_name_prefix="f2gguf batches")
         try:
