@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import partial
 from queue import LifoQueue
 
 import numpy as np
+from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.context import MAX_TEXTS, ComputeSettings, Context, LastTokenContext, Pause, Watch
 from f2gguf.runtime.llama.kernels.choice import choose, summary
@@ -22,6 +24,8 @@ from f2gguf.runtime.llama.tokenizer import load_overrides
 # H200, one, two and three of them embed 188,000, 344,000 and 438,000 tokens/s (80M in Q8_0), and 59,000, 85,000 and
 # 95,000 (0.6B in Q4_K_M). Their vectors are the same.
 GPU_RUNNERS = 3
+
+log = logging.getLogger("f2gguf")
 
 
 class Engine:
@@ -113,14 +117,25 @@ class Engine:
     def _side_by_side(
         self, compute: Callable[[Runner, list[int]], Rows], batches: list[list[int]]
     ) -> Iterator[tuple[list[int], Rows]]:
-        """Each batch with its vectors; every runner computes one at a time, for whichever call comes first."""
+        """Each batch with its vectors; every runner computes one at a time, for whichever call comes first.
+
+        Where a further one fails, as for want of memory, it is not used again, and the first one takes its batch.
+        """
+        first = self._runners[0]
 
         def run(batch: list[int]) -> Rows:
-            runner = self._idle.get()
+            runner, stays = self._idle.get(), True
             try:
                 return compute(runner, batch)
+            except GGUFError as error:
+                stays = runner is first
+                if stays:
+                    raise
+                log.warning("one context less from now on: %s", error)
             finally:
-                self._idle.put(runner)
+                if stays:
+                    self._idle.put(runner)
+            return compute(first, batch)
 
         pool = ThreadPoolExecutor(self.n_batches, thread_name_prefix="f2gguf batches")
         try:
