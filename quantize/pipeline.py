@@ -130,10 +130,11 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
 
 
 def forecast(job: Job, variants: Sequence[str]) -> Outlook | None:
-    """What `make_release` takes for the files that are not there yet; None where all are."""
-    base, *missing = (None if job.file(name).exists() else name for name in [job.facts.base.upper(), *variants])
-    names = [name for name in missing if name]
-    return expect(job, base, names, *_all_texts(job)) if base or names else None
+    """What `make_release` takes for the files that are not there yet, or for all by `force`; None where all are."""
+    base = job.facts.base.upper()
+    names = [name for name in (base, *variants) if job.force or not job.file(name).exists()]
+    missing = [name for name in names if name != base]
+    return expect(job, base if base in names else None, missing, *_all_texts(job)) if names else None
 
 
 def _all_texts(job: Job) -> tuple[tuple[EvalText, ...], tuple[EvalText, ...], Calibration | None]:

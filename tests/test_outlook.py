@@ -45,10 +45,15 @@ def test_dry_run_of_a_finished_release_expects_no_work_and_says_so_in_json(
     run: Run, tiny_release: Release, made: Path
 ) -> None:
     arguments = ("quantize", "all", made / "tiny", "-o", tiny_release.folder.parent, "--stock", "--dry-run", "--json")
-    finished, more = (json.loads(run(*arguments, "--variants", it).stdout) for it in ("Q8_0", "Q8_0,Q4_0"))
+    finished, more, again = (
+        json.loads(run(*arguments, *options).stdout)
+        for options in (("--variants", "Q8_0"), ("--variants", "Q8_0,Q4_0"), ("--variants", "Q8_0", "--force"))
+    )
     assert (finished["model"], finished["expected"]) == ("tiny", None)
-    assert finished["summary"] == "expected: nothing is left to make"
-    assert {Path(file["path"]).name: file["is_there"] for file in more["files"]} == {
+    assert finished["summary"] == "expected: no file is missing"
+    assert not any(file["is_kept"] for file in again["files"])
+    assert {"convert", "measure F16", "Q8_0"} <= again["expected"]["seconds"].keys()
+    assert {Path(file["path"]).name: file["is_kept"] for file in more["files"]} == {
         "tiny-F16.gguf": True,
         "tiny-Q8_0.gguf": True,
         "tiny-Q4_0.gguf": False,

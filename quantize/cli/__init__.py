@@ -143,7 +143,7 @@ def _json(documents: list[dict[str, Any]]) -> str:
 
 
 def _plan(model: str, entry: Any, folder: Path | None, variants: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """What would be made; and, of a checkpoint that is here, what that takes: None where it takes nothing."""
+    """What would be made; and, of a checkpoint that is here, what that takes, if a file is missing."""
     from f2gguf.quantize.job import Job
     from f2gguf.quantize.pipeline import forecast
 
@@ -151,22 +151,22 @@ def _plan(model: str, entry: Any, folder: Path | None, variants: list[str], opti
     if folder is not None:
         stated = {name: options[name] for name in ("pooling", "eos_token", "allowed_keys", "name")}
         facts = shared.facts_of(model, options["lock"], **stated)
-        chosen = ("max_drift", "device", "stock", "calibration", "column", "compensate", "tune", "quick")
+        chosen = ("max_drift", "device", "force", "stock", "calibration", "column", "compensate", "tune", "quick")
         job = Job(facts, out, **{name: options[name] for name in chosen})
         base, outlook = facts.base.upper(), forecast(job, variants)
-    unknown = "expected: nothing is left to make" if folder else "expected: known once the checkpoint is here"
+    unknown = "expected: no file is missing" if folder else "expected: known once the checkpoint is here"
     files = [out / entry.name / f"{entry.name}-{name}.gguf" for name in [base, *variants]]
     return {
         "model": entry.name,
         "source": str(folder or f"{entry.repo}@{entry.revision} on the Hub"),
-        "files": [{"path": str(path), "is_there": path.exists()} for path in files],
+        "files": [{"path": str(path), "is_kept": path.exists() and not options["force"]} for path in files],
         "expected": outlook.as_dict() if outlook else None,
         "summary": str(outlook or unknown),
     }
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
-    state = {True: "there, would be checked", False: "would be made and measured"}
+    state = {True: "there, would be checked", False: "would be made and measured"}  # by whether it is kept
     lines = [f"{plan['model']}: from {plan['source']}"]
-    lines += [f"  {file['path']}: {state[file['is_there']]}" for file in plan["files"]]
+    lines += [f"  {file['path']}: {state[file['is_kept']]}" for file in plan["files"]]
     return "\n".join([*lines, f"  {plan['summary']}"])
