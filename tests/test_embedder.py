@@ -112,7 +112,8 @@ def test_a_context_that_has_no_room_leaves_its_batch_to_the_first(
             monkeypatch.setattr(runner, "_new_context", fails)
         assert drift(several.encode(texts), nano.encode(texts)).max() < 1e-5
     said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
-    assert said == {"one context less from now on: llama.cpp failed on a batch"}
+    path = nano.header.path
+    assert said == {f"{path}: a further context failed, and is not used again: llama.cpp failed on a batch"}
 
 
 def fails(*_: object, **__: object) -> None:

@@ -18,7 +18,7 @@ PATH = Path(__file__).resolve().parents[1] / "devices.toml"
 # Milliseconds that 2,048 tokens take on an H200: for their splitting, which the processor does; for each layer; and for
 # each 10**12 products of 8-bit weights. A profile says 23.3 ms for 0.6B in Q4_K_M, of which 12.7 are products. So
 # estimated, 80M in Q8_0 does 376,000 tokens/s, and 0.6B 91,000; 363,000, 92,900 (Q4_K_M) and 99,700 (Q4_0) were
-# measured (CHANGELOG.md, "On a GPU").
+# measured (CHANGELOG.md, "On a GPU"). 4B in Q4_0 does 19,200; one context on an H100 did 16,400.
 _BATCH, _SPLIT_MS, _LAYER_MS, _PRODUCTS_MS, _H200_TOPS = 2048, 2.0, 0.33, 12.5, 1979
 _LEAST_MS = 0.1  # of a query: no model answers in less
 DEVICES_NOTE = (

@@ -131,7 +131,7 @@ class Engine:
                 stays = runner is first
                 if stays:
                     raise
-                log.warning("one context less from now on: %s", error)
+                log.warning("%s: a further context failed, and is not used again: %s", self.header.path, error)
             finally:
                 if stays:
                     self._idle.put(runner)

@@ -84,7 +84,7 @@ class Model:
 
     @property
     def is_laid_out_anew(self) -> bool:
-        """Whether most matrices are, for other CPU kernels."""
+        """Whether most matrices have another layout than in the file, for faster CPU kernels."""
         n_layers = int(llama_cpp.llama_model_n_layer(self.pointer))
         return sum(map(len, self.placement.values())) >= _LEAST_OF_A_LAYER * n_layers
 

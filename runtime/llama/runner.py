@@ -34,7 +34,7 @@ def unusable(rows: NDArray[np.floating[Any]]) -> list[int]:
 
 
 class Runner:
-    """A worker thread that makes all calls into llama.cpp, and the contexts that it makes them with."""
+    """A worker thread, and the contexts that it alone computes with. Several runners may share a model."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""One thread that makes all calls into llama.cpp, so that Ctrl-C, other threads and close() never meet one half way."""
+"""One thread that makes all calls for some contexts, so that Ctrl-C, threads and close() never meet a call half way."""
 
 from __future__ import annotations
 
