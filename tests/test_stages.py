@@ -78,7 +78,8 @@ class Runs:
         """One run with the facts and options in `changes`; `stages` are those that it did."""
         self.stages.clear()
         fields = Job.__dataclass_fields__
-        options = {"max_drift": 1.9, "stock": True} | {name: changes.pop(name) for name in fields if name in changes}
+        options: dict[str, Any] = {"max_drift": 1.9, "stock": True, "tune": False}
+        options |= {name: changes.pop(name) for name in fields if name in changes}
         pooling = changes.pop("pooling", None)
         facts = facts_stated(self.folder, **changes)
         job = Job(replace(facts, pooling=pooling or facts.pooling), self.out, device="cpu", **options)
@@ -224,7 +225,8 @@ def test_another_corpus_repeats_the_variant_and_its_stock_recipe(runs: Runs, tmp
 def test_a_run_for_a_corpus_that_was_stopped_ends_in_the_same_bytes(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"stock": False, "variants": ("Q4_0", "Q8_0"), "calibration": corpus_of(tmp_path / "own.jsonl")}
+    corpus = corpus_of(tmp_path / "own.jsonl")
+    options = {"stock": False, "variants": ("Q4_0", "Q8_0"), "calibration": corpus, "tune": None}
     runs(**options, force=True)
     folder = runs.out / "tiny"
     whole = contents(folder)
