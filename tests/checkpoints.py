@@ -36,10 +36,14 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def write_tiny_bert(folder: Path) -> Path:
-    """A BERT checkpoint of 1M random float32 weights with all-MiniLM-L6-v2's tokenizer and modules."""
+def write_tiny_bert(folder: Path, **sizes: int) -> Path:
+    """A BERT checkpoint of 1M random float32 weights with all-MiniLM-L6-v2's tokenizer and modules.
+
+    `sizes` are keys of config.json.
+    """
     shutil.copytree(MINILM, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    edit_json(folder / "config.json", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    edit_json(folder / "config.json", **tiny | sizes)
     return fill(folder)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import forking
 import pytest
-from checkpoints import MINILM, NANO, write_tiny
+from checkpoints import MINILM, NANO, write_tiny, write_tiny_bert
 from endpoint import Api, serving
 from f2gguf.quantize.convert.reserved import stamp_golden
 from f2gguf.quantize.convert.write import convert
@@ -166,6 +166,15 @@ def nano_f16(nano_facts: Facts, made: Path) -> Path:
 def minilm_f16(minilm_facts: Facts, made: Path) -> Path:
     path = made / "minilm-F16.gguf"
     convert(minilm_facts, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bert_f16(made: Path) -> Path:
+    """A BERT with MiniLM's layers, and like there, blocks of 256 fit the rows of ffn_down alone."""
+    path = made / "small-bert-F16.gguf"
+    sizes = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 256}
+    convert(facts_of(write_tiny_bert(made / "small-bert", **sizes)), path)
     return path
 
 

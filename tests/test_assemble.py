@@ -19,7 +19,7 @@ from f2gguf.runtime.gguf.header import KEY_SEAL, read_header
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("source", ["nano_f16", "minilm_f16"])
+@pytest.mark.parametrize("source", ["nano_f16", "small_bert_f16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tensors_are_those_of_llama_model_quantize(
     source: str, variant: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -79,7 +79,7 @@ def drift_of(study: Study, recipe: Recipe, path: Path) -> float:
     return float(drift(vectors_of(path), source_vectors(study.weights.header.path)).mean())
 
 
-@pytest.mark.parametrize(("source", "n_places"), [("nano_f16", 16), ("minilm_f16", 6)])
+@pytest.mark.parametrize(("source", "n_places"), [("nano_f16", 16), ("small_bert_f16", 6)])
 def test_scales_of_any_exponents_change_no_vector(
     source: str, n_places: int, request: pytest.FixtureRequest, studied: Studied, tmp_path: Path
 ) -> None:
