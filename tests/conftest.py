@@ -34,13 +34,18 @@ from pushing import Site, open_site
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND = "from f2gguf.quantize.cli import {name}; {name}(prog_name='{name}')"
 
-# As where the extra 'evals' is not installed
-NO_TRANSFORMERS = """
+
+def without(*modules: str) -> str:
+    """As where they are not installed."""
+    return f"""
 import importlib.util
 def find_spec(name, *rest, find=importlib.util.find_spec):
-    return None if name in ("torch", "transformers") else find(name, *rest)
+    return None if name in {modules} else find(name, *rest)
 importlib.util.find_spec = find_spec
 """
+
+
+NO_TRANSFORMERS = without("torch", "transformers")
 NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0\n"  # as it takes minutes
 # About a quarter of the calibration texts, and none made of them: several times as quick
 FEW_TEXTS = """
@@ -48,13 +53,17 @@ import f2gguf.quantize.repair.calibration as calibration
 calibration.N_SPLICED, calibration.N_PRODUCTS = 0, 1e11
 """
 MORE_TEXTS = FEW_TEXTS + "calibration.N_PRODUCTS = 2e11\n"  # MiniLM's Q4_0 drifts 1.05% with half as many
-# Where measuring is not the subject: with few texts, and gate 1 is left to the releases of nano and MiniLM
-QUICK = f"""{NO_TRANSFORMERS}
+# Where measuring is not the subject
+FEW_EVALUATED = """
+import f2gguf.evals.drift as drift
+drift.N_RESAMPLES = 999
 import f2gguf.evals.texts as texts
 def load_texts(*path, load=texts.load_texts):
     return load(*path)[:64] if path else tuple(text for text in load() if text.id[:2] in ("en", "py"))
 texts.load_texts = load_texts
 """
+QUICK_DRAWN = NO_TRANSFORMERS + FEW_EVALUATED  # gate 1 is left to the releases of nano and MiniLM
+QUICK = QUICK_DRAWN + without("matplotlib")  # the picture takes as long as a variant
 
 # What is slow for its fixtures or as a file; single tests carry the marker themselves
 SLOW_FIXTURES = {"nano_release", "minilm_release", "studied", "nano_study", "outcome", "full_precision"}
@@ -258,7 +267,7 @@ def minilm_release(release_of: Callable[..., Release]) -> Release:
 @pytest.fixture(scope="session")
 def tiny_release(release_of: Callable[..., Release], made: Path) -> Release:
     """The quickest release there is: a tiny model's F16 file and its plain Q8_0."""
-    return release_of(write_tiny(made / "tiny"), "--stock", "--variants", "Q8_0", prelude=QUICK)
+    return release_of(write_tiny(made / "tiny"), "--stock", "--variants", "Q8_0", prelude=QUICK_DRAWN)
 
 
 @pytest.fixture(scope="session")
@@ -270,6 +279,12 @@ def tiny_variants(release_of: Callable[..., Release], made: Path) -> Release:
         "error: over the bound of 2%: tiny Q4_0. Every file was written, and says so.",
     )
     return release
+
+
+@pytest.fixture(scope="session")
+def tiny_repaired(release_of: Callable[..., Release], made: Path) -> Release:
+    """A tiny model's F16 file and its Q4_0, whose codes compensate for each other's errors."""
+    return release_of(write_tiny(made / "tiny"), "--variants", "Q4_0", prelude=QUICK)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import edit_json, save_tensors, write_tiny, write_tiny_bert
-from conftest import Run, facts_of
+from conftest import FEW_EVALUATED, Run, facts_of
 from f2gguf.evals.diagnosis import likely_cause
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.gate import pass_sampled_gate_1
@@ -114,11 +114,11 @@ def test_gate_1_says_the_cause(tiny: Path, tmp_path: Path) -> None:
 
 def test_convert_checks_vectors_or_says_that_nothing_did(tmp_path: Path, run: Run) -> None:
     folder = write_tiny(tmp_path / "tiny")
-    done = run("quantize", "convert", folder, "-o", tmp_path / "x.gguf")
+    done = run("quantize", "convert", folder, "-o", tmp_path / "x.gguf", prelude=FEW_EVALUATED)
     assert done.stderr.splitlines()[-1] == (
         "Nothing compared its vectors with the checkpoint's. Do it: "
         f"quantize verify {tmp_path / 'x.gguf'} --against {folder} (with the extra 'evals')"
     )
-    checked = run("quantize", "convert", folder, "-o", tmp_path / "y.gguf", "--check")
+    checked = run("quantize", "convert", folder, "-o", tmp_path / "y.gguf", "--check", prelude=FEW_EVALUATED)
     assert checked.returncode == 0, checked.stderr
     assert "gate 1, transformers float32: minimum cosine 0.99999" in checked.stderr.splitlines()[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run
+from conftest import FEW_TEXTS, Run
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import EvalText, load_texts
 from f2gguf.quantize.repair import imatrix as module
@@ -151,7 +151,7 @@ def test_imatrix_of_another_model_is_refused(other_imatrix: Path, minilm_f16: Pa
 def test_command_writes_the_file_and_no_more(nano_f16: Path, tmp_path: Path, run: Run) -> None:
     source = tmp_path / "my-F16.gguf"
     shutil.copy(nano_f16, source)
-    made = run("quantize", "imatrix", source)
+    made = run("quantize", "imatrix", source, prelude=FEW_TEXTS)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{tmp_path / 'my.imatrix.gguf'}\n"
     assert {path.name for path in tmp_path.iterdir()} == {"my-F16.gguf", "my.imatrix.gguf"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import forking
 import numpy as np
 import pytest
-from checkpoints import edit_tensors, tiny_tensors, write_tiny
+from checkpoints import edit_tensors, tiny_tensors
 from conftest import COMMAND, QUICK, Release, Run, contents, facts_of
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.reserved import fill_in
@@ -132,7 +133,8 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(
     def begin(out: Path) -> subprocess.Popen[bytes]:
         code = QUICK + COMMAND.format(name="quantize")
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return forking.start(code, "all", tiny, "--out", out, is_real=True, **streams)  # each with its seed of hash()
+        arguments = ("all", tiny, "--out", out, "--variants", "Q8_0,Q4_0")
+        return forking.start(code, *arguments, is_real=True, **streams)  # each with its seed of hash()
 
     began = time.monotonic()
     assert begin(tmp_path / "whole").wait() == 0
@@ -149,13 +151,13 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(
     assert contents(tmp_path / "killed" / "tiny") == wanted
 
 
-def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
+def test_interrupted_run_says_so_and_leaves_no_part(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
         "from f2gguf.quantize.cli import quantize; quantize()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "all", "f2llm-nano", "--out", str(tmp_path)],
+        [sys.executable, "-c", code, "all", tiny, "--out", tmp_path / "dist"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -171,30 +173,28 @@ def test_interrupted_run_says_so_and_leaves_no_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_changed_weights_are_noticed(tmp_path: Path, run: Run) -> None:
-    folder = write_tiny(tmp_path / "tiny")
-    arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
-    assert run(*arguments, prelude=QUICK).returncode == 0
-    first = contents(tmp_path / "dist" / "tiny")
-    edit_tensors(folder, norm__weight=tiny_tensors(seed=1)["norm.weight"])
-    assert run(*arguments, prelude=QUICK).returncode == 0
-    second = contents(tmp_path / "dist" / "tiny")
-    assert first["tiny-F16.gguf"] != second["tiny-F16.gguf"]
-    assert first["tiny-Q8_0.gguf"] != second["tiny-Q8_0.gguf"]
+def test_changed_weights_are_noticed(tiny: Path, tiny_repaired: Release, tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(tiny_repaired.folder, tmp_path / "dist" / "tiny")
+    first = contents(folder)
+    edit_tensors(tiny, norm__weight=tiny_tensors(seed=1)["norm.weight"])
+    again = run("quantize", "all", tiny, "--out", tmp_path / "dist", "--variants", "Q4_0", prelude=QUICK)
+    assert again.returncode == 0, again.stderr
+    second = contents(folder)
+    for name in ("tiny-F16.gguf", "tiny-Q4_0.gguf", "tiny.imatrix.gguf"):
+        assert first[name] != second[name]
 
 
 @pytest.mark.slow
-def test_damaged_variant_is_made_again(tmp_path: Path, run: Run) -> None:
-    folder = write_tiny(tmp_path / "tiny")
-    arguments = ("quantize", "all", folder, "--out", tmp_path / "dist", "--variants", "Q8_0", "--max-drift", "1.9")
-    assert run(*arguments, prelude=QUICK).returncode == 0
-    wanted = contents(tmp_path / "dist" / "tiny")
-    path = tmp_path / "dist" / "tiny" / "tiny-Q8_0.gguf"
+def test_damaged_variant_is_made_again(tiny: Path, tiny_repaired: Release, tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(tiny_repaired.folder, tmp_path / "dist" / "tiny")
+    wanted, path = contents(folder), folder / "tiny-Q4_0.gguf"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    assert run(*arguments, prelude=QUICK).returncode == 0
-    assert contents(tmp_path / "dist" / "tiny") == wanted
+    assert contents(folder) != wanted
+    again = run("quantize", "all", tiny, "--out", tmp_path / "dist", "--variants", "Q4_0", prelude=QUICK)
+    assert again.returncode == 0, again.stderr
+    assert contents(folder) == wanted
 
 
 def test_without_transformers_the_stored_vectors_are_the_reference(
@@ -267,14 +267,13 @@ def test_verify_measures_a_file_against_another_and_against_its_checkpoint(
 
 
 @pytest.mark.slow
-def test_variant_command_makes_one_measured_file(tiny: Path, run: Run, tmp_path: Path) -> None:
-    made = run("quantize", "all", tiny, "--variants", "Q4_0", "--out", tmp_path / "dist", prelude=QUICK)
-    assert made.returncode == 0, made.stderr
-    release, path = Release(tmp_path / "dist" / "tiny", made), tmp_path / "one.gguf"
-    process = run("quantize", "variant", release.file("F16"), "q4_0", "-o", path, prelude=QUICK)
+def test_variant_command_makes_one_measured_file(tiny_repaired: Release, run: Run, tmp_path: Path) -> None:
+    assert tiny_repaired.process.returncode == 0, tiny_repaired.process.stderr
+    path = tmp_path / "one.gguf"
+    process = run("quantize", "variant", tiny_repaired.file("F16"), "q4_0", "-o", path, prelude=QUICK)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == str(path)
-    assert path.read_bytes() == release.file("Q4_0").read_bytes()
+    assert path.read_bytes() == tiny_repaired.file("Q4_0").read_bytes()
 
 
 def test_unknown_names_are_answered_with_the_nearest(run: Run, nano_release: Release) -> None:
