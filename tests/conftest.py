@@ -47,12 +47,30 @@ importlib.util.find_spec = find_spec
 
 NO_TRANSFORMERS = without("torch", "transformers")
 NO_TRAINING = "import f2gguf.quantize.repair.codes.tune as tune; tune.MAX_MINUTES = 0\n"  # as it takes minutes
-# About a quarter of the calibration texts, and none made of them: several times as quick
+NO_SAMPLES = "import f2gguf.quantize.outlook as outlook; outlook._WORTH_SAMPLING = 1e9\n"  # test_outlook.py takes them
+# Few of the calibration texts, and none made of them: many times as quick
 FEW_TEXTS = """
 import f2gguf.quantize.repair.calibration as calibration
-calibration.N_SPLICED, calibration.N_PRODUCTS = 0, 1e11
+calibration.N_SPLICED, calibration.N_PRODUCTS = 0, 5e10
 """
 MORE_TEXTS = FEW_TEXTS + "calibration.N_PRODUCTS = 2e11\n"  # MiniLM's Q4_0 drifts 1.05% with half as many
+# Gate 1 is passed on all texts, and variants are judged on a quarter, which nano's are far under the bound on
+FEW_VERDICTS = """
+import f2gguf.quantize.pipeline as pipeline
+def claimed_texts(*arguments, claimed=pipeline.claimed_texts):
+    return pipeline.quick_texts(claimed(*arguments))
+pipeline.claimed_texts = claimed_texts
+"""
+# Of the texts in other languages, MiniLM converts and runs a quarter: it is judged on none
+MOSTLY_ENGLISH = """
+import f2gguf.quantize.pipeline as pipeline
+def load_texts(load=pipeline.load_texts):
+    claimed = pipeline.claimed_texts(load(), ["en"])
+    others = [text for text in load() if text not in claimed][::4]
+    return tuple(text for text in load() if text in claimed or text in others)
+pipeline.load_texts = load_texts
+"""
+NANO_QUICK = NO_TRANSFORMERS + NO_SAMPLES + FEW_TEXTS + FEW_VERDICTS
 # Where measuring is not the subject
 FEW_EVALUATED = """
 import f2gguf.evals.drift as drift
@@ -256,12 +274,13 @@ def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Releas
 @pytest.fixture(scope="session")
 def nano_release(release_of: Callable[..., Release]) -> Release:
     """Gate 1 compares it with the stored vectors, and MiniLM's with what transformers computes."""
-    return release_of("f2llm-nano", is_real=True, prelude=NO_TRANSFORMERS + FEW_TEXTS)
+    return release_of("f2llm-nano", is_real=True, prelude=NANO_QUICK)
 
 
 @pytest.fixture(scope="session")
 def minilm_release(release_of: Callable[..., Release]) -> Release:
-    return release_of("all-MiniLM-L6-v2", is_real=True, timeout_s=1800, prelude=NO_TRAINING + MORE_TEXTS)
+    prelude = NO_TRAINING + NO_SAMPLES + MORE_TEXTS + MOSTLY_ENGLISH
+    return release_of("all-MiniLM-L6-v2", is_real=True, timeout_s=1800, prelude=prelude)
 
 
 @pytest.fixture(scope="session")

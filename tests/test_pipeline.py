@@ -15,7 +15,7 @@ import forking
 import numpy as np
 import pytest
 from checkpoints import edit_tensors, tiny_tensors
-from conftest import COMMAND, QUICK, Release, Run, contents, facts_of
+from conftest import COMMAND, NANO_QUICK, QUICK, Release, Run, contents, facts_of
 from f2gguf.evals.texts import load_texts
 from f2gguf.quantize.convert.reserved import fill_in
 from f2gguf.quantize.convert.write import convert
@@ -120,7 +120,7 @@ def test_card_has_front_matter_that_the_hub_reads(minilm_release: Release) -> No
 
 def test_second_run_makes_nothing_again(nano_release: Release, run: Run) -> None:
     before = {path: path.stat().st_mtime_ns for path in nano_release.folder.glob("*.gguf")}
-    again = run("quantize", "all", "f2llm-nano", "--out", nano_release.folder.parent)
+    again = run("quantize", "all", "f2llm-nano", "--out", nano_release.folder.parent, prelude=NANO_QUICK)
     assert again.returncode == 0
     assert again.stdout == nano_release.process.stdout
     assert {path: path.stat().st_mtime_ns for path in nano_release.folder.glob("*.gguf")} == before
