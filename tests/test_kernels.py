@@ -15,12 +15,18 @@ from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama import engine
-from f2gguf.runtime.llama.kernels import amx, choice
+from f2gguf.runtime.llama.kernels import amx, choice, own
 from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, extra_buffers
 from f2gguf.runtime.llama.library import log_to
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
 x86 = pytest.mark.skipif(b"AVX2 = 1" not in llama_cpp.llama_print_system_info(), reason="kernels are chosen on x86")
+
+
+@pytest.fixture(autouse=True)
+def llama_cpps_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without f2gguf's own, which test_own_kernels.py tries."""
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_amx_is_used_where_a_child_process_ended_well(
     assert amx.works.__wrapped__() is found
     monkeypatch.setattr(amx, "_CODE", "print('')" if found else "print('right')")
     assert amx.works.__wrapped__() is (found if is_remembered else True)
-    monkeypatch.setattr(amx, "_library_stamp", lambda: ["another build"])
+    monkeypatch.setattr(amx, "library_stamp", lambda: ["another build"])
     assert amx.works.__wrapped__() is not found, "another build is tried anew"
 
 
@@ -151,6 +157,7 @@ def test_amx_takes_what_it_has_kernels_for_and_leaves_the_rest(mixed: Path, monk
     assert {types[name] for name in placement[REPACK]} == {"IQ4_NL"}
     monkeypatch.setattr(amx, "works", lambda: False)
     assert AMX not in choice.choose(header)
+    monkeypatch.setattr(own, "lacks_compiler", lambda: False)
     assert "AMX is not used, because a trial of it failed" in choice.describe_kernels(header)
 
 

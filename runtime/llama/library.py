@@ -117,6 +117,7 @@ def require_device(device: str) -> None:
 
 
 def backends() -> list[str]:
-    """Names of ggml's backends in this build, such as 'CPU' and 'CUDA'."""
+    """Names of ggml's backends in this build, such as 'CPU' and 'CUDA'; f2gguf's own is a part of the CPU."""
     registered = map(libggml.ggml_backend_reg_get, range(libggml.ggml_backend_reg_count()))
-    return [libggml.ggml_backend_reg_name(backend).decode() for backend in registered]
+    names = [libggml.ggml_backend_reg_name(backend).decode() for backend in registered]
+    return [name for name in names if name != "F2GGUF"]

@@ -44,7 +44,9 @@ _declare("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
 _declare("ggml_backend_alloc_ctx_tensors", _P, _P, _P)
 _declare("ggml_backend_tensor_set", None, _P, _P, _N, _N)
 _declare("ggml_backend_tensor_get", None, _P, _P, _N, _N)
-_declare("ggml_backend_graph_compute", ctypes.c_int, _P, _P)
+_declare("ggml_set_name", _P, _P, ctypes.c_char_p)
+_declare("ggml_backend_sched_new", _P, _P, _P, ctypes.c_int, _N, ctypes.c_bool, ctypes.c_bool)
+_declare("ggml_backend_sched_graph_compute", ctypes.c_int, _P, _P)
 
 
 def extra_buffers() -> dict[str, int]:

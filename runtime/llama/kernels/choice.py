@@ -1,6 +1,7 @@
-"""Which matrices llama.cpp lays out anew for its CPU kernels, and which it leaves as they stand in the file.
+"""Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
-On x86 it would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
+Where f2gguf's own kernels are to be had (own.py), they take every matrix of theirs as it stands in the file. Elsewhere:
+on x86 it would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
 types are chosen instead. `scripts/kernels` measures both ways: on 2 cores with AVX-512, with layers of the 0.6B shape,
 Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
@@ -23,19 +24,21 @@ from typing import Any
 
 import llama_cpp
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.kernels import amx
+from f2gguf.runtime.llama.kernels import amx, own
 from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, extra_buffers
+from f2gguf.runtime.llama.kernels.own import OWN
 
-Placement = Mapping[str, Sequence[str]]  # names of ggml's types of buffers -> names of the matrices that go there
+Placement = Mapping[str, Sequence[str]]  # OWN, or names of ggml's types of buffers -> names of the matrices there
 TYPES = {  # the first that is here and takes a matrix gets it
+    OWN: own.TYPES,
     AMX: ("Q8_0", "Q5_K", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS"),
     REPACK: ("Q4_0", "IQ4_NL", "MXFP4"),
 }
-_WORDS = {AMX: "on AMX", REPACK: "repacked"}
+_WORDS = {OWN: "on AMX by f2gguf's own kernels", AMX: "on AMX", REPACK: "repacked"}
 _NO_AMX = (
     ". AMX is not used, because a trial of it failed: f2gguf's runtime/README.md says how to compile llama-cpp-python"
 )
-_ROWS = {AMX: 32, REPACK: 8}  # that are laid out together: matrices must have multiples of them
+_ROWS = {OWN: 32, AMX: 32, REPACK: 8}  # that are laid out together: matrices must have multiples of them
 _MATRIX = re.compile(r"blk\.(\d+)\.(attn_(?:q|k|v|qkv|output)|ffn_(?:gate|up|down))\.weight")
 
 
@@ -76,7 +79,13 @@ def describe_kernels(header: Header) -> str:
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
-    return found + (_NO_AMX if amx.is_built_in() and not amx.works() else "")
+    if own.works():
+        return found
+    return found + (f". {own.NO_COMPILER}" if own.lacks_compiler() else _NO_AMX if _fails() else "")
+
+
+def _fails() -> bool:
+    return amx.is_built_in() and not amx.works()
 
 
 def copied_bytes(header: Header) -> int:
@@ -85,6 +94,7 @@ def copied_bytes(header: Header) -> int:
     return sum(
         allocated_bytes(buffers[buffer], infos[name].type, infos[name].shape)
         for buffer, names in choose(header).items()
+        if buffer != OWN
         for name in names
     )
 
@@ -98,9 +108,15 @@ def place(params: Any, placement: Placement) -> bool:
     """Let a load with `params` lay out these matrices and no others; False where llama.cpp is left to choose."""
     buffers = _buffers()
     params.use_extra_bufts = not buffers
+    own.switch(OWN in buffers)
     if not buffers:
         return False
-    pairs = [(pattern, buffers[buffer]) for buffer, names in placement.items() for pattern in _patterns(names)]
+    pairs = [
+        (pattern, buffers[buffer])
+        for buffer, names in placement.items()
+        if buffer != OWN
+        for pattern in _patterns(names)
+    ]
     overrides = (_Override * (len(pairs) + 1))()  # ended by an empty one
     for override, (pattern, address) in zip(overrides, pairs, strict=False):
         override.pattern, override.buffer_type = pattern.encode(), address
@@ -110,11 +126,16 @@ def place(params: Any, placement: Placement) -> bool:
 
 
 def _buffers() -> dict[str, int]:
-    """The types of buffers in `TYPES` that are here and right; none where they were not measured: not on x86."""
+    """What of `TYPES` is here and right, with the address of its type of buffers; nothing where it is not x86.
+
+    llama.cpp's kernels for AMX are not right beside f2gguf's own, which configure the units' tiles otherwise.
+    """
     if b"AVX2 = 1" not in llama_cpp.llama_print_system_info():
         return {}
     here = extra_buffers()
-    return {name: here[name] for name in TYPES if name in here and (name != AMX or amx.works())}
+    if own.works():
+        return {OWN: 0} | {REPACK: here[REPACK]} if REPACK in here else {OWN: 0}
+    return {name: here[name] for name in (AMX, REPACK) if name in here and (name != AMX or amx.works())}
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

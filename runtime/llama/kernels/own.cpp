@@ -1,0 +1,457 @@
+// A ggml backend that multiplies quantised matrices of a model's layers on AMX, the matrix units of Intel's processors.
+//
+// llama.cpp's own kernels round inputs to 8 bits and unpack weights anew for every few tokens. Here weights and inputs
+// become bf16, products are summed up in F32, and 32 rows of weights are unpacked once for all tokens of a batch. Each
+// vector of a result depends on its own input alone: it is the same in every batch.
+//
+// own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+// What ggml calls in a backend. Its installed headers do not declare it: ggml/src/ggml-backend-impl.h, API version 2.
+struct ggml_backend {
+    ggml_guid_t guid;
+    const char *(*get_name)(ggml_backend_t);
+    void (*free)(ggml_backend_t);
+    void *unused_1[10];
+    ggml_status (*graph_compute)(ggml_backend_t, ggml_cgraph *);
+    void *unused_2[3];
+    ggml_backend_dev_t device;
+    void *context;
+};
+
+struct ggml_backend_device {
+    const char *(*get_name)(ggml_backend_dev_t);
+    const char *(*get_description)(ggml_backend_dev_t);
+    void (*get_memory)(ggml_backend_dev_t, size_t *, size_t *);
+    enum ggml_backend_dev_type (*get_type)(ggml_backend_dev_t);
+    void (*get_props)(ggml_backend_dev_t, ggml_backend_dev_props *);
+    ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char *);
+    ggml_backend_buffer_type_t (*get_buffer_type)(ggml_backend_dev_t);
+    void *unused_1[2];
+    bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor *);
+    bool (*supports_buft)(ggml_backend_dev_t, ggml_backend_buffer_type_t);
+    void *unused_2[4];
+    ggml_backend_reg_t reg;
+    void *context;
+};
+
+struct ggml_backend_reg {
+    int api_version;
+    const char *(*get_name)(ggml_backend_reg_t);
+    size_t (*get_device_count)(ggml_backend_reg_t);
+    ggml_backend_dev_t (*get_device)(ggml_backend_reg_t, size_t);
+    void *(*get_proc_address)(ggml_backend_reg_t, const char *);
+    void *context;
+};
+
+namespace {
+
+constexpr int SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // a tile: 16 rows of 32 bf16
+constexpr int ROWS = 2 * SIDE, COLUMNS = 1024;             // of a matrix that are unpacked together
+constexpr int STEP = 2 * TILE + DEPTH;                     // from 32 of these columns to the next, apart in the L1 cache
+
+bool is_on = false;
+
+// The unpacked columns of one row of a matrix: 32 at a time, the same place in tile after tile.
+struct Row {
+    uint16_t *to;
+    void put(__m512i values) {
+        _mm512_store_si512(to, values);
+        to += STEP;
+    }
+};
+
+using Unpack = void (*)(const uint8_t *blocks, int64_t n_columns, Row row);
+
+inline float half(const uint8_t *x) {
+    uint16_t bits;
+    memcpy(&bits, x, 2);
+    return _cvtsh_ss(bits);
+}
+
+inline __m256i load(const uint8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
+
+inline __m256i bits(__m256i x, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8(mask));
+}
+
+// 16 bytes: the lower four bits of each, then the upper ones
+inline __m256i nibbles(const uint8_t *x) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)x);
+    return bits(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), 0, 15);
+}
+
+// first, first + 1, ... first + 15
+inline __m512 count(float first) {
+    return _mm512_add_ps(_mm512_set1_ps(first), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+inline __m512 times(float factor, __m512 values) { return _mm512_mul_ps(_mm512_set1_ps(factor), values); }
+
+// The bf16 of 32 codes of 4 bits, whose values are given
+inline __m512i look_up(__m512 values, __m256i codes) {
+    const __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
+}
+
+// The same of codes of 5 bits
+inline __m512i look_up(__m512 low, __m512 high, __m256i codes) {
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// The bf16 of 32 signed codes of 8 bits, with a factor for each half
+inline __m512i scaled(__m256i codes, float low, float high) {
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    const __m512 last = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(times(high, last), times(low, first));
+}
+
+// ggml's types, as ggml/src/ggml-quants.c reads them
+
+void unpack_q8_0(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 34) row.put(scaled(load(x + 2), half(x), half(x)));
+}
+
+void unpack_q4_0(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 18) row.put(look_up(times(half(x), count(-8)), nibbles(x + 2)));
+}
+
+void unpack_q5_0(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 22) {
+        uint32_t fifth;
+        memcpy(&fifth, x + 2, 4);
+        const __m256i low = nibbles(x + 6), codes = _mm256_mask_add_epi8(low, fifth, low, _mm256_set1_epi8(16));
+        row.put(look_up(times(half(x), count(-16)), times(half(x), count(0)), codes));
+    }
+}
+
+inline __m512 iq4_values() {
+    return _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+}
+
+void unpack_iq4_nl(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 18) row.put(look_up(times(half(x), iq4_values()), nibbles(x + 2)));
+}
+
+void unpack_iq4_xs(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 256, x += 136) {
+        uint16_t upper;
+        memcpy(&upper, x + 2, 2);
+        for (int i = 0; i < 8; i++) {
+            const int scale = (x[4 + i / 2] >> 4 * (i % 2) & 15) | (upper >> 2 * i & 3) << 4;
+            row.put(look_up(times(half(x) * (scale - 32), iq4_values()), nibbles(x + 8 + 16 * i)));
+        }
+    }
+}
+
+// The values of codes from `first` on in the i-th eighth of a block of Q4_K or Q5_K
+inline __m512 k_values(const uint8_t *x, int i, float first) {
+    const uint8_t *s = x + 4;
+    const int scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
+    const int least = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | s[i] >> 6 << 4;
+    return _mm512_fmsub_ps(_mm512_set1_ps(half(x) * scale), count(first), _mm512_set1_ps(half(x + 2) * least));
+}
+
+void unpack_q4_k(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 256, x += 144)
+        for (int i = 0; i < 8; i++)
+            row.put(look_up(k_values(x, i, 0), bits(load(x + 16 + i / 2 * 32), i % 2 * 4, 15)));
+}
+
+void unpack_q5_k(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 256, x += 176)
+        for (int i = 0; i < 8; i++) {
+            const __m256i low = bits(load(x + 48 + i / 2 * 32), i % 2 * 4, 15), fifth = bits(load(x + 16), i, 1);
+            const __m256i codes = _mm256_or_si256(low, _mm256_slli_epi16(fifth, 4));
+            row.put(look_up(k_values(x, i, 0), k_values(x, i, 16), codes));
+        }
+}
+
+void unpack_q6_k(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 256, x += 210)
+        for (int i = 0; i < 8; i++) {
+            const int part = i / 4, j = i % 4;
+            const __m256i low = bits(load(x + 64 * part + j % 2 * 32), j / 2 * 4, 15);
+            const __m256i high = _mm256_slli_epi16(bits(load(x + 128 + 32 * part), 2 * j, 3), 4);
+            const int8_t *scales = (const int8_t *)x + 192 + 8 * part + 2 * j;
+            const __m256i codes = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
+            row.put(scaled(codes, half(x + 208) * scales[0], half(x + 208) * scales[1]));
+        }
+}
+
+Unpack unpack_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q8_0: return unpack_q8_0;
+        case GGML_TYPE_Q6_K: return unpack_q6_k;
+        case GGML_TYPE_Q5_K: return unpack_q5_k;
+        case GGML_TYPE_Q5_0: return unpack_q5_0;
+        case GGML_TYPE_Q4_K: return unpack_q4_k;
+        case GGML_TYPE_Q4_0: return unpack_q4_0;
+        case GGML_TYPE_IQ4_NL: return unpack_iq4_nl;
+        case GGML_TYPE_IQ4_XS: return unpack_iq4_xs;
+        default: return nullptr;
+    }
+}
+
+// 16 rows of 16 words become columns
+inline void transpose(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+void configure_tiles() {
+    alignas(64) uint8_t configuration[64] = {1};
+    for (int i = 0; i < 8; i++) {
+        configuration[16 + 2 * i] = 2 * DEPTH;  // bytes of a row
+        configuration[48 + i] = SIDE;
+    }
+    // Not _tile_loadconfig: GCC 12 believes that it reads 16 bytes, and drops what is written to the others.
+    asm volatile("ldtilecfg %0" ::"m"(configuration));
+}
+
+// Tiles of 16 inputs: each row holds two columns of all of them, as the unit wants its right side
+void pack_inputs(const ggml_tensor *inputs, int64_t first, uint16_t *to) {
+    const int64_t n_columns = inputs->ne[0], n_inputs = inputs->ne[1];
+    for (int64_t k = 0; k < n_columns; k += DEPTH, to += TILE) {
+        __m512i r[SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            r[i] = _mm512_setzero_si512();
+            if (first + i < n_inputs) {
+                const float *x = (const float *)((const char *)inputs->data + (first + i) * inputs->nb[1]) + k;
+                r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+            }
+        }
+        transpose(r);
+        for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * DEPTH, r[i]);
+    }
+}
+
+// 32 rows of a matrix times one or two tiles of inputs: results in tiles 0 to 3, weights in 4 and 5, inputs in 6 and 7
+template <bool two>
+inline void multiply(const uint16_t *weights, const uint16_t *first, const uint16_t *second, int64_t n_tiles) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t t = 0; t < n_tiles; t++) {
+        _tile_loadd(4, weights + t * STEP, 64);
+        _tile_loadd(6, first + t * TILE, 64);
+        _tile_loadd(5, weights + t * STEP + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (two) {
+            _tile_loadd(7, second + t * TILE, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+// A tile of results, a column for each input, becomes 16 columns of the rows of `to` from `first` on
+void put_results(const float *tile, ggml_tensor *to, int64_t first, int64_t column, bool is_added) {
+    __m512i r[SIDE];
+    for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tile + i * SIDE);
+    transpose(r);
+    const int64_t n = std::min<int64_t>(SIDE, to->ne[1] - first);
+    for (int64_t i = 0; i < n; i++) {
+        float *y = (float *)((char *)to->data + (first + i) * to->nb[1]) + column;
+        const __m512 values = _mm512_castsi512_ps(r[i]);
+        _mm512_storeu_ps(y, is_added ? _mm512_add_ps(_mm512_loadu_ps(y), values) : values);
+    }
+}
+
+// The threads of a llama.cpp context, and its inputs as bf16
+struct Context {
+    int n_threads = 1;
+    uint16_t *inputs = nullptr;
+    size_t size = 0;
+
+    bool reserve(size_t n) {
+        if (n <= size) return true;
+        free(inputs);
+        inputs = (uint16_t *)aligned_alloc(64, n * sizeof(uint16_t));
+        size = inputs ? n : 0;
+        return inputs;
+    }
+    ~Context() { free(inputs); }
+};
+
+// `result` = its matrix times its inputs, which `are_packed` from the product before
+bool multiply_all(Context &context, ggml_tensor *result, bool are_packed) {
+    const ggml_tensor *matrix = result->src[0], *inputs = result->src[1];
+    const int64_t n_columns = matrix->ne[0], n_groups = matrix->ne[1] / ROWS;
+    const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs
+    const Unpack unpack = unpack_of(matrix->type);
+    if (!context.reserve(n_down * n_across * TILE)) return false;
+#pragma omp parallel num_threads(context.n_threads)
+    {
+        configure_tiles();
+        if (!are_packed) {
+#pragma omp for
+            for (int64_t m = 0; m < n_down; m++) pack_inputs(inputs, m * SIDE, context.inputs + m * n_across * TILE);
+        }
+        alignas(64) uint16_t weights[COLUMNS / DEPTH * STEP];
+        alignas(64) float results[4 * SIDE * SIDE];
+#pragma omp for schedule(dynamic)
+        for (int64_t group = 0; group < n_groups; group++) {
+            for (int64_t k = 0; k < n_columns; k += COLUMNS) {
+                const int64_t n = std::min<int64_t>(COLUMNS, n_columns - k);
+                for (int i = 0; i < ROWS; i++) {
+                    const char *row = (const char *)matrix->data + (group * ROWS + i) * matrix->nb[1];
+                    const auto *blocks = (const uint8_t *)row + ggml_row_size(matrix->type, k);
+                    unpack(blocks, n, {weights + i / SIDE * TILE + i % SIDE * DEPTH});
+                }
+                for (int64_t m = 0; m < n_down; m += 2) {
+                    const bool two = m + 1 < n_down;
+                    const uint16_t *first = context.inputs + (m * n_across + k / DEPTH) * TILE;
+                    const uint16_t *second = first + n_across * TILE;
+                    two ? multiply<true>(weights, first, second, n / DEPTH)
+                        : multiply<false>(weights, first, second, n / DEPTH);
+                    _tile_stored(0, results, 64);
+                    _tile_stored(1, results + SIDE * SIDE, 64);
+                    if (two) {
+                        _tile_stored(2, results + 2 * SIDE * SIDE, 64);
+                        _tile_stored(3, results + 3 * SIDE * SIDE, 64);
+                    }
+                    for (int i = 0; i < (two ? 4 : 2); i++)
+                        put_results(results + i * SIDE * SIDE, result, (m + i / 2) * SIDE,
+                                    group * ROWS + i % 2 * SIDE, k > 0);
+                }
+            }
+        }
+        _tile_release();
+    }
+    return true;
+}
+
+const char *name() { return "F2GGUF"; }
+
+const char *backend_name(ggml_backend_t) { return name(); }
+
+void backend_free(ggml_backend_t backend) {
+    delete (Context *)backend->context;
+    delete backend;
+}
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
+    const ggml_tensor *packed = nullptr;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        ggml_tensor *node = ggml_graph_node(graph, i);
+        if (node->op != GGML_OP_MUL_MAT || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) continue;
+        if (!multiply_all(*(Context *)backend->context, node, node->src[1] == packed)) return GGML_STATUS_ALLOC_FAILED;
+        packed = node->src[1];
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+void set_n_threads(ggml_backend_t backend, int n_threads) { ((Context *)backend->context)->n_threads = n_threads; }
+
+const char *device_name(ggml_backend_dev_t) { return name(); }
+
+void device_memory(ggml_backend_dev_t, size_t *free, size_t *total) { *free = *total = 0; }
+
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+
+void device_props(ggml_backend_dev_t, ggml_backend_dev_props *props) {
+    memset(props, 0, sizeof *props);
+    props->name = props->description = name();
+    props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
+}
+
+ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
+    static ggml_guid guid = {'f', '2', 'g', 'g', 'u', 'f', ' ', 'o', 'n', ' ', 'A', 'M', 'X', ' ', '1', 0};
+    return new ggml_backend{&guid, backend_name, backend_free, {}, backend_compute, {}, device, new Context};
+}
+
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
+
+bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+    return ggml_backend_buft_is_host(type);
+}
+
+bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE: return true;
+        case GGML_OP_MUL_MAT: break;
+        default: return false;
+    }
+    const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
+    // Of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
+    return is_on && !strncmp(matrix->name, "blk.", 4) && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
+           ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 && matrix->ne[1] % ROWS == 0 &&
+           ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 && inputs->nb[0] == sizeof(float) &&
+           !op->op_params[0] && !op->op_params[1];  // neither another precision nor a hint is asked for
+}
+
+const char *registry_name(ggml_backend_reg_t) { return name(); }
+
+size_t registry_count(ggml_backend_reg_t) { return 1; }
+
+ggml_backend_dev_t registry_device(ggml_backend_reg_t registry, size_t) {
+    static ggml_backend_device device{device_name, device_name, device_memory,           device_type, device_props,
+                                      device_init, device_buffer_type, {},               device_supports,
+                                      device_supports_buffers,         {},               registry,    nullptr};
+    return &device;
+}
+
+void *registry_address(ggml_backend_reg_t, const char *function) {
+    return strcmp(function, "ggml_backend_set_n_threads") ? nullptr : (void *)set_n_threads;
+}
+
+ggml_backend_reg registry{2, registry_name, registry_count, registry_device, registry_address, nullptr};
+
+}  // namespace
+
+// Ask Linux for the right to use tiles (ARCH_REQ_XCOMP_PERM, XTILE_DATA); false where they are not to be had.
+extern "C" bool f2gguf_may_use_tiles() { return !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+// Let llama.cpp's later contexts have this backend.
+extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
+
+// Whether it takes products, of all contexts, from now on.
+extern "C" void f2gguf_switch(bool on) { is_on = on; }
+
+// A backend for a trial of it.
+extern "C" ggml_backend_t f2gguf_backend(int n_threads) {
+    ggml_backend_t backend = device_init(registry_device(&registry, 0), nullptr);
+    set_n_threads(backend, n_threads);
+    return backend;
+}

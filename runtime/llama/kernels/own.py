@@ -1,0 +1,130 @@
+"""f2gguf's own products on AMX (own.cpp): compiled where they are first used, for the llama-cpp-python that is there.
+
+They need headers and compiler because the interface of ggml's backends is that of one release. CHANGELOG.md says how
+fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import llama_cpp
+from f2gguf.runtime.files import cache_folder
+from f2gguf.runtime.llama.kernels.amx import RIGHT, are_right, library_stamp, tried
+from f2gguf.runtime.llama.library import libggml
+
+OWN = "F2GGUF"  # the name of its backend
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
+NO_COMPILER = "f2gguf's own kernels for AMX need a C++ compiler with OpenMP (g++ or clang++ in PATH), or $CXX"
+_SOURCE = Path(__file__).with_name("own.cpp")
+_HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
+_NEEDED = (
+    "amx_tile",
+    "amx_bf16",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "f16c",
+    "fma",
+)  # as Linux names it
+_UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
+_FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
+_COMPILE_S = 120
+_CODE = f"from {__name__} import main; main()"
+_TOLERANCE = 0.02  # of the largest product: llama.cpp rounds inputs to 8 bits, which moves products by 0.8%
+
+
+def works() -> bool:
+    """Whether these kernels are here and right."""
+    return os.environ.get("F2GGUF_OWN_KERNELS") != "0" and _registered() is not None
+
+
+def switch(on: bool) -> None:
+    """Let all contexts use these kernels from their next batch on, or none."""
+    if (on or _registered.cache_info().currsize) and (library := _registered()):
+        library.f2gguf_switch(on)
+
+
+def lacks_compiler() -> bool:
+    """Whether this processor could use them, if it had a compiler."""
+    return _could() and _compiled() is None
+
+
+@cache
+def _registered() -> ctypes.CDLL | None:
+    """The library, whose backend llama.cpp knows; None where it cannot be had, or a child process found it wrong."""
+    if not _could() or not (path := _compiled()) or not tried(path.stem, _CODE):
+        return None
+    library = _open(path)
+    if not library.f2gguf_may_use_tiles():
+        return None
+    library.f2gguf_register()
+    return library
+
+
+def _could() -> bool:
+    """Whether the processor has what they need, and llama.cpp's threads are OpenMP's, as theirs are."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    return set(flags.split()) >= set(_NEEDED) and b"OPENMP = 1" in llama_cpp.llama_print_system_info()
+
+
+@cache
+def _compiled() -> Path | None:
+    """The compiled library, in the cache folder; None without compiler, headers or a place to write to."""
+    if (folder := cache_folder()) is None or not (_HEADERS / "ggml-backend.h").exists():
+        return None
+    key = hashlib.sha256(f"{_SOURCE.read_text()} {_FLAGS} {library_stamp()}".encode()).hexdigest()[:16]
+    path = folder / f"own-kernels-{key}.so"
+    compilers = filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")))
+    return path if path.exists() or any(_compile(compiler, path) for compiler in compilers) else None
+
+
+def _compile(compiler: str, path: Path) -> bool:
+    libraries = ["-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
+    part = path.with_suffix(f".{os.getpid()}.part")  # so that another process sees all of it or nothing
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [compiler, *_FLAGS, "-I", _HEADERS, _SOURCE, "-o", part, *libraries]
+        if subprocess.run(command, capture_output=True, timeout=_COMPILE_S).returncode == 0:
+            part.replace(path)
+            return True
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # the next compiler, or llama.cpp's kernels
+    with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+    return False
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.f2gguf_may_use_tiles.restype = ctypes.c_bool
+    library.f2gguf_switch.argtypes = [ctypes.c_bool]
+    library.f2gguf_backend.restype = ctypes.c_void_p
+    return library
+
+
+def main() -> None:
+    """The child process: products of every type, through ggml's scheduler, against the CPU's."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    path = _compiled()
+    print(RIGHT if path and _is_right(_open(path)) else "wrong")
+
+
+def _is_right(library: ctypes.CDLL) -> bool:
+    if not library.f2gguf_may_use_tiles():
+        return False
+    library.f2gguf_switch(True)
+    plain = libggml.ggml_backend_cpu_buffer_type()
+    return are_right(plain, TYPES, backend=library.f2gguf_backend(2), tolerance=_TOLERANCE)

@@ -1,0 +1,173 @@
+"""f2gguf's own products on AMX are those of the file's weights, and are left out where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from f2gguf.evals.drift import drift
+from f2gguf.quantize.repair.recipe import Recipe, make
+from f2gguf.quantize.repair.tensors import Weights
+from f2gguf.runtime import Embedder
+from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama.kernels import amx, choice, own
+from f2gguf.runtime.llama.library import libggml
+from numpy.typing import NDArray
+
+TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
+needs_amx = pytest.mark.skipif(not own.works(), reason="needs a processor with AMX, and a C++ compiler")
+
+
+def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Rounded to the nearest of those with seven bits after the first, the even one of two."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    library = own._registered()
+    assert library
+    library.f2gguf_switch(True)
+    plain = libggml.ggml_backend_cpu_buffer_type()
+    return amx.products(matrix, kind, inputs, plain, library.f2gguf_backend(2))
+
+
+def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """What ggml makes of a matrix in a type."""
+    number = amx.NUMBERS[kind]
+    data = np.empty(matrix.size // gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)][0] * 256, np.uint8)
+    n_bytes = libggml.ggml_quantize_chunk(number, amx._pointer(matrix), amx._pointer(data), 0, *matrix.shape, None)
+    rows = data[:n_bytes].reshape(len(matrix), -1)
+    return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(number))
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", own.TYPES)
+@pytest.mark.parametrize(
+    ("n_rows", "n_columns", "n_tokens"), [(32, 256, 1), (96, 1280, 16), (64, 2304, 17), (64, 512, 40)]
+)
+def test_products_are_those_of_weights_and_inputs_in_bf16(
+    kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
+) -> None:
+    generator = np.random.default_rng(rng.randrange(1 << 32))
+    matrix = generator.standard_normal((n_rows, n_columns), dtype=np.float32)
+    inputs = generator.standard_normal((n_tokens, n_columns), dtype=np.float32) * 10 ** generator.uniform(-3, 3)
+    wanted = as_bf16(inputs) @ as_bf16(quantised(matrix, kind)).T
+    found = own_products(matrix, kind, inputs.astype(np.float32))
+    # A weight is a product in F32 before it is rounded, in another order for some types: a few of them go the other way
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@needs_amx
+def test_a_product_has_the_same_bytes_in_every_batch() -> None:
+    generator = np.random.default_rng(0)
+    matrix = generator.standard_normal((64, 1536), dtype=np.float32)
+    inputs = generator.standard_normal((50, 1536), dtype=np.float32)
+    together = own_products(matrix, "Q4_K", inputs)
+    for first, last in ((0, 1), (7, 24), (49, 50)):
+        assert np.array_equal(own_products(matrix, "Q4_K", inputs[first:last]), together[first:last])
+
+
+@pytest.fixture(scope="module")
+def of_many_types(nano_f16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano with every type of the kernels, and with one that they do not have."""
+    weights, path = Weights(nano_f16), tmp_path_factory.mktemp("types") / "types.gguf"
+    names = [name for name, info in weights.infos.items() if len(info.shape) == 2 and name.startswith("blk.")]
+    kinds = [*own.TYPES, "Q4_1"]
+    chosen = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
+    make(weights, path, Recipe("Q4_0"), {}, types={it: chosen.get(it, info.type) for it, info in weights.infos.items()})
+    return path
+
+
+def vectors_and_words(path: Path) -> tuple[NDArray[np.float32], str]:
+    with Embedder(path, device="cpu") as embedder:
+        return embedder.encode(TEXTS), embedder.description
+
+
+@needs_amx
+def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, words = vectors_and_words(of_many_types)
+    assert "on AMX by f2gguf's own kernels" in words
+    header = read_header(of_many_types)
+    types = {tensor.name: tensor.type for tensor in header.tensors}
+    assert {types[name] for name in choice.choose(header)[own.OWN]} == set(own.TYPES)
+    assert choice.copied_bytes(header) == 0
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
+    others, words = vectors_and_words(of_many_types)
+    assert "AMX" not in words
+    assert not np.array_equal(vectors, others), "other kernels round otherwise, so two ways were compared"
+    assert drift(vectors, others).max() < 1e-3
+
+
+@needs_amx
+def test_vectors_of_an_f16_file_do_not_change(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, words = vectors_and_words(nano_f16)
+    assert "AMX" not in words
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
+    assert np.array_equal(vectors, vectors_and_words(nano_f16)[0])
+
+
+@needs_amx
+def test_a_text_has_nearly_the_same_vector_in_any_batch(of_many_types: Path) -> None:
+    with Embedder(of_many_types, device="cpu") as embedder:
+        together = embedder.encode(TEXTS)
+        alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    assert drift(together, alone).max() < 1e-6
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder, and nothing compiled yet."""
+    monkeypatch.setenv("F2GGUF_CACHE", str(tmp_path))
+    monkeypatch.setattr(own, "_compiled", own._compiled.__wrapped__)
+    monkeypatch.setattr(own, "_registered", own._registered.__wrapped__)
+    return tmp_path
+
+
+def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
+    afresh: Path, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "_could", lambda: True)
+    monkeypatch.setenv("PATH", str(afresh))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not own.works()
+    assert list(afresh.iterdir()) == []
+    assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NO_COMPILER)
+
+
+@needs_amx
+def test_a_compiler_that_fails_is_not_the_last(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert own._compiled() == next(afresh.glob("own-kernels-*.so"))
+    monkeypatch.setattr(own.subprocess, "run", lambda *_, **__: pytest.fail("it is compiled once"))
+    assert own._compiled()
+
+
+@needs_amx
+def test_a_library_that_is_wrong_is_not_used(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = own._SOURCE.read_text(encoding="utf-8").replace("count(-8)", "count(-7)")
+    monkeypatch.setattr(own, "_SOURCE", afresh / "own.cpp")
+    own._SOURCE.write_text(source, encoding="utf-8")
+    code = f"from pathlib import Path\nfrom {own.__name__} import main\nimport {own.__name__} as own\n"
+    monkeypatch.setattr(own, "_CODE", code + f"own._SOURCE = Path({str(own._SOURCE)!r})\nmain()")
+    assert own._compiled()
+    assert not own.works()
+
+
+def test_where_the_cache_cannot_be_written_llama_cpps_kernels_are_used(
+    afresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (afresh / "file").touch()
+    monkeypatch.setenv("F2GGUF_CACHE", os.fspath(afresh / "file" / "folder"))
+    assert own._compiled() is None
+
+
+def test_another_processor_compiles_nothing(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(own.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
+    assert not own.works()
+    assert not own.lacks_compiler()
