@@ -92,7 +92,7 @@ def _compiled() -> Path | None:
 
 
 def _compile(compiler: str, path: Path) -> bool:
-    libraries = ["-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
+    libraries: list[str | Path] = ["-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
     part = path.with_suffix(f".{os.getpid()}.part")  # so that another process sees all of it or nothing
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
