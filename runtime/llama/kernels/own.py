@@ -14,6 +14,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -40,19 +41,22 @@ _NEEDED = (
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
 _FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
 _COMPILE_S = 120
+_LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
 _TOLERANCE = 0.02  # of the largest product: llama.cpp rounds inputs to 8 bits, which moves products by 0.8%
 
 
 def works() -> bool:
     """Whether these kernels are here and right."""
-    return os.environ.get("F2GGUF_OWN_KERNELS") != "0" and _registered() is not None
+    with _LOCK:
+        return os.environ.get("F2GGUF_OWN_KERNELS") != "0" and _registered() is not None
 
 
 def switch(on: bool) -> None:
     """Let all contexts use these kernels from their next batch on, or none."""
-    if (on or _registered.cache_info().currsize) and (library := _registered()):
-        library.f2gguf_switch(on)
+    with _LOCK:
+        if (on or _registered.cache_info().currsize) and (library := _registered()):
+            library.f2gguf_switch(on)
 
 
 def lacks_compiler() -> bool:
