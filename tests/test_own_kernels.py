@@ -38,6 +38,10 @@ def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.floa
 
 def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     """What ggml makes of a matrix in a type."""
+    if kind == "F16":
+        return matrix.astype(np.float16).astype(np.float32)
+    if kind == "BF16":
+        return as_bf16(matrix).astype(np.float32)
     number = amx.NUMBERS[kind]
     data = np.empty(matrix.size // gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)][0] * 256, np.uint8)
     n_bytes = libggml.ggml_quantize_chunk(number, amx._pointer(matrix), amx._pointer(data), 0, *matrix.shape, None)
@@ -56,10 +60,12 @@ def test_products_are_those_of_weights_and_inputs_in_bf16(
     generator = np.random.default_rng(rng.randrange(1 << 32))
     matrix = generator.standard_normal((n_rows, n_columns), dtype=np.float32)
     inputs = generator.standard_normal((n_tokens, n_columns), dtype=np.float32) * 10 ** generator.uniform(-3, 3)
-    wanted = as_bf16(inputs) @ as_bf16(quantised(matrix, kind)).T
+    is_exact = kind in ("F16", "BF16")
+    rounded = np.float64 if is_exact else as_bf16
+    wanted = rounded(inputs) @ rounded(quantised(matrix, kind)).T
     found = own_products(matrix, kind, inputs.astype(np.float32))
     # A weight is a product in F32 before it is rounded, in another order for some types: a few of them go the other way
-    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() <= (1e-5 if is_exact else 1e-4) * np.abs(wanted).max()
 
 
 @needs_amx
@@ -77,7 +83,7 @@ def of_many_types(nano_f16: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """nano with every type of the kernels, and with one that they do not have."""
     weights, path = Weights(nano_f16), tmp_path_factory.mktemp("types") / "types.gguf"
     names = [name for name, info in weights.infos.items() if len(info.shape) == 2 and name.startswith("blk.")]
-    kinds = [*own.TYPES, "Q4_1"]
+    kinds = [*own.TYPES[2:], "Q4_1"]
     chosen = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
     make(weights, path, Recipe("Q4_0"), {}, types={it: chosen.get(it, info.type) for it, info in weights.infos.items()})
     return path
@@ -94,7 +100,7 @@ def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatc
     assert "on AMX by f2gguf's own kernels" in words
     header = read_header(of_many_types)
     types = {tensor.name: tensor.type for tensor in header.tensors}
-    assert {types[name] for name in choice.choose(header)[own.OWN]} == set(own.TYPES)
+    assert {types[name] for name in choice.choose(header)[own.OWN]} == set(own.TYPES[2:])
     assert choice.copied_bytes(header) == 0
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
     others, words = vectors_and_words(of_many_types)
@@ -104,11 +110,11 @@ def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatc
 
 
 @needs_amx
-def test_vectors_of_an_f16_file_do_not_change(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_an_f16_file_hardly_change(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, words = vectors_and_words(nano_f16)
-    assert "AMX" not in words
+    assert "on AMX by f2gguf's own kernels" in words
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
-    assert np.array_equal(vectors, vectors_and_words(nano_f16)[0])
+    assert drift(vectors, vectors_and_words(nano_f16)[0]).max() < 1e-6
 
 
 @needs_amx

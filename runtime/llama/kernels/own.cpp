@@ -1,8 +1,9 @@
-// A ggml backend that multiplies quantised matrices of a model's layers on AMX, the matrix units of Intel's processors.
+// A ggml backend that multiplies the matrices of a model's layers on AMX, the matrix units of Intel's processors.
 //
 // llama.cpp's own kernels round inputs to 8 bits and unpack weights anew for every few tokens. Here weights and inputs
-// become bf16, products are summed up in F32, and 32 rows of weights are unpacked once for all tokens of a batch. Each
-// vector of a result depends on its own input alone: it is the same in every batch.
+// become bf16, products are summed up in F32, and 32 rows of weights are unpacked once for all tokens of a batch. F16
+// weights, and the inputs of F16 and BF16 ones, become the sum of two bf16, which keeps 16 bits where llama.cpp rounds
+// inputs to the weights' type. Each vector of a result depends on its own input alone: it is the same in every batch.
 //
 // own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
 
@@ -61,6 +62,8 @@ constexpr int SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // a tile: 16 rows of
 constexpr int ROWS = 2 * SIDE, COLUMNS = 1024;             // of a matrix that are unpacked together
 constexpr int STEP = 2 * TILE + DEPTH;                     // from 32 of these columns to the next, apart in the L1 cache
 
+constexpr int PART = COLUMNS / DEPTH * STEP;  // unpacked weights; those that were rounded off follow them
+
 bool is_on = false;
 
 // The unpacked columns of one row of a matrix: 32 at a time, the same place in tile after tile.
@@ -69,6 +72,10 @@ struct Row {
     void put(__m512i values) {
         _mm512_store_si512(to, values);
         to += STEP;
+    }
+    void put(__m512i values, __m512i rest) {
+        _mm512_store_si512(to + PART, rest);
+        put(values);
     }
 };
 
@@ -99,6 +106,17 @@ inline __m512 count(float first) {
 
 inline __m512 times(float factor, __m512 values) { return _mm512_mul_ps(_mm512_set1_ps(factor), values); }
 
+// 32 numbers as bf16
+inline __m512i round(__m512 first, __m512 last) { return (__m512i)_mm512_cvtne2ps_pbh(last, first); }
+
+// What `round` took away from them
+inline __m512i rest(__m512 first, __m512 last, __m512i rounded) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1));
+    return round(_mm512_sub_ps(first, (__m512)_mm512_slli_epi32(low, 16)),
+                 _mm512_sub_ps(last, (__m512)_mm512_slli_epi32(high, 16)));
+}
+
 // The bf16 of 32 codes of 4 bits, whose values are given
 inline __m512i look_up(__m512 values, __m256i codes) {
     const __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
@@ -107,14 +125,26 @@ inline __m512i look_up(__m512 values, __m256i codes) {
 
 // The same of codes of 5 bits
 inline __m512i look_up(__m512 low, __m512 high, __m256i codes) {
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), round(low, high));
 }
 
 // The bf16 of 32 signed codes of 8 bits, with a factor for each half
 inline __m512i scaled(__m256i codes, float low, float high) {
     const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
     const __m512 last = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(times(high, last), times(low, first));
+    return round(times(low, first), times(high, last));
+}
+
+void unpack_f16(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 64) {
+        const __m512 first = _mm512_cvtph_ps(load(x)), last = _mm512_cvtph_ps(load(x + 32));
+        const __m512i values = round(first, last);
+        row.put(values, rest(first, last, values));
+    }
+}
+
+void unpack_bf16(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 64) row.put(_mm512_loadu_si512(x));
 }
 
 // ggml's types, as ggml/src/ggml-quants.c reads them
@@ -192,6 +222,8 @@ void unpack_q6_k(const uint8_t *x, int64_t n, Row row) {
 
 Unpack unpack_of(ggml_type type) {
     switch (type) {
+        case GGML_TYPE_F16: return unpack_f16;
+        case GGML_TYPE_BF16: return unpack_bf16;
         case GGML_TYPE_Q8_0: return unpack_q8_0;
         case GGML_TYPE_Q6_K: return unpack_q6_k;
         case GGML_TYPE_Q5_K: return unpack_q5_k;
@@ -241,32 +273,38 @@ void configure_tiles() {
     asm volatile("ldtilecfg %0" ::"m"(configuration));
 }
 
-// Tiles of 16 inputs: each row holds two columns of all of them, as the unit wants its right side
-void pack_inputs(const ggml_tensor *inputs, int64_t first, uint16_t *to) {
+// Tiles of 16 inputs: each row holds two columns of all of them, as the unit wants its right side. What is rounded off
+// goes to the tiles of `rests`, if there are any.
+void pack_inputs(const ggml_tensor *inputs, int64_t first_input, uint16_t *to, uint16_t *rests) {
     const int64_t n_columns = inputs->ne[0], n_inputs = inputs->ne[1];
     for (int64_t k = 0; k < n_columns; k += DEPTH, to += TILE) {
-        __m512i r[SIDE];
-        for (int i = 0; i < SIDE; i++) {
-            r[i] = _mm512_setzero_si512();
-            if (first + i < n_inputs) {
-                const float *x = (const float *)((const char *)inputs->data + (first + i) * inputs->nb[1]) + k;
-                r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
-            }
+        __m512i values[SIDE] = {}, others[SIDE] = {};
+        for (int i = 0; i < SIDE && first_input + i < n_inputs; i++) {
+            const float *x = (const float *)((const char *)inputs->data + (first_input + i) * inputs->nb[1]) + k;
+            const __m512 first = _mm512_loadu_ps(x), last = _mm512_loadu_ps(x + 16);
+            values[i] = round(first, last);
+            if (rests) others[i] = rest(first, last, values[i]);
         }
-        transpose(r);
-        for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * DEPTH, r[i]);
+        transpose(values);
+        for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * DEPTH, values[i]);
+        if (rests) {
+            transpose(others);
+            for (int i = 0; i < SIDE; i++) _mm512_store_si512(rests + i * DEPTH, others[i]);
+            rests += TILE;
+        }
     }
 }
 
-// 32 rows of a matrix times one or two tiles of inputs: results in tiles 0 to 3, weights in 4 and 5, inputs in 6 and 7
-template <bool two>
-inline void multiply(const uint16_t *weights, const uint16_t *first, const uint16_t *second, int64_t n_tiles) {
+void zero_results() {
     _tile_zero(0);
     _tile_zero(1);
-    if (two) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Add 32 rows of a matrix times one or two tiles of inputs: results in tiles 0 to 3, weights in 4 and 5, inputs in 6, 7
+template <bool two>
+inline void multiply(const uint16_t *weights, const uint16_t *first, const uint16_t *second, int64_t n_tiles) {
     for (int64_t t = 0; t < n_tiles; t++) {
         _tile_loadd(4, weights + t * STEP, 64);
         _tile_loadd(6, first + t * TILE, 64);
@@ -299,32 +337,43 @@ struct Context {
     int n_threads = 1;
     uint16_t *inputs = nullptr;
     size_t size = 0;
+    const ggml_tensor *packed = nullptr;  // what `inputs` holds
+    bool has_rests = false;
 
     bool reserve(size_t n) {
         if (n <= size) return true;
         free(inputs);
         inputs = (uint16_t *)aligned_alloc(64, n * sizeof(uint16_t));
         size = inputs ? n : 0;
+        packed = nullptr;
         return inputs;
     }
     ~Context() { free(inputs); }
 };
 
-// `result` = its matrix times its inputs, which `are_packed` from the product before
-bool multiply_all(Context &context, ggml_tensor *result, bool are_packed) {
+// The product of a matrix and inputs; false without memory
+bool multiply_all(Context &context, ggml_tensor *result) {
     const ggml_tensor *matrix = result->src[0], *inputs = result->src[1];
     const int64_t n_columns = matrix->ne[0], n_groups = matrix->ne[1] / ROWS;
     const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs
+    const int64_t part = n_down * n_across * TILE;
     const Unpack unpack = unpack_of(matrix->type);
-    if (!context.reserve(n_down * n_across * TILE)) return false;
+    const bool is_f16 = matrix->type == GGML_TYPE_F16, is_exact = is_f16 || matrix->type == GGML_TYPE_BF16;
+    if (!context.reserve(is_exact ? 2 * part : part)) return false;
+    const bool are_packed = context.packed == inputs && context.has_rests == is_exact;
+    context.packed = inputs;
+    context.has_rests = is_exact;
 #pragma omp parallel num_threads(context.n_threads)
     {
         configure_tiles();
         if (!are_packed) {
 #pragma omp for
-            for (int64_t m = 0; m < n_down; m++) pack_inputs(inputs, m * SIDE, context.inputs + m * n_across * TILE);
+            for (int64_t m = 0; m < n_down; m++) {
+                uint16_t *to = context.inputs + m * n_across * TILE;
+                pack_inputs(inputs, m * SIDE, to, is_exact ? to + part : nullptr);
+            }
         }
-        alignas(64) uint16_t weights[COLUMNS / DEPTH * STEP];
+        alignas(64) uint16_t weights[2 * PART];
         alignas(64) float results[4 * SIDE * SIDE];
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < n_groups; group++) {
@@ -339,14 +388,15 @@ bool multiply_all(Context &context, ggml_tensor *result, bool are_packed) {
                     const bool two = m + 1 < n_down;
                     const uint16_t *first = context.inputs + (m * n_across + k / DEPTH) * TILE;
                     const uint16_t *second = first + n_across * TILE;
-                    two ? multiply<true>(weights, first, second, n / DEPTH)
-                        : multiply<false>(weights, first, second, n / DEPTH);
+                    const auto add = two ? multiply<true> : multiply<false>;
+                    zero_results();
+                    if (is_exact) add(weights, first + part, second + part, n / DEPTH);
+                    if (is_f16) add(weights + PART, first, second, n / DEPTH);
+                    add(weights, first, second, n / DEPTH);
                     _tile_stored(0, results, 64);
                     _tile_stored(1, results + SIDE * SIDE, 64);
-                    if (two) {
-                        _tile_stored(2, results + 2 * SIDE * SIDE, 64);
-                        _tile_stored(3, results + 3 * SIDE * SIDE, 64);
-                    }
+                    _tile_stored(2, results + 2 * SIDE * SIDE, 64);
+                    _tile_stored(3, results + 3 * SIDE * SIDE, 64);
                     for (int i = 0; i < (two ? 4 : 2); i++)
                         put_results(results + i * SIDE * SIDE, result, (m + i / 2) * SIDE,
                                     group * ROWS + i % 2 * SIDE, k > 0);
@@ -368,12 +418,12 @@ void backend_free(ggml_backend_t backend) {
 }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
-    const ggml_tensor *packed = nullptr;
+    Context &context = *(Context *)backend->context;
+    context.packed = nullptr;  // of another graph, whose memory may be another tensor's by now
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor *node = ggml_graph_node(graph, i);
         if (node->op != GGML_OP_MUL_MAT || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) continue;
-        if (!multiply_all(*(Context *)backend->context, node, node->src[1] == packed)) return GGML_STATUS_ALLOC_FAILED;
-        packed = node->src[1];
+        if (!multiply_all(context, node)) return GGML_STATUS_ALLOC_FAILED;
     }
     return GGML_STATUS_SUCCESS;
 }

@@ -24,7 +24,7 @@ from f2gguf.runtime.llama.kernels.amx import RIGHT, are_right, library_stamp, tr
 from f2gguf.runtime.llama.library import libggml
 
 OWN = "F2GGUF"  # the name of its backend
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
+TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 NO_COMPILER = "f2gguf's own kernels for AMX need a C++ compiler with OpenMP (g++ or clang++ in PATH), or $CXX"
 _SOURCE = Path(__file__).with_name("own.cpp")
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
