@@ -186,7 +186,9 @@ def _logged(kind: Any, model: Model, settings: Any, n_tokens: int, flash: bool) 
         n_ctx = -(-n_tokens // CTX_STEP) * CTX_STEP
         kind(model, settings, n_ctx=n_ctx, flash=flash, f32=False).close()
     log = "".join(lines)
-    return {name: int(sum(map(float, pattern.findall(log))) * _MIB) for name, pattern in _SIZES.items()}
+    found = {name: pattern.findall(log) for name, pattern in _SIZES.items()}
+    found["compute"] = list(set(found["compute"]))  # f2gguf's kernels share the CPU's buffer, which is named for both
+    return {name: int(sum(map(float, sizes)) * _MIB) for name, sizes in found.items()}
 
 
 def _resident_bytes() -> int:
