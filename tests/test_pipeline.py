@@ -27,6 +27,7 @@ from f2gguf.runtime.errors import UnknownName
 from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf.entries import is_sealed
 from f2gguf.runtime.gguf.header import KEY_SEAL, read_header
+from f2gguf.runtime.llama.kernels import own
 from huggingface_hub import ModelCard
 
 FILES = {"F16", "Q8_0", "Q4_K_M", "Q4_0"}
@@ -63,12 +64,15 @@ def test_every_variant_of_nano_is_under_the_bound(nano_release: Release) -> None
 
 
 def test_stock_minilm_drifts_as_published(minilm_release: Release) -> None:
-    """Stock variants on 800 English texts, measured elsewhere: 0.03%, 0.74%, 2.8%."""
+    """Stock variants on 800 English texts, measured elsewhere: 0.03%, 0.74%, 2.8%.
+
+    llama.cpp rounds inputs to 8 bits, which is half of the first. f2gguf's own kernels do not.
+    """
     report = report_of(minilm_release)
     stock = {**report["variants"], **report["stock"]}
     means = {name: verdict["languages"]["en"]["mean"] for name, verdict in stock.items()}
     assert report["conversion"]["min_cosine"] >= 0.9999
-    assert means["Q8_0"] == pytest.approx(0.0003, rel=0.25)
+    assert means["Q8_0"] == pytest.approx(0.00015 if own.works() else 0.0003, rel=0.25)
     assert means["Q4_K_M"] == pytest.approx(0.0074, rel=0.25)
     assert means["Q4_0"] == pytest.approx(0.028, rel=0.25)
     assert [name for name, verdict in stock.items() if not verdict["holds"]] == ["Q4_0"]
