@@ -157,7 +157,7 @@ def test_amx_takes_what_it_has_kernels_for_and_leaves_the_rest(mixed: Path, monk
     assert {types[name] for name in placement[REPACK]} == {"IQ4_NL"}
     monkeypatch.setattr(amx, "works", lambda: False)
     assert AMX not in choice.choose(header)
-    monkeypatch.setattr(own, "lacks_compiler", lambda: False)
+    monkeypatch.setattr(own, "cannot_be_compiled", lambda: False)
     assert "AMX is not used, because a trial of it failed" in choice.describe_kernels(header)
 
 

@@ -15,7 +15,7 @@ from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.kernels import amx, choice, own
-from f2gguf.runtime.llama.library import libggml
+from f2gguf.runtime.llama.library import OWN, libggml
 from numpy.typing import NDArray
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
@@ -100,7 +100,7 @@ def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatc
     assert "on AMX by f2gguf's own kernels" in words
     header = read_header(of_many_types)
     types = {tensor.name: tensor.type for tensor in header.tensors}
-    assert {types[name] for name in choice.choose(header)[own.OWN]} == set(own.TYPES[2:])
+    assert {types[name] for name in choice.choose(header)[OWN]} == set(own.TYPES[2:])
     assert choice.copied_bytes(header) == 0
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
     others, words = vectors_and_words(of_many_types)
@@ -142,7 +142,7 @@ def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
     monkeypatch.delenv("CXX", raising=False)
     assert not own.works()
     assert list(afresh.iterdir()) == []
-    assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NO_COMPILER)
+    assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NOT_COMPILED)
 
 
 @needs_amx
@@ -176,4 +176,4 @@ def test_another_processor_compiles_nothing(afresh: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(own.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(own.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
     assert not own.works()
-    assert not own.lacks_compiler()
+    assert not own.cannot_be_compiled()

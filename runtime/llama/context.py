@@ -72,7 +72,7 @@ class Context:
     # Short texts are packed up to this. On 2 cores all-MiniLM-L6-v2 in Q4_K_M does 2,722 tokens/s of documents by 512
     # and 2,557 by 256, in Q4_0, repacked, 3,523 and 3,783, and on AMX, in Q8_0, 5,392 and 5,699.
     cpu_tokens = 512
-    cpu_tokens_anew = 256  # where the matrices are laid out anew
+    cpu_tokens_anew = 256  # where the matrices are laid out anew, or multiplied by f2gguf's own kernels
     # On an H200 its Q4_0 does 195,000 tokens/s so; 172,000 by 512, 165,000 by 2,048 and 96,000 by 4,096.
     gpu_tokens = 1024
 
@@ -124,7 +124,7 @@ class Context:
         """Tokens up to which short texts of this model are packed into one batch."""
         if model.offloaded:
             return cls.gpu_tokens
-        return cls.cpu_tokens_anew if model.is_laid_out_anew else cls.cpu_tokens
+        return cls.cpu_tokens_anew if model.has_other_kernels else cls.cpu_tokens
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0, pause: Pause | None = None) -> NDArray[np.float32]:
         """Pooled raw vectors of a batch of token ids that together fit the context, (n_texts, n_embd) float32.

@@ -30,6 +30,7 @@ DEVICES: dict[str, tuple[tuple[str, ...], str]] = {
     "metal": (("MTL", "Metal"), "-DGGML_METAL=on"),
     "cuda": (("CUDA",), "-DGGML_CUDA=on"),
 }
+OWN = "F2GGUF"  # f2gguf's own backend: a part of the CPU (kernels/own.py)
 TORCH_NAMES = {"CUDA": "cuda", "ROCm": "cuda", "MTL": "mps", "Metal": "mps"}  # of ggml's backends
 ERROR = 4  # ggml_log_level
 _GPU = 1  # ggml_backend_dev_type: a card with memory of its own
@@ -117,7 +118,7 @@ def require_device(device: str) -> None:
 
 
 def backends() -> list[str]:
-    """Names of ggml's backends in this build, such as 'CPU' and 'CUDA'; f2gguf's own is a part of the CPU."""
+    """Names of ggml's backends in this build, such as 'CPU' and 'CUDA', without f2gguf's own."""
     registered = map(libggml.ggml_backend_reg_get, range(libggml.ggml_backend_reg_count()))
     names = [libggml.ggml_backend_reg_name(backend).decode() for backend in registered]
-    return [name for name in names if name != "F2GGUF"]
+    return [name for name in names if name != OWN]

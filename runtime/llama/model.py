@@ -83,8 +83,8 @@ class Model:
         return bool(counts) and counts[0] == counts[1]
 
     @property
-    def is_laid_out_anew(self) -> bool:
-        """Whether most matrices have another layout than in the file, for faster CPU kernels."""
+    def has_other_kernels(self) -> bool:
+        """Whether most matrices have other CPU kernels than llama.cpp's for the layout of the file."""
         n_layers = int(llama_cpp.llama_model_n_layer(self.pointer))
         return sum(map(len, self.placement.values())) >= _LEAST_OF_A_LAYER * n_layers
 

@@ -1,7 +1,7 @@
 """Whether kernels for AMX are right here: a child process tries them, once for a library and a processor.
 
-Many builds of them end the process in the first product. ggml_tile_config_init (ggml/src/ggml-cpu/amx/mmq.cpp) fills a
-configuration on the stack, and GCC 12 drops all stores but those of its first 16 bytes, because its own
+Many builds of llama.cpp's end the process in the first product. ggml_tile_config_init in ggml/src/ggml-cpu/amx/mmq.cpp
+fills a configuration on the stack, and GCC 12 drops all stores but those of its first 16 bytes, because its own
 _tile_loadconfig states that so few are read. With -fno-tree-dse -fno-dse it keeps them. A library does not say what
 compiled it. llama-cpp-python 0.3.36 still has that code: https://github.com/ggml-org/llama.cpp/issues/20824.
 """

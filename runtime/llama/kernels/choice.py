@@ -1,9 +1,9 @@
 """Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
-Where f2gguf's own kernels are to be had (own.py), they take every matrix of theirs as it stands in the file. Elsewhere:
-on x86 it would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
-types are chosen instead. `scripts/kernels` measures both ways: on 2 cores with AVX-512, with layers of the 0.6B shape,
-Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
+Where f2gguf's own kernels work (own.py), they take every matrix of their types as it stands in the file. Elsewhere, on
+x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are.
+Here types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
+shape, Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
 Nothing is measured at load: a llama.cpp that has AVX2 alone (ggml's -DGGML_NATIVE=OFF: no AVX-512, no VNNI) leads to
 the same choice on the same processor. There, on a busy machine, `scripts/kernels --layers 1` gave
@@ -26,7 +26,7 @@ import llama_cpp
 from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.kernels import amx, own
 from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, extra_buffers
-from f2gguf.runtime.llama.kernels.own import OWN
+from f2gguf.runtime.llama.library import OWN
 
 Placement = Mapping[str, Sequence[str]]  # OWN, or names of ggml's types of buffers -> names of the matrices there
 TYPES = {  # the first that is here and takes a matrix gets it
@@ -79,13 +79,9 @@ def describe_kernels(header: Header) -> str:
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
-    if own.works():
-        return found
-    return found + (f". {own.NO_COMPILER}" if own.lacks_compiler() else _NO_AMX if _fails() else "")
-
-
-def _fails() -> bool:
-    return amx.is_built_in() and not amx.works()
+    if own.cannot_be_compiled():
+        return f"{found}. {own.NOT_COMPILED}"
+    return found + (_NO_AMX if not own.works() and amx.is_built_in() and not amx.works() else "")
 
 
 def copied_bytes(header: Header) -> int:
@@ -93,10 +89,14 @@ def copied_bytes(header: Header) -> int:
     buffers, infos = _buffers(), {tensor.name: tensor for tensor in header.tensors}
     return sum(
         allocated_bytes(buffers[buffer], infos[name].type, infos[name].shape)
-        for buffer, names in choose(header).items()
-        if buffer != OWN
+        for buffer, names in _laid_out(choose(header)).items()
         for name in names
     )
+
+
+def _laid_out(placement: Placement) -> Placement:
+    """The matrices that leave the layout of the file."""
+    return {buffer: names for buffer, names in placement.items() if buffer != OWN}
 
 
 def summary(placement: Placement) -> str:
@@ -111,12 +111,8 @@ def place(params: Any, placement: Placement) -> bool:
     own.switch(OWN in buffers)
     if not buffers:
         return False
-    pairs = [
-        (pattern, buffers[buffer])
-        for buffer, names in placement.items()
-        if buffer != OWN
-        for pattern in _patterns(names)
-    ]
+    laid_out = _laid_out(placement).items()
+    pairs = [(pattern, buffers[buffer]) for buffer, names in laid_out for pattern in _patterns(names)]
     overrides = (_Override * (len(pairs) + 1))()  # ended by an empty one
     for override, (pattern, address) in zip(overrides, pairs, strict=False):
         override.pattern, override.buffer_type = pattern.encode(), address
@@ -126,16 +122,14 @@ def place(params: Any, placement: Placement) -> bool:
 
 
 def _buffers() -> dict[str, int]:
-    """What of `TYPES` is here and right, with the address of its type of buffers; nothing where it is not x86.
+    """What of `TYPES` is here and right, with the address of its type of buffers; nothing on other than x86.
 
-    llama.cpp's kernels for AMX are not right beside f2gguf's own, which configure the units' tiles otherwise.
+    llama.cpp's kernels for AMX are not used beside f2gguf's own, which configure the units' tiles in another way.
     """
     if b"AVX2 = 1" not in llama_cpp.llama_print_system_info():
         return {}
-    here = extra_buffers()
-    if own.works():
-        return {OWN: 0} | {REPACK: here[REPACK]} if REPACK in here else {OWN: 0}
-    return {name: here[name] for name in (AMX, REPACK) if name in here and (name != AMX or amx.works())}
+    here = extra_buffers() | ({OWN: 0} if own.works() else {})
+    return {name: here[name] for name in TYPES if name in here and (name != AMX or (OWN not in here and amx.works()))}
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

@@ -379,11 +379,10 @@ bool multiply_all(Context &context, ggml_tensor *result) {
         for (int64_t group = 0; group < n_groups; group++) {
             for (int64_t k = 0; k < n_columns; k += COLUMNS) {
                 const int64_t n = std::min<int64_t>(COLUMNS, n_columns - k);
-                for (int i = 0; i < ROWS; i++) {
-                    const char *row = (const char *)matrix->data + (group * ROWS + i) * matrix->nb[1];
-                    const auto *blocks = (const uint8_t *)row + ggml_row_size(matrix->type, k);
-                    unpack(blocks, n, {weights + i / SIDE * TILE + i % SIDE * DEPTH});
-                }
+                const auto *blocks = (const uint8_t *)matrix->data + group * ROWS * matrix->nb[1] +
+                                     ggml_row_size(matrix->type, k);
+                for (int i = 0; i < ROWS; i++)
+                    unpack(blocks + i * matrix->nb[1], n, {weights + i / SIDE * TILE + i % SIDE * DEPTH});
                 for (int64_t m = 0; m < n_down; m += 2) {
                     const bool two = m + 1 < n_down;
                     const uint16_t *first = context.inputs + (m * n_across + k / DEPTH) * TILE;

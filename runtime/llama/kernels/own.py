@@ -23,21 +23,15 @@ from f2gguf.runtime.files import cache_folder
 from f2gguf.runtime.llama.kernels.amx import RIGHT, are_right, library_stamp, tried
 from f2gguf.runtime.llama.library import libggml
 
-OWN = "F2GGUF"  # the name of its backend
 TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
-NO_COMPILER = "f2gguf's own kernels for AMX need a C++ compiler with OpenMP (g++ or clang++ in PATH), or $CXX"
+NOT_COMPILED = (
+    "f2gguf's own kernels for AMX could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
+    "or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
+)
 _SOURCE = Path(__file__).with_name("own.cpp")
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
-_NEEDED = (
-    "amx_tile",
-    "amx_bf16",
-    "avx512bw",
-    "avx512vl",
-    "avx512dq",
-    "avx512_bf16",
-    "f16c",
-    "fma",
-)  # as Linux names it
+# What the processor must have, by Linux's names
+_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma")
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
 _FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
 _COMPILE_S = 120
@@ -59,8 +53,8 @@ def switch(on: bool) -> None:
             library.f2gguf_switch(on)
 
 
-def lacks_compiler() -> bool:
-    """Whether this processor could use them, if it had a compiler."""
+def cannot_be_compiled() -> bool:
+    """Whether this processor could use them, but they cannot be compiled here."""
     return _could() and _compiled() is None
 
 
