@@ -16,7 +16,8 @@ from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.errors import Closed
 from f2gguf.runtime.llama import context
-from f2gguf.runtime.llama.context import MIN_FLASH, N_UBATCH, LastTokenContext
+from f2gguf.runtime.llama.context import N_UBATCH, LastTokenContext
+from f2gguf.runtime.llama.model import MIN_FLASH
 from f2gguf.runtime.llama.packing import pack, shared_length, unique
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -15,7 +15,7 @@ from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama import engine
-from f2gguf.runtime.llama.kernels import amx, choice, own
+from f2gguf.runtime.llama.kernels import amx, choice, own, trial
 from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, extra_buffers
 from f2gguf.runtime.llama.library import log_to
 
@@ -102,9 +102,10 @@ def test_where_llama_cpp_chooses_it_repacks_what_it_can(mixed: Path, monkeypatch
 @x86
 def test_products_of_other_kernels_are_compared_with_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     repacking = extra_buffers()[REPACK]
-    assert amx.are_right(repacking, ("Q4_0", "IQ4_NL"))
-    monkeypatch.setattr(amx, "_TOLERANCE", 0.0)
-    assert not amx.are_right(repacking, ("Q4_0",)), "they round otherwise, so nothing compares a thing with itself"
+    assert trial.products_are_right(repacking, ("Q4_0", "IQ4_NL"), tolerance=1e-3)
+    assert not trial.products_are_right(repacking, ("Q4_0",), tolerance=0), (
+        "they round otherwise, so nothing compares a thing with itself"
+    )
 
 
 @x86
@@ -130,18 +131,18 @@ def test_amx_is_used_where_a_child_process_ended_well(
     monkeypatch.setenv("F2GGUF_CACHE", str(tmp_path))
     monkeypatch.setattr(amx, "is_built_in", lambda: True)
     monkeypatch.setattr(amx, "extra_buffers", lambda: {AMX: 1})
-    monkeypatch.setattr(amx, "_TIMEOUT_S", 5)
+    monkeypatch.setattr(trial, "_TIMEOUT_S", 5)
     monkeypatch.setattr(amx, "_CODE", code)
     assert amx.works.__wrapped__() is found
     monkeypatch.setattr(amx, "_CODE", "print('')" if found else "print('right')")
     assert amx.works.__wrapped__() is (found if is_remembered else True)
-    monkeypatch.setattr(amx, "library_stamp", lambda: ["another build"])
+    monkeypatch.setattr(trial, "library_stamp", lambda: ["another build"])
     assert amx.works.__wrapped__() is not found, "another build is tried anew"
 
 
 def test_a_processor_without_amx_starts_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx, "is_built_in", lambda: False)
-    monkeypatch.setattr(amx.subprocess, "run", lambda *_, **__: pytest.fail("a child"))
+    monkeypatch.setattr(trial.subprocess, "run", lambda *_, **__: pytest.fail("a child"))
     assert amx.works.__wrapped__() is False
 
 

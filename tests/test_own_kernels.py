@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,8 @@ from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
-from f2gguf.runtime.llama.kernels import amx, choice, own
+from f2gguf.runtime.llama.kernels import choice, own, trial
+from f2gguf.runtime.llama.kernels.buffers import NUMBERS
 from f2gguf.runtime.llama.library import OWN, libggml
 from numpy.typing import NDArray
 
@@ -32,8 +34,7 @@ def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.floa
     library = own._registered()
     assert library
     library.f2gguf_switch(True)
-    plain = libggml.ggml_backend_cpu_buffer_type()
-    return amx.products(matrix, kind, inputs, plain, library.f2gguf_backend(2))
+    return trial.products(matrix, kind, inputs, backend=library.f2gguf_backend(2))
 
 
 def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
@@ -42,9 +43,11 @@ def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
         return matrix.astype(np.float16).astype(np.float32)
     if kind == "BF16":
         return as_bf16(matrix).astype(np.float32)
-    number = amx.NUMBERS[kind]
+    number = NUMBERS[kind]
     data = np.empty(matrix.size // gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)][0] * 256, np.uint8)
-    n_bytes = libggml.ggml_quantize_chunk(number, amx._pointer(matrix), amx._pointer(data), 0, *matrix.shape, None)
+    n_bytes = libggml.ggml_quantize_chunk(
+        number, trial.pointer_to(matrix), trial.pointer_to(data), 0, *matrix.shape, None
+    )
     rows = data[:n_bytes].reshape(len(matrix), -1)
     return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(number))
 
@@ -76,6 +79,113 @@ def test_a_product_has_the_same_bytes_in_every_batch() -> None:
     together = own_products(matrix, "Q4_K", inputs)
     for first, last in ((0, 1), (7, 24), (49, 50)):
         assert np.array_equal(own_products(matrix, "Q4_K", inputs[first:last]), together[first:last])
+
+
+def attended(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], values: NDArray[np.float32], mask: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Attention by its definition, in float64, of keys and values in F16."""
+    n_shared = len(queries) // len(keys)
+    keys, values = (np.repeat(it.astype(np.float16).astype(np.float64), n_shared, axis=0) for it in (keys, values))
+    scores = queries.astype(np.float64) @ keys.transpose(0, 2, 1) * queries.shape[2] ** -0.5 + mask
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return (weights / weights.sum(axis=2, keepdims=True) @ values).transpose(1, 0, 2)
+
+
+def own_attention(*tensors: NDArray[np.float32]) -> NDArray[np.float32]:
+    library = own._registered()
+    assert library
+    library.f2gguf_switch(True)
+    found = trial.attention(*tensors, backend=library.f2gguf_backend(2))
+    assert not np.array_equal(found, trial.attention(*tensors)), "the CPU's rounds otherwise: two ways were compared"
+    return found
+
+
+def mask_of(lengths: list[int], *, n_shared: int = 0, is_causal: bool = False, window: int = 0) -> NDArray[np.float32]:
+    """What tokens of texts see, all after `n_shared` keys that every text sees: 0 or -inf, (n_tokens, n_keys)."""
+    text, place = np.repeat(np.arange(len(lengths)), lengths), np.concatenate([np.arange(n) for n in lengths])
+    apart = place[:, None] - place
+    sees = text[:, None] == text
+    if is_causal:
+        sees &= apart >= 0
+    if window:
+        sees &= abs(apart) < window
+    sees = np.hstack([np.ones((len(text), n_shared), dtype=bool), sees])
+    return np.where(sees, 0, -np.inf).astype(np.float32)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "size"), [(12, 12, 32), (4, 1, 64), (2, 2, 96), (4, 2, 128), (1, 1, 256)]
+)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        mask_of([3]),
+        mask_of([7, 1, 130, 64, 65]),
+        mask_of([5, 120, 3], is_causal=True),
+        mask_of([600, 9]),
+        mask_of([9, 700], is_causal=True),
+        mask_of([20, 400], window=30),
+        mask_of([20, 400], is_causal=True, window=50),
+        mask_of([8, 30, 17], n_shared=37, is_causal=True),
+    ],
+    ids=["few", "texts", "causal", "long", "long-causal", "window", "causal-window", "shared"],
+)
+def test_attention_is_what_it_is_defined_as(
+    n_heads: int, n_kv_heads: int, size: int, mask: NDArray[np.float32], rng: random.Random
+) -> None:
+    normal = np.random.default_rng(rng.randrange(1 << 32)).standard_normal
+    n_tokens, n_keys = mask.shape
+    shapes = [(n_heads, n_tokens, size), (n_kv_heads, n_keys, size), (n_kv_heads, n_keys, size)]
+    tensors = [normal(shape, dtype=np.float32) for shape in shapes]
+    wanted = attended(*tensors, mask)
+    assert np.abs(own_attention(*tensors, mask) - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+@needs_amx
+def test_a_text_attends_alike_in_every_batch_whatever_the_others_are() -> None:
+    lengths = [70, 300, 40]
+    normal = np.random.default_rng(0).standard_normal
+    tensors = [normal((2, sum(lengths), 32), dtype=np.float32) for _ in range(3)]
+    for it in tensors:
+        it[:, :70] = np.nan
+    together = own_attention(*tensors, mask_of(lengths))
+    assert np.isnan(together[:70]).all()
+    for first, last in ((70, 370), (370, 410)):
+        alone = own_attention(*(it[:, first:last] for it in tensors), mask_of([last - first]))
+        assert np.array_equal(alone, together[first:last])
+
+
+@needs_amx
+def test_attention_of_large_scores_and_of_a_query_that_sees_nothing() -> None:
+    normal = np.random.default_rng(0).standard_normal
+    queries, keys, values = (normal((1, 40, 32), dtype=np.float32) for _ in range(3))
+    mask = mask_of([40])
+    mask[3] = -np.inf
+    found = own_attention(1e5 * queries, keys, values, mask)
+    assert np.array_equal(found[3], np.zeros((1, 32)))
+    kept = np.delete(np.arange(40), 3)
+    wanted = attended(1e5 * queries[:, kept], keys, values, mask[kept])
+    assert np.abs(found[kept] - wanted).max() <= 1e-3 * np.abs(wanted).max()
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", [(1, 16), (7, 384), (300, 1536)])
+def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, int], rng: random.Random) -> None:
+    normal = np.random.default_rng(rng.randrange(1 << 32)).standard_normal
+    inputs, others, factors = (3 * normal(it, dtype=np.float32) for it in (shape, shape, shape[1:]))
+    library = own._registered()
+    assert library
+    library.f2gguf_switch(True)
+    found = trial.steps(inputs, others, factors, backend=library.f2gguf_backend(2))
+    x = inputs.astype(np.float64) + others
+    x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5) * factors
+    x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
+    wanted = x / (1 + np.exp(-x)) * others + factors
+    assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    assert not np.array_equal(found, trial.steps(inputs, others, factors)), "two ways were compared"
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +264,23 @@ def test_a_compiler_that_fails_is_not_the_last(afresh: Path, monkeypatch: pytest
 
 
 @needs_amx
-def test_a_library_that_is_wrong_is_not_used(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = own._SOURCE.read_text(encoding="utf-8").replace("count(-8)", "count(-7)")
-    monkeypatch.setattr(own, "_SOURCE", afresh / "own.cpp")
-    own._SOURCE.write_text(source, encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("products.h", "count(-8)", "count(-7)"),
+        ("attention.h", "UNSEEN = 0xFC00", "UNSEEN = 0"),
+        ("rows.h", "0.044715f", "0.44715f"),
+        ("registers.h", "0.693359375f", "0.694359375f"),
+    ],
+)
+def test_a_library_that_is_wrong_is_not_used(
+    afresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str
+) -> None:
+    sources = shutil.copytree(own._SOURCE.parent, afresh / "cpp")
+    text = (sources / name).read_text(encoding="utf-8")
+    assert right in text
+    (sources / name).write_text(text.replace(right, wrong), encoding="utf-8")
+    monkeypatch.setattr(own, "_SOURCE", sources / "backend.cpp")
     code = f"from pathlib import Path\nfrom {own.__name__} import main\nimport {own.__name__} as own\n"
     monkeypatch.setattr(own, "_CODE", code + f"own._SOURCE = Path({str(own._SOURCE)!r})\nmain()")
     assert own._compiled()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from f2gguf.runtime.llama.model import Model
 
 MAX_TOKENS = 512  # of the longest text, where the user and the model say no less
-QUERY_TOKENS = 32  # of a query by itself, for which there is a context without flash attention
+QUERY_TOKENS = 32  # of a query by itself, for which there may be a context without flash attention
 TABLE = "token_embd.weight"
 _MIB = 1 << 20
 # What llama.cpp logs of a context: its outputs, its keys and values, and the numbers of a pass
@@ -167,7 +167,10 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
             params.n_outputs_max = params.n_seq_max = 1
 
     n_batch = max(kind.batch_tokens(model), longest)
-    found = {"query": sizes(QUERY_TOKENS, flash=False), "documents": sizes(n_batch, flash=True)}
+    found = {"documents": sizes(n_batch, flash=True)}
+    found["query"] = dict.fromkeys(found["documents"], 0)  # which share a context with documents, if flash attention
+    if model.min_flash > QUERY_TOKENS:  # is as exact for them
+        found["query"] = sizes(QUERY_TOKENS, flash=False)
     if arguments["parallel"] > 1:  # a long text pauses for others, which have a context of their own
         others = sizes(kind.batch_tokens(model), flash=True)
         found["documents"] = {key: value + others[key] for key, value in found["documents"].items()}

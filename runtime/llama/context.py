@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 from f2gguf.runtime.errors import GGUFError
 from f2gguf.runtime.gguf.header import POOLING_IDS
-from f2gguf.runtime.llama.library import captured_errors
+from f2gguf.runtime.llama.library import OWN, captured_errors
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids, leading_length
 from f2gguf.runtime.llama.worker import free_with
@@ -22,9 +22,6 @@ from numpy.typing import NDArray
 N_SEQ_MAX = 64  # sequences in a context; llama.cpp's mean pooling wants a divisor of its tokens
 MAX_TEXTS = N_SEQ_MAX - 1  # texts in one batch: a sequence is left to hold the shared prefix
 N_UBATCH = 512  # tokens in one pass; with last-token pooling a longer text takes several, through the KV cache
-# On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
-# file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
-MIN_FLASH = 64
 # What llama.cpp calls the outputs of attention, and of the two halves of the feed-forward network: about equal parts of
 # a layer, behind each of which a pass can pause.
 PAUSES = ("ffn_inp-", "ffn_up-", "ffn_out-")
@@ -72,7 +69,10 @@ class Context:
     # Short texts are packed up to this. On 2 cores all-MiniLM-L6-v2 in Q4_K_M does 2,722 tokens/s of documents by 512
     # and 2,557 by 256, in Q4_0, repacked, 3,523 and 3,783, and on AMX, in Q8_0, 5,392 and 5,699.
     cpu_tokens = 512
-    cpu_tokens_anew = 256  # where the matrices are laid out anew, or multiplied by f2gguf's own kernels
+    cpu_tokens_anew = 256  # where the matrices are laid out anew
+    # f2gguf's own kernels unpack a matrix once for a batch. 0.6B in Q4_K_M does 758 tokens/s by 512, 637 by 256 and 632
+    # by 1,024, all-MiniLM-L6-v2 in Q4_0 15,190, 13,344 and 15,852.
+    cpu_tokens_own = 512
     # On an H200 its Q4_0 does 195,000 tokens/s so; 172,000 by 512, 165,000 by 2,048 and 96,000 by 4,096.
     gpu_tokens = 1024
 
@@ -97,9 +97,8 @@ class Context:
         params.embeddings = True
         params.pooling_type = POOLING_IDS[settings.pooling]
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32 if f32 else llama_cpp.GGML_TYPE_F16
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        on = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if model.offloaded else llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = on if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = settings.n_threads
         self._n_pass = self.gpu_tokens if model.offloaded else N_UBATCH
         self._tap = _Tap(self.tapped, watch)
@@ -124,6 +123,8 @@ class Context:
         """Tokens up to which short texts of this model are packed into one batch."""
         if model.offloaded:
             return cls.gpu_tokens
+        if OWN in model.placement:
+            return cls.cpu_tokens_own
         return cls.cpu_tokens_anew if model.has_other_kernels else cls.cpu_tokens
 
     def embed(self, texts: Sequence[Ids], *, n_shared: int = 0, pause: Pause | None = None) -> NDArray[np.float32]:
@@ -215,8 +216,9 @@ class LastTokenContext(Context):
             return
         llama_cpp.llama_memory_seq_rm(self._memory, _HELD, n_there, -1)
         new = prefix[n_there:]
-        if self._flash and len(new) < MIN_FLASH:
-            new = np.pad(new, (0, MIN_FLASH - len(new)), mode="edge")
+        n_lacking = self._model.min_flash - len(new) if self._flash else 0
+        if n_lacking > 0:
+            new = np.pad(new, (0, n_lacking), mode="edge")
         self._decode_passes([new], outputs="none", first_position=n_there, first_sequence=_HELD)
         llama_cpp.llama_memory_seq_rm(self._memory, _HELD, len(prefix), -1)
         self._held = prefix

@@ -15,11 +15,14 @@ from f2gguf.runtime.errors import GGUFError, TextError
 from f2gguf.runtime.gguf.pretokenizers import recursive
 from f2gguf.runtime.llama.kernels import amx
 from f2gguf.runtime.llama.kernels.choice import Placement, place
-from f2gguf.runtime.llama.library import backends, captured_errors, log_to, require_device
+from f2gguf.runtime.llama.library import OWN, backends, captured_errors, log_to, require_device
 from f2gguf.runtime.llama.stack import with_room
 from f2gguf.runtime.llama.worker import free_with, interruptible
 from numpy.typing import NDArray
 
+# On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
+# file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
+MIN_FLASH = 64
 _MAX_TEXT_BYTES = (1 << 31) - 64  # it counts them in 32 bits
 _LEAST_OF_A_LAYER = 4  # matrices of a layer: queries, keys and values in one, what follows them, and two more
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
@@ -87,6 +90,20 @@ class Model:
         """Whether most matrices have other CPU kernels than llama.cpp's for the layout of the file."""
         n_layers = int(llama_cpp.llama_model_n_layer(self.pointer))
         return sum(map(len, self.placement.values())) >= _LEAST_OF_A_LAYER * n_layers
+
+    @property
+    def min_flash(self) -> int:
+        """Tokens of a pass from which flash attention is exact: any number on a GPU, and by f2gguf's own kernels."""
+        return 0 if self.offloaded or (OWN in self.placement and self._has_own_attention()) else MIN_FLASH
+
+    def _has_own_attention(self) -> bool:
+        """Whether f2gguf's own kernels attend: they take heads of multiples of 32 numbers, and scores as they are."""
+        name = self._stated("general.architecture")
+        if any(self._stated(f"{name}.{key}") for key in ("attention.max_alibi_bias", "attn_logit_softcapping")):
+            return False
+        width = self.n_embd // max(1, int(llama_cpp.llama_model_n_head(self.pointer)))
+        sizes = [self._stated(f"{name}.attention.{key}") for key in ("key_length", "value_length")]
+        return all(int(size or width) % 32 == 0 for size in sizes)
 
     @property
     def n_embd(self) -> int:

@@ -8,14 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from f2gguf.runtime.llama.context import (
-    MIN_FLASH,
-    ComputeSettings,
-    Context,
-    Pause,
-    TensorMissing,
-    Watch,
-)
+from f2gguf.runtime.llama.context import ComputeSettings, Context, Pause, TensorMissing, Watch
 from f2gguf.runtime.llama.model import Model
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.worker import Worker
@@ -108,7 +101,7 @@ class Runner:
 
     def _context_for(self, texts: Sequence[Ids], n_shared: int, pause: Pause | None) -> Context:
         n_tokens = sum(len(ids) - n_shared for ids in texts)
-        flash = (n_tokens >= MIN_FLASH or bool(self._model.offloaded)) and not self._needs_f32
+        flash = n_tokens >= self._model.min_flash and not self._needs_f32
         key = (flash, pause is not None)
         context = self._contexts.get(key)
         if context is None or context.n_ctx < n_shared + n_tokens:

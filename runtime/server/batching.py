@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from f2gguf.runtime.llama.context import MIN_FLASH, Pause
+from f2gguf.runtime.llama.context import Pause
+from f2gguf.runtime.llama.model import MIN_FLASH
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.runner import Rows
 

@@ -25,7 +25,7 @@ def _declare(name: str, result: Any, *arguments: Any) -> None:
     function.restype, function.argtypes = result, arguments
 
 
-_P, _N, _I64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+_P, _N, _I64, _F = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_float
 _declare("ggml_backend_reg_by_name", _P, ctypes.c_char_p)
 _declare("ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
 _declare("ggml_backend_buft_name", ctypes.c_char_p, _P)
@@ -33,7 +33,13 @@ _declare("ggml_backend_buft_get_alloc_size", _N, _P, _P)
 _declare("ggml_init", _P, InitParams)
 _declare("ggml_free", None, _P)
 _declare("ggml_new_tensor_2d", _P, _P, ctypes.c_int, _I64, _I64)
-_declare("ggml_mul_mat", _P, _P, _P, _P)
+_declare("ggml_new_tensor_4d", _P, _P, ctypes.c_int, _I64, _I64, _I64, _I64)
+for _name in ("ggml_mul_mat", "ggml_add", "ggml_mul", "ggml_swiglu_split"):
+    _declare(_name, _P, _P, _P, _P)
+for _name in ("ggml_norm", "ggml_rms_norm"):
+    _declare(_name, _P, _P, _P, _F)
+_declare("ggml_gelu", _P, _P, _P)
+_declare("ggml_flash_attn_ext", _P, _P, _P, _P, _P, _P, _F, _F, _F)
 _declare("ggml_new_graph", _P, _P)
 _declare("ggml_build_forward_expand", None, _P, _P)
 _declare("ggml_nbytes", _N, _P)

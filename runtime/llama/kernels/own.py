@@ -1,4 +1,4 @@
-"""f2gguf's own products on AMX (own.cpp): compiled where they are first used, for the llama-cpp-python that is there.
+"""f2gguf's own kernels for AMX (cpp/): compiled where they are first used, for the llama-cpp-python that is there.
 
 They need headers and compiler because the interface of ggml's backends is that of one release. CHANGELOG.md says how
 fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import llama_cpp
 from f2gguf.runtime.files import cache_folder
-from f2gguf.runtime.llama.kernels.amx import RIGHT, are_right, library_stamp, tried
+from f2gguf.runtime.llama.kernels.trial import RIGHT, layers_are_right, library_stamp, products_are_right, tried
 from f2gguf.runtime.llama.library import libggml
 
 TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
@@ -28,16 +28,18 @@ NOT_COMPILED = (
     "f2gguf's own kernels for AMX could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
     "or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
 )
-_SOURCE = Path(__file__).with_name("own.cpp")
+_SOURCE = Path(__file__).with_name("cpp") / "backend.cpp"  # and the headers beside it
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
 # What the processor must have, by Linux's names
-_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma")
+_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma", "abm")
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
 _FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
 _COMPILE_S = 120
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
-_TOLERANCE = 0.02  # of the largest product: llama.cpp rounds inputs to 8 bits, which moves products by 0.8%
+# Of the largest number: llama.cpp rounds a product's inputs to 8 bits, which moves products by 0.8%, and what else it
+# computes by way of F16, which moves the trial's numbers by 0.02%
+_PRODUCT_TOLERANCE, _LAYER_TOLERANCE = 0.02, 0.002
 
 
 def works() -> bool:
@@ -83,7 +85,8 @@ def _compiled() -> Path | None:
     """The compiled library, in the cache folder; None without compiler, headers or a place to write to."""
     if (folder := cache_folder()) is None or not (_HEADERS / "ggml-backend.h").exists():
         return None
-    key = hashlib.sha256(f"{_SOURCE.read_text()} {_FLAGS} {library_stamp()}".encode()).hexdigest()[:16]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCE.parent.iterdir())]
+    key = hashlib.sha256(f"{sources} {_FLAGS} {library_stamp()}".encode()).hexdigest()[:16]
     path = folder / f"own-kernels-{key}.so"
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")))
     return path if path.exists() or any(_compile(compiler, path) for compiler in compilers) else None
@@ -114,7 +117,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def main() -> None:
-    """The child process: products of every type, through ggml's scheduler, against the CPU's."""
+    """The child process: all that the backend computes, through ggml's scheduler, against the CPU's."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     path = _compiled()
     print(RIGHT if path and _is_right(_open(path)) else "wrong")
@@ -124,5 +127,7 @@ def _is_right(library: ctypes.CDLL) -> bool:
     if not library.f2gguf_may_use_tiles():
         return False
     library.f2gguf_switch(True)
-    plain = libggml.ggml_backend_cpu_buffer_type()
-    return are_right(plain, TYPES, backend=library.f2gguf_backend(2), tolerance=_TOLERANCE)
+    backend = library.f2gguf_backend(2)
+    return products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE) and layers_are_right(
+        backend, tolerance=_LAYER_TOLERANCE
+    )

@@ -1,70 +1,21 @@
-// A ggml backend that multiplies the matrices of a model's layers on AMX, the matrix units of Intel's processors.
-//
-// llama.cpp's own kernels round inputs to 8 bits and unpack weights anew for every few tokens. Here weights and inputs
-// become bf16, products are summed up in F32, and 32 rows of weights are unpacked once for all tokens of a batch. F16
-// weights, and the inputs of F16 and BF16 ones, become the sum of two bf16, which keeps 16 bits where llama.cpp rounds
-// inputs to the weights' type. Each vector of a result depends on its own input alone: it is the same in every batch.
-//
-// own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
+// Products of matrices and inputs on AMX. Weights and inputs become bf16, products are summed up in F32, and 32 rows of
+// weights are unpacked once for all tokens of a batch. F16 weights, and the inputs of F16 and BF16 ones, become the sum
+// of two bf16, which keeps 16 bits where llama.cpp rounds inputs to the weights' type.
 
-#include "ggml-backend.h"
+#pragma once
+
 #include "ggml.h"
-
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "memory.h"
+#include "registers.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-
-// What ggml calls in a backend. Its installed headers do not declare it: ggml/src/ggml-backend-impl.h, API version 2.
-struct ggml_backend {
-    ggml_guid_t guid;
-    const char *(*get_name)(ggml_backend_t);
-    void (*free)(ggml_backend_t);
-    void *unused_1[10];
-    ggml_status (*graph_compute)(ggml_backend_t, ggml_cgraph *);
-    void *unused_2[3];
-    ggml_backend_dev_t device;
-    void *context;
-};
-
-struct ggml_backend_device {
-    const char *(*get_name)(ggml_backend_dev_t);
-    const char *(*get_description)(ggml_backend_dev_t);
-    void (*get_memory)(ggml_backend_dev_t, size_t *, size_t *);
-    enum ggml_backend_dev_type (*get_type)(ggml_backend_dev_t);
-    void (*get_props)(ggml_backend_dev_t, ggml_backend_dev_props *);
-    ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char *);
-    ggml_backend_buffer_type_t (*get_buffer_type)(ggml_backend_dev_t);
-    void *unused_1[2];
-    bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor *);
-    bool (*supports_buft)(ggml_backend_dev_t, ggml_backend_buffer_type_t);
-    void *unused_2[4];
-    ggml_backend_reg_t reg;
-    void *context;
-};
-
-struct ggml_backend_reg {
-    int api_version;
-    const char *(*get_name)(ggml_backend_reg_t);
-    size_t (*get_device_count)(ggml_backend_reg_t);
-    ggml_backend_dev_t (*get_device)(ggml_backend_reg_t, size_t);
-    void *(*get_proc_address)(ggml_backend_reg_t, const char *);
-    void *context;
-};
-
-namespace {
 
 constexpr int SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // a tile: 16 rows of 32 bf16
 constexpr int ROWS = 2 * SIDE, COLUMNS = 1024;             // of a matrix that are unpacked together
 constexpr int STEP = 2 * TILE + DEPTH;                     // from 32 of these columns to the next, apart in the L1 cache
-
 constexpr int PART = COLUMNS / DEPTH * STEP;  // unpacked weights; those that were rounded off follow them
-
-bool is_on = false;
 
 // The unpacked columns of one row of a matrix: 32 at a time, the same place in tile after tile.
 struct Row {
@@ -86,8 +37,6 @@ inline float half(const uint8_t *x) {
     memcpy(&bits, x, 2);
     return _cvtsh_ss(bits);
 }
-
-inline __m256i load(const uint8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
 inline __m256i bits(__m256i x, int shift, int mask) {
     return _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8(mask));
@@ -236,33 +185,6 @@ Unpack unpack_of(ggml_type type) {
     }
 }
 
-// 16 rows of 16 words become columns
-inline void transpose(__m512i *r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 void configure_tiles() {
     alignas(64) uint8_t configuration[64] = {1};
     for (int i = 0; i < 8; i++) {
@@ -332,44 +254,33 @@ void put_results(const float *tile, ggml_tensor *to, int64_t first, int64_t colu
     }
 }
 
-// The threads of a llama.cpp context, and its inputs as bf16
-struct Context {
-    int n_threads = 1;
-    uint16_t *inputs = nullptr;
-    size_t size = 0;
-    const ggml_tensor *packed = nullptr;  // what `inputs` holds
+// The inputs of a product as bf16, for as long as the next products have the same
+struct Inputs {
+    Memory memory;
+    const ggml_tensor *packed = nullptr;  // what `memory` holds
     bool has_rests = false;
-
-    bool reserve(size_t n) {
-        if (n <= size) return true;
-        free(inputs);
-        inputs = (uint16_t *)aligned_alloc(64, n * sizeof(uint16_t));
-        size = inputs ? n : 0;
-        packed = nullptr;
-        return inputs;
-    }
-    ~Context() { free(inputs); }
 };
 
 // The product of a matrix and inputs; false without memory
-bool multiply_all(Context &context, ggml_tensor *result) {
+bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
     const ggml_tensor *matrix = result->src[0], *inputs = result->src[1];
     const int64_t n_columns = matrix->ne[0], n_groups = matrix->ne[1] / ROWS;
     const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs
     const int64_t part = n_down * n_across * TILE;
     const Unpack unpack = unpack_of(matrix->type);
     const bool is_f16 = matrix->type == GGML_TYPE_F16, is_exact = is_f16 || matrix->type == GGML_TYPE_BF16;
-    if (!context.reserve(is_exact ? 2 * part : part)) return false;
-    const bool are_packed = context.packed == inputs && context.has_rests == is_exact;
-    context.packed = inputs;
-    context.has_rests = is_exact;
-#pragma omp parallel num_threads(context.n_threads)
+    const bool are_packed = kept.packed == inputs && kept.has_rests == is_exact;
+    auto *packed = kept.memory.reserve<uint16_t>(is_exact ? 2 * part : part);
+    if (!packed) return false;
+    kept.packed = inputs;
+    kept.has_rests = is_exact;
+#pragma omp parallel num_threads(n_threads)
     {
         configure_tiles();
         if (!are_packed) {
 #pragma omp for
             for (int64_t m = 0; m < n_down; m++) {
-                uint16_t *to = context.inputs + m * n_across * TILE;
+                uint16_t *to = packed + m * n_across * TILE;
                 pack_inputs(inputs, m * SIDE, to, is_exact ? to + part : nullptr);
             }
         }
@@ -385,7 +296,7 @@ bool multiply_all(Context &context, ggml_tensor *result) {
                     unpack(blocks + i * matrix->nb[1], n, {weights + i / SIDE * TILE + i % SIDE * DEPTH});
                 for (int64_t m = 0; m < n_down; m += 2) {
                     const bool two = m + 1 < n_down;
-                    const uint16_t *first = context.inputs + (m * n_across + k / DEPTH) * TILE;
+                    const uint16_t *first = packed + (m * n_across + k / DEPTH) * TILE;
                     const uint16_t *second = first + n_across * TILE;
                     const auto add = two ? multiply<true> : multiply<false>;
                     zero_results();
@@ -407,100 +318,11 @@ bool multiply_all(Context &context, ggml_tensor *result) {
     return true;
 }
 
-const char *name() { return "F2GGUF"; }
-
-const char *backend_name(ggml_backend_t) { return name(); }
-
-void backend_free(ggml_backend_t backend) {
-    delete (Context *)backend->context;
-    delete backend;
-}
-
-ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
-    Context &context = *(Context *)backend->context;
-    context.packed = nullptr;  // of another graph, whose memory may be another tensor's by now
-    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
-        ggml_tensor *node = ggml_graph_node(graph, i);
-        if (node->op != GGML_OP_MUL_MAT || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) continue;
-        if (!multiply_all(context, node)) return GGML_STATUS_ALLOC_FAILED;
-    }
-    return GGML_STATUS_SUCCESS;
-}
-
-void set_n_threads(ggml_backend_t backend, int n_threads) { ((Context *)backend->context)->n_threads = n_threads; }
-
-const char *device_name(ggml_backend_dev_t) { return name(); }
-
-void device_memory(ggml_backend_dev_t, size_t *free, size_t *total) { *free = *total = 0; }
-
-enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
-
-void device_props(ggml_backend_dev_t, ggml_backend_dev_props *props) {
-    memset(props, 0, sizeof *props);
-    props->name = props->description = name();
-    props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
-}
-
-ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
-    static ggml_guid guid = {'f', '2', 'g', 'g', 'u', 'f', ' ', 'o', 'n', ' ', 'A', 'M', 'X', ' ', '1', 0};
-    return new ggml_backend{&guid, backend_name, backend_free, {}, backend_compute, {}, device, new Context};
-}
-
-ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
-
-bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
-    return ggml_backend_buft_is_host(type);
-}
-
-bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
-    switch (op->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_VIEW:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE: return true;
-        case GGML_OP_MUL_MAT: break;
-        default: return false;
-    }
+// Matrices of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
+bool can_multiply(const ggml_tensor *op) {
     const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
-    // Of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
-    return is_on && !strncmp(matrix->name, "blk.", 4) && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
+    return !strncmp(matrix->name, "blk.", 4) && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
            ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 && matrix->ne[1] % ROWS == 0 &&
            ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 && inputs->nb[0] == sizeof(float) &&
            !op->op_params[0] && !op->op_params[1];  // neither another precision nor a hint is asked for
-}
-
-const char *registry_name(ggml_backend_reg_t) { return name(); }
-
-size_t registry_count(ggml_backend_reg_t) { return 1; }
-
-ggml_backend_dev_t registry_device(ggml_backend_reg_t registry, size_t) {
-    static ggml_backend_device device{device_name, device_name, device_memory,           device_type, device_props,
-                                      device_init, device_buffer_type, {},               device_supports,
-                                      device_supports_buffers,         {},               registry,    nullptr};
-    return &device;
-}
-
-void *registry_address(ggml_backend_reg_t, const char *function) {
-    return strcmp(function, "ggml_backend_set_n_threads") ? nullptr : (void *)set_n_threads;
-}
-
-ggml_backend_reg registry{2, registry_name, registry_count, registry_device, registry_address, nullptr};
-
-}  // namespace
-
-// Ask Linux for the right to use tiles (ARCH_REQ_XCOMP_PERM, XTILE_DATA); false where they are not to be had.
-extern "C" bool f2gguf_may_use_tiles() { return !syscall(SYS_arch_prctl, 0x1023, 18); }
-
-// Let llama.cpp's later contexts have this backend.
-extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
-
-// Whether it takes products, of all contexts, from now on.
-extern "C" void f2gguf_switch(bool on) { is_on = on; }
-
-// A backend for a trial of it.
-extern "C" ggml_backend_t f2gguf_backend(int n_threads) {
-    ggml_backend_t backend = device_init(registry_device(&registry, 0), nullptr);
-    set_n_threads(backend, n_threads);
-    return backend;
 }

@@ -1,0 +1,191 @@
+// A ggml backend that computes a model's layers: products of matrices on AMX, the matrix units of Intel's processors,
+// and attention, norms and activations in F32 on AVX-512.
+//
+// llama.cpp's own kernels round inputs to 8 bits, unpack weights anew for every few tokens, and compute attention between
+// texts that do not see each other. Here each vector of a result depends on its own text alone: it is the same in every
+// batch.
+//
+// own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include "attention.h"
+#include "products.h"
+#include "rows.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+
+// What ggml calls in a backend. Its installed headers do not declare it: ggml/src/ggml-backend-impl.h, API version 2.
+struct ggml_backend {
+    ggml_guid_t guid;
+    const char *(*get_name)(ggml_backend_t);
+    void (*free)(ggml_backend_t);
+    void *unused_1[10];
+    ggml_status (*graph_compute)(ggml_backend_t, ggml_cgraph *);
+    void *unused_2[3];
+    ggml_backend_dev_t device;
+    void *context;
+};
+
+struct ggml_backend_device {
+    const char *(*get_name)(ggml_backend_dev_t);
+    const char *(*get_description)(ggml_backend_dev_t);
+    void (*get_memory)(ggml_backend_dev_t, size_t *, size_t *);
+    enum ggml_backend_dev_type (*get_type)(ggml_backend_dev_t);
+    void (*get_props)(ggml_backend_dev_t, ggml_backend_dev_props *);
+    ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char *);
+    ggml_backend_buffer_type_t (*get_buffer_type)(ggml_backend_dev_t);
+    void *unused_1[2];
+    bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor *);
+    bool (*supports_buft)(ggml_backend_dev_t, ggml_backend_buffer_type_t);
+    void *unused_2[4];
+    ggml_backend_reg_t reg;
+    void *context;
+};
+
+struct ggml_backend_reg {
+    int api_version;
+    const char *(*get_name)(ggml_backend_reg_t);
+    size_t (*get_device_count)(ggml_backend_reg_t);
+    ggml_backend_dev_t (*get_device)(ggml_backend_reg_t, size_t);
+    void *(*get_proc_address)(ggml_backend_reg_t, const char *);
+    void *context;
+};
+
+namespace {
+
+bool is_on = false;
+
+// Of a llama.cpp context
+struct Context {
+    int n_threads = 1;
+    Inputs inputs;
+    AttentionMemory attention;
+};
+
+const char *name() { return "F2GGUF"; }
+
+const char *backend_name(ggml_backend_t) { return name(); }
+
+void backend_free(ggml_backend_t backend) {
+    delete (Context *)backend->context;
+    delete backend;
+}
+
+// Another shape of what is in memory, or what llama.cpp does not ask for
+bool is_no_work(const ggml_tensor *op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE: return true;
+        default: return !(op->flags & GGML_TENSOR_FLAG_COMPUTE);
+    }
+}
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
+    Context &context = *(Context *)backend->context;
+    context.inputs.packed = nullptr;  // of another graph, whose memory may be another tensor's by now
+    const int n_nodes = ggml_graph_n_nodes(graph);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor *node = ggml_graph_node(graph, i);
+        if (is_no_work(node)) continue;
+        if (node->op == GGML_OP_MUL_MAT) {
+            if (!multiply_all(context.inputs, node, context.n_threads)) return GGML_STATUS_ALLOC_FAILED;
+        } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            if (!attend_all(context.attention, node, context.n_threads)) return GGML_STATUS_ALLOC_FAILED;
+        } else if (node->op == GGML_OP_CPY) {
+            cast(node, context.n_threads);
+        } else {
+            const ggml_tensor *steps[MAX_STEPS] = {node};
+            int n_steps = 1;
+            for (; i + 1 < n_nodes && n_steps < MAX_STEPS; i++) {
+                const ggml_tensor *next = ggml_graph_node(graph, i + 1);
+                if (is_no_work(next)) continue;
+                if (!is_by_rows(next) || !can_follow(steps, n_steps, next)) break;
+                steps[n_steps++] = next;
+            }
+            compute_rows(steps, n_steps, context.n_threads);
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+void set_n_threads(ggml_backend_t backend, int n_threads) { ((Context *)backend->context)->n_threads = n_threads; }
+
+const char *device_name(ggml_backend_dev_t) { return name(); }
+
+void device_memory(ggml_backend_dev_t, size_t *free, size_t *total) { *free = *total = 0; }
+
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+
+void device_props(ggml_backend_dev_t, ggml_backend_dev_props *props) {
+    memset(props, 0, sizeof *props);
+    props->name = props->description = name();
+    props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
+}
+
+ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
+    static ggml_guid guid = {'f', '2', 'g', 'g', 'u', 'f', ' ', 'o', 'n', ' ', 'A', 'M', 'X', ' ', '1', 0};
+    return new ggml_backend{&guid, backend_name, backend_free, {}, backend_compute, {}, device, new Context};
+}
+
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
+
+bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+    return ggml_backend_buft_is_host(type);
+}
+
+bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE: return true;
+        case GGML_OP_MUL_MAT: return is_on && can_multiply(op);
+        case GGML_OP_FLASH_ATTN_EXT: return is_on && can_attend(op);
+        case GGML_OP_CPY: return is_on && is_cast(op);
+        default: return is_on && is_by_rows(op);
+    }
+}
+
+const char *registry_name(ggml_backend_reg_t) { return name(); }
+
+size_t registry_count(ggml_backend_reg_t) { return 1; }
+
+ggml_backend_dev_t registry_device(ggml_backend_reg_t registry, size_t) {
+    static ggml_backend_device device{device_name, device_name, device_memory,           device_type, device_props,
+                                      device_init, device_buffer_type, {},               device_supports,
+                                      device_supports_buffers,         {},               registry,    nullptr};
+    return &device;
+}
+
+void *registry_address(ggml_backend_reg_t, const char *function) {
+    return strcmp(function, "ggml_backend_set_n_threads") ? nullptr : (void *)set_n_threads;
+}
+
+ggml_backend_reg registry{2, registry_name, registry_count, registry_device, registry_address, nullptr};
+
+}  // namespace
+
+// Ask Linux for the right to use tiles (ARCH_REQ_XCOMP_PERM, XTILE_DATA); false where they are not to be had.
+extern "C" bool f2gguf_may_use_tiles() { return !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+// Let llama.cpp's later contexts have this backend.
+extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
+
+// Whether it takes products, of all contexts, from now on.
+extern "C" void f2gguf_switch(bool on) { is_on = on; }
+
+// A backend for a trial of it.
+extern "C" ggml_backend_t f2gguf_backend(int n_threads) {
+    ggml_backend_t backend = device_init(registry_device(&registry, 0), nullptr);
+    set_n_threads(backend, n_threads);
+    return backend;
+}
