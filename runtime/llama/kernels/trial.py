@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,13 @@ def products_are_right(
 def layers_are_right(backend: int, *, tolerance: float) -> bool:
     """Whether attention, and the steps between products, are those of the CPU."""
     normal = np.random.default_rng(0).standard_normal
-    heads = [normal((n_heads, 80, 64), dtype=np.float32) for n_heads in (4, 2, 2)]
+    queries, keys, values = (normal((n_heads, 80, 64), dtype=np.float32) for n_heads in (4, 2, 2))
     texts = np.repeat([0, 1], [30, 50])
     mask = np.where(texts[:, None] == texts, 0, -np.inf).astype(np.float32)
-    rows = [normal((80, 256), dtype=np.float32) for _ in range(2)] + [normal(256, dtype=np.float32)]
-    return are_close(attention(*heads, mask, backend), attention(*heads, mask), tolerance) and are_close(
-        steps(*rows, backend), steps(*rows), tolerance
+    inputs, others, factors = (normal(shape, dtype=np.float32) for shape in ((80, 256), (80, 256), 256))
+    return all(
+        are_close(computed(backend), computed(None), tolerance)
+        for computed in (partial(attention, queries, keys, values, mask), partial(steps, inputs, others, factors))
     )
 
 
