@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from f2gguf.evals.products import fast_products
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
 from numpy.typing import NDArray
 
@@ -34,6 +35,7 @@ OLD_KEYS = {
     }
 }
 _TOKEN_TABLE = "embed_tokens.weight"
+_BATCH_TOKENS = 1024
 # Their classes in transformers call embeddings, layers and norm alike.
 _IN_LAYERS = ("qwen2", "qwen3", "llama", "mistral")
 
@@ -69,17 +71,18 @@ def require_transformers() -> None:
 def transformers_vectors(
     folder: Path, token_ids: Sequence[Ids], *, pooling: str, dense: Sequence[Path] = (), on_progress: Progress = None
 ) -> NDArray[np.float32]:
-    """A `Run` with all weights in memory, text by text; `dense` are files of matrices behind the pooling."""
+    """A `Run` with all weights in memory; `dense` are files of matrices behind the pooling."""
     import torch
 
     model, behind = load_model(folder), _dense_matrices(dense)
-    rows = []
-    with torch.inference_mode():
-        for ids in token_ids:
-            states = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0]
-            rows.append(_pooled(states, pooling, behind))
+    rows: list[Any] = [None] * len(token_ids)
+    with torch.inference_mode(), fast_products(model):
+        for batch in _batches(token_ids):
+            ids = torch.from_numpy(np.stack([token_ids[i] for i in batch]).astype(np.int64))
+            for i, states in zip(batch, model(input_ids=ids).last_hidden_state, strict=True):
+                rows[i] = _pooled(states, pooling, behind)
             if on_progress:
-                on_progress(1)
+                on_progress(len(batch))
     return np.stack(rows)
 
 
@@ -111,20 +114,37 @@ def streamed_vectors(
     one_layer = {**stated, **unused, "num_hidden_layers": 1, "vocab_size": 1, "use_cache": False}
     model = AutoModel.from_config(_model_config(one_layer)).float().eval()  # type: ignore[no-untyped-call]
     norm, model.norm = model.norm, torch.nn.Identity()
-    rows, n_steps, behind = [], 0, _dense_matrices(dense)
+    rows: list[Any] = [None] * len(token_ids)
+    n_steps, behind = 0, _dense_matrices(dense)
     with torch.inference_mode():
         _load_weights(norm, "norm.", stored)
-        for texts in _rounds(token_ids, max_tokens=available_memory_bytes() // 2 // row_bytes):
-            states = _token_rows(texts, stored)  # of each text, (n_tokens, n_embd)
+        max_tokens = available_memory_bytes() // 2 // row_bytes
+        for batches in _rounds(_batches(token_ids), token_ids, max_tokens=max_tokens):
+            states = [_token_rows([token_ids[i] for i in batch], stored) for batch in batches]
             for layer in range(n_layers):
                 _load_weights(model.layers[0], f"layers.{layer}.", stored)
-                for i, state in enumerate(states):
-                    states[i] = model(inputs_embeds=state[None]).last_hidden_state[0]
-                    n_steps += 1
-                    if on_progress and n_steps % n_layers == 0:
-                        on_progress(1)
-            rows += [_pooled(norm(state), pooling, behind) for state in states]
+                with fast_products(model.layers[0]):
+                    for k, batch in enumerate(batches):
+                        states[k] = model(inputs_embeds=states[k]).last_hidden_state
+                        n_done, n_steps = n_steps // n_layers, n_steps + len(batch)
+                        if on_progress and n_steps // n_layers > n_done:
+                            on_progress(n_steps // n_layers - n_done)
+            for batch, several in zip(batches, states, strict=True):
+                for i, state in zip(batch, several, strict=True):
+                    rows[i] = _pooled(norm(state), pooling, behind)
     return np.stack(rows)
+
+
+def _batches(token_ids: Sequence[Ids]) -> list[list[int]]:
+    """Indices of texts that are run together: of one length, so that none is padded, and up to `_BATCH_TOKENS`."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
+        n = len(token_ids[i])
+        if batches and n == len(token_ids[batches[-1][0]]) and (len(batches[-1]) + 1) * n <= _BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def available_memory_bytes() -> int:
@@ -188,15 +208,20 @@ def _model_config(stated: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**stated)
 
 
-def _rounds(token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[Ids]]:
-    """The texts in order, in lists of at most `max_tokens` tokens; a longer text is a list of its own."""
-    texts: list[Ids] = []
-    for ids in token_ids:
-        if texts and sum(map(len, texts)) + len(ids) > max_tokens:
-            yield texts
-            texts = []
-        texts.append(ids)
-    yield texts
+def _rounds(
+    batches: Sequence[list[int]], token_ids: Sequence[Ids], *, max_tokens: int
+) -> Iterator[list[list[int]]]:
+    """The batches in order, in lists of at most `max_tokens` tokens; a larger batch is a list of its own."""
+    chosen: list[list[int]] = []
+    n_tokens = 0
+    for batch in batches:
+        n = sum(len(token_ids[i]) for i in batch)
+        if chosen and n_tokens + n > max_tokens:
+            yield chosen
+            chosen, n_tokens = [], 0
+        chosen.append(batch)
+        n_tokens += n
+    yield chosen
 
 
 def _is_pickled(folder: Path) -> bool:
@@ -228,12 +253,12 @@ def _load_weights(module: Any, prefix: str, stored: dict[str, tuple[Path, str]])
             parameter.copy_(file.get_tensor(stored_name))
 
 
-def _token_rows(texts: Sequence[Ids], stored: dict[str, tuple[Path, str]]) -> list[Any]:
-    """The token table's rows of each text, float32; no other row is read."""
+def _token_rows(texts: Sequence[Ids], stored: dict[str, tuple[Path, str]]) -> Any:
+    """The token table's rows of texts of one length, (n_texts, n_tokens, n_embd) float32; no other row is read."""
     import torch
     from safetensors import safe_open
 
     path, name = stored[_TOKEN_TABLE]
     with safe_open(path, framework="pt") as file:
         table = file.get_slice(name)
-        return [torch.stack([table[int(token)] for token in ids]).float() for ids in texts]
+        return torch.stack([table[int(token)] for ids in texts for token in ids]).float().reshape(len(texts), len(texts[0]), -1)

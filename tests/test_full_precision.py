@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import NANO, edit_json, save_tensors, tiny_tensors
 from conftest import facts_of
-from f2gguf.evals import full_precision
+from f2gguf.evals import full_precision, products
 from f2gguf.evals.conversion import check_conversion
 from f2gguf.evals.full_precision import LAYER_BY_LAYER, choose_run, streamed_vectors, transformers_vectors
 from f2gguf.evals.texts import load_texts
 from f2gguf.runtime.errors import MemoryMissing
 
 SYNTHETIC = Path(__file__).resolve().parent.parent / "scripts" / "synthetic"
-IDS = [np.random.default_rng(n).integers(0, 16384, n).astype(np.int32) for n in (1, 2, 40, 300)]
+LENGTHS = (40, 300, 2, 40, 1)
+IDS = [np.random.default_rng(i).integers(0, 16384, n).astype(np.int32) for i, n in enumerate(LENGTHS)]
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
@@ -27,6 +29,30 @@ def test_layers_in_turn_give_the_vectors_of_the_whole_model(pooling: str) -> Non
     streamed = streamed_vectors(NANO, IDS, pooling=pooling, on_progress=done.append)
     np.testing.assert_allclose(streamed, transformers_vectors(NANO, IDS, pooling=pooling), atol=1e-6)
     assert sum(done) == len(IDS)
+
+
+def test_a_batch_of_texts_gives_the_vectors_of_each() -> None:
+    together = transformers_vectors(NANO, IDS, pooling="last")
+    np.testing.assert_allclose(
+        together, np.concatenate([transformers_vectors(NANO, [ids], pooling="last") for ids in IDS]), atol=1e-6
+    )
+
+
+@pytest.mark.skipif(not products._works(), reason="needs a processor with AMX")
+def test_products_of_bfloat16_weights_are_nearly_those_of_float32() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(512, 384), torch.nn.Linear(384, 64, bias=False))
+    layers[0].weight.data = layers[0].weight.bfloat16().float()
+    inputs = torch.randn(3, 20, 512)
+    with torch.inference_mode():
+        plain = [layers[0](inputs), layers(inputs)]
+        with products.fast_products(layers):
+            fast = [layers[0](inputs), layers(inputs)]
+            assert torch.equal(layers[1](plain[0]), plain[1]), "float32 weights are not touched"
+        assert torch.equal(layers(inputs), plain[1]), "nothing is left behind"
+    for found, wanted in zip(fast, plain, strict=True):
+        assert found.shape == wanted.shape
+        assert 0 < (found - wanted).norm() / wanted.norm() < 1e-5
 
 
 def test_shards_and_the_prefix_of_causal_models_are_read(tiny: Path) -> None:
@@ -41,7 +67,9 @@ def test_little_memory_means_rounds_of_few_texts_and_the_same_vectors(monkeypatc
     monkeypatch.setattr(full_precision, "available_memory_bytes", lambda: 2 * 4 * 256 * 45)  # states of 45 tokens
     run, name = choose_run(NANO, 8_000_000)
     assert (run, name) == (streamed_vectors, LAYER_BY_LAYER)
-    assert [len(texts) for texts in full_precision._rounds(IDS, max_tokens=45)] == [3, 1]
+    batches = full_precision._batches(IDS)
+    assert batches == [[4], [2], [0, 3], [1]]
+    assert [len(some) for some in full_precision._rounds(batches, IDS, max_tokens=45)] == [2, 1, 1]
     np.testing.assert_allclose(run(NANO, IDS, pooling="last"), whole, atol=1e-6)
 
 

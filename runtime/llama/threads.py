@@ -45,6 +45,12 @@ def cpu_name(root: Path = _ROOT) -> str:
     return str(models[0]) if models else platform.processor() or platform.machine()
 
 
+def cpu_flags(root: Path = _ROOT) -> frozenset[str]:
+    """What Linux says that the processor has, such as 'avx2'; nothing elsewhere."""
+    found = re.findall(r"^flags\s*: (.*)", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return frozenset(found[0].split()) if found else frozenset()
+
+
 def _cores(root: Path) -> int:
     if sys.platform == "darwin":
         return _performance_cores() or os.cpu_count() or 1

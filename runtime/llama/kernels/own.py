@@ -22,6 +22,7 @@ import llama_cpp
 from f2gguf.runtime.files import cache_folder
 from f2gguf.runtime.llama.kernels.trial import RIGHT, layers_are_right, library_stamp, products_are_right, tried
 from f2gguf.runtime.llama.library import libggml
+from f2gguf.runtime.llama.threads import cpu_flags
 
 TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 NOT_COMPILED = (
@@ -76,8 +77,7 @@ def _could() -> bool:
     """Whether the processor has what they need, and llama.cpp's threads are OpenMP's, as theirs are."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    return set(flags.split()) >= set(_NEEDED) and b"OPENMP = 1" in llama_cpp.llama_print_system_info()
+    return cpu_flags() >= set(_NEEDED) and b"OPENMP = 1" in llama_cpp.llama_print_system_info()
 
 
 @cache
