@@ -134,6 +134,8 @@ def test_embed_imports_only_what_it_uses(nano_f16: Path) -> None:
         "torch",
         "fastapi",
         "tqdm",
+        "llama_cpp.llama",
+        "jinja2",
     )
     code = (
         "import sys\nfrom f2gguf.quantize.cli import f2gguf\n"
@@ -142,6 +144,15 @@ def test_embed_imports_only_what_it_uses(nano_f16: Path) -> None:
     )
     embedded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert embedded.splitlines()[-1] == "[]"
+
+
+def test_llama_cpp_is_whole_where_its_classes_are_asked_for() -> None:
+    code = (
+        "import f2gguf.runtime.llama, llama_cpp\nprint(hasattr(llama_cpp, 'no_such_name'))\n"
+        "from llama_cpp import Llama, llama_grammar\nprint(Llama is llama_cpp.llama.Llama, type(llama_cpp).__name__)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["False", "True", "module"]
 
 
 def test_tensor_types_are_those_of_the_package_gguf() -> None:
