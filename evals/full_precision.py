@@ -208,9 +208,7 @@ def _model_config(stated: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**stated)
 
 
-def _rounds(
-    batches: Sequence[list[int]], token_ids: Sequence[Ids], *, max_tokens: int
-) -> Iterator[list[list[int]]]:
+def _rounds(batches: Sequence[list[int]], token_ids: Sequence[Ids], *, max_tokens: int) -> Iterator[list[list[int]]]:
     """The batches in order, in lists of at most `max_tokens` tokens; a larger batch is a list of its own."""
     chosen: list[list[int]] = []
     n_tokens = 0
@@ -261,4 +259,8 @@ def _token_rows(texts: Sequence[Ids], stored: dict[str, tuple[Path, str]]) -> An
     path, name = stored[_TOKEN_TABLE]
     with safe_open(path, framework="pt") as file:
         table = file.get_slice(name)
-        return torch.stack([table[int(token)] for ids in texts for token in ids]).float().reshape(len(texts), len(texts[0]), -1)
+        return (
+            torch.stack([table[int(token)] for ids in texts for token in ids])
+            .float()
+            .reshape(len(texts), len(texts[0]), -1)
+        )

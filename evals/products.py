@@ -1,7 +1,7 @@
 """Linear layers of a checkpoint on AMX, the matrix units of Intel's processors, nearly as exact as in float32.
 
-Most checkpoints store bfloat16 weights. A product of two bfloat16 numbers is exact in float32, in which the units sum up.
-So inputs become the sum of two bfloat16 numbers, which keep 16 of their 24 bits.
+Most checkpoints store bfloat16 weights. A product of two bfloat16 numbers is exact in float32, in which the units sum
+products up. So inputs become the sum of two bfloat16 numbers, which keep 16 of their 24 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TOLERANCE = 1e-5  # of the results' norm: 2e-6 was measured, and 2e-3 with inpu
 
 @contextlib.contextmanager
 def fast_products(module: Any) -> Iterator[None]:
-    """Let the linear layers within `module` that have bfloat16 weights use AMX while the block runs, if it is right here.
+    """Let the linear layers within `module` that have bfloat16 weights use AMX while the block runs, where that works.
 
     The weights are float32 tensors, and stay as they are.
     """

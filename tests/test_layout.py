@@ -155,6 +155,17 @@ def test_llama_cpp_is_whole_where_its_classes_are_asked_for() -> None:
     assert printed.split() == ["False", "True", "module"]
 
 
+def test_llama_cpps_log_stays_ours_when_its_classes_are_imported(nano_f16: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom f2gguf.runtime.llama.library import log_to\n"
+        "from f2gguf.runtime.llama.model import Model\nfrom llama_cpp import Llama\nlines = []\n"
+        "with log_to(lambda _, line: lines.append(line)):\n"
+        f"    Model(Path({str(nano_f16)!r}), device='cpu', vocab_only=True).close()\nprint(len(lines) > 10)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (printed.stdout, printed.stderr) == ("True\n", "")
+
+
 def test_tensor_types_are_those_of_the_package_gguf() -> None:
     from gguf import GGML_QUANT_SIZES
 

@@ -32,6 +32,8 @@ def _import_bindings() -> None:
         del sys.modules["llama_cpp"]
         raise
     vars(package).update({name: value for name, value in vars(functions).items() if not name.startswith("_")})
+    # It sets llama.cpp's log callback when it is imported: now, and not in place of library.py's with the classes
+    importlib.import_module("llama_cpp._logger")
 
 
 try:
