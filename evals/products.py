@@ -29,12 +29,12 @@ def fast_products(module: Any) -> Iterator[None]:
         layers = [layer for layer in module.modules() if type(layer) is torch.nn.Linear]
         chosen = [layer for layer in layers if torch.equal(layer.weight, layer.weight.bfloat16().float())]
     for layer in chosen:
-        layer.forward = partial(_linear, weight=layer.weight, bias=layer.bias)
+        vars(layer)["forward"] = partial(_linear, weight=layer.weight, bias=layer.bias)  # before the class's own
     try:
         yield
     finally:
         for layer in chosen:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _linear(inputs: Any, *, weight: Any, bias: Any) -> Any:
@@ -53,7 +53,7 @@ def _bfloat16_products() -> Iterator[None]:
     """Let torch round the float32 inputs of products to bfloat16, which alone makes it use AMX."""
     import torch
 
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield
