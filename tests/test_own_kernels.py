@@ -188,6 +188,32 @@ def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, i
     assert not np.array_equal(found, trial.steps(inputs, others, factors)), "two ways were compared"
 
 
+@needs_amx
+@pytest.mark.parametrize(("n_rows", "n", "n_cols"), [(1, 32, 32), (1300, 1056, 96), (513, 2304, 64)])
+def test_products_of_arrays_keep_16_bits(n_rows: int, n: int, n_cols: int, rng: random.Random) -> None:
+    normal = np.random.default_rng(rng.randrange(1 << 32)).standard_normal
+    left, right = (normal((rows, n), dtype=np.float32) for rows in (n_rows, n_cols))
+    found, wanted = own.product(left, right.T, 2), left.astype(np.float64) @ right.T.astype(np.float64)
+    assert found is not None
+    assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+
+
+@needs_amx
+def test_products_of_arrays_that_lie_otherwise_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = np.ones((4, 64), dtype=np.float32), np.ones((32, 64), dtype=np.float32)
+    assert own.product(left, right.T, 1) is not None
+    for others in (
+        (left, np.ones((64, 32), dtype=np.float32)),
+        (np.ones((64, 4), dtype=np.float32).T, right.T),
+        (left, np.ones((31, 64), dtype=np.float32).T),
+        (left[:, :48].copy(), np.ones((32, 48), dtype=np.float32).T),
+        (left.astype(np.float64), right.T),
+    ):
+        assert own.product(*others, 1) is None
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
+    assert own.product(left, right.T, 1) is None
+
+
 @pytest.fixture(scope="module")
 def of_many_types(nano_f16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano with every type of the kernels, and with one that they do not have."""

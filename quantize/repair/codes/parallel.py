@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+from f2gguf.runtime.llama.kernels import own
 from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -39,7 +40,12 @@ def all_cores() -> Iterator[None]:
 
 
 def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
-    """left @ right, (n_rows, n) and (n, n_cols)."""
+    """left @ right, (n_rows, n) and (n, n_cols).
+
+    On AMX it keeps 16 bits of every number, which is a hundred times finer than what codes of 8 bits lose.
+    """
+    if left.size * right.shape[1] >= _SMALL and (found := own.product(left, right, default_threads())) is not None:
+        return found
     shape = left.shape[0], right.shape[1]
     result = np.empty(shape, dtype=np.float32)
     axis = int(shape[1] > shape[0])

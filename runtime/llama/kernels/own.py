@@ -19,8 +19,18 @@ from functools import cache
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 from f2gguf.runtime.files import cache_folder
-from f2gguf.runtime.llama.kernels.trial import RIGHT, layers_are_right, library_stamp, products_are_right, tried
+from f2gguf.runtime.llama.kernels.trial import (
+    RIGHT,
+    Array,
+    are_close,
+    layers_are_right,
+    library_stamp,
+    pointer_to,
+    products_are_right,
+    tried,
+)
 from f2gguf.runtime.llama.library import libggml
 from f2gguf.runtime.llama.threads import cpu_flags
 
@@ -35,12 +45,14 @@ _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp
 _NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma", "abm")
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
 _FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
+_TILE = 32  # columns and rows of a matrix that are multiplied together
 _COMPILE_S = 120
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
 # Of the largest number: llama.cpp rounds a product's inputs to 8 bits, which moves products by 0.8%, and what else it
 # computes by way of F16, which moves the trial's numbers by 0.02%
 _PRODUCT_TOLERANCE, _LAYER_TOLERANCE = 0.02, 0.002
+_FINE_TOLERANCE = 1e-4  # of products of 16 bits, which differ by 4e-6
 
 
 def works() -> bool:
@@ -54,6 +66,24 @@ def switch(on: bool) -> None:
     with _LOCK:
         if (on or _registered.cache_info().currsize) and (library := _registered()):
             library.f2gguf_switch(on)
+
+
+def product(left: Array, right: Array, n_threads: int) -> Array | None:
+    """left @ right, (n_rows, n) and (n, n_cols), to 16 bits; None where it cannot be had.
+
+    `right` is a transposed array: its columns are contiguous, as the rows of `left` are.
+    """
+    fits = not (right.shape[0] % _TILE or right.shape[1] % _TILE)
+    lies_so = left.flags.c_contiguous and right.flags.f_contiguous and left.dtype == right.dtype == np.float32
+    return _product(_registered(), left, right, n_threads) if fits and lies_so and works() else None
+
+
+def _product(library: ctypes.CDLL | None, left: Array, right: Array, n_threads: int) -> Array | None:
+    result = np.empty((len(left), right.shape[1]), dtype=np.float32)
+    pointers = [pointer_to(array) for array in (left, right, result)]
+    numbers = len(left), right.shape[1], len(right)
+    done = library and library.f2gguf_product(*pointers, *numbers, n_threads)
+    return result if done else None
 
 
 def cannot_be_compiled() -> bool:
@@ -113,6 +143,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.f2gguf_may_use_tiles.restype = ctypes.c_bool
     library.f2gguf_switch.argtypes = [ctypes.c_bool]
     library.f2gguf_backend.restype = ctypes.c_void_p
+    library.f2gguf_product.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
+    library.f2gguf_product.restype = ctypes.c_bool
     return library
 
 
@@ -128,6 +160,11 @@ def _is_right(library: ctypes.CDLL) -> bool:
         return False
     library.f2gguf_switch(True)
     backend = library.f2gguf_backend(2)
-    return products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE) and layers_are_right(
-        backend, tolerance=_LAYER_TOLERANCE
+    left, right = (np.random.default_rng(0).standard_normal((n, 96), dtype=np.float32) for n in (70, 64))
+    found = _product(library, left, right.T, 2)
+    return (
+        products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE)
+        and layers_are_right(backend, tolerance=_LAYER_TOLERANCE)
+        and found is not None
+        and are_close(found, left @ right.T, _FINE_TOLERANCE)
     )

@@ -17,6 +17,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 
 // What ggml calls in a backend. Its installed headers do not declare it: ggml/src/ggml-backend-impl.h, API version 2.
@@ -182,6 +184,33 @@ extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
 
 // Whether it takes products, of all contexts, from now on.
 extern "C" void f2gguf_switch(bool on) { is_on = on; }
+
+// `left`, rows of n_columns, times as long rows of `right`: n_right numbers for each row of `left`. False without memory.
+// n_right and n_columns are multiples of 32.
+extern "C" bool f2gguf_product(const float *left, const float *right, float *to, int64_t n_left, int64_t n_right,
+                               int64_t n_columns, int n_threads) {
+    const auto rows = [](const float *data, int64_t n, int64_t length) {
+        const size_t row = length * sizeof(float);
+        ggml_tensor tensor{};
+        tensor.type = GGML_TYPE_F32;
+        tensor.data = (void *)data;
+        std::copy_n(std::array<int64_t, 4>{length, n, 1, 1}.begin(), 4, tensor.ne);
+        std::copy_n(std::array<size_t, 4>{sizeof(float), row, n * row, n * row}.begin(), 4, tensor.nb);
+        return tensor;
+    };
+    constexpr int64_t TOGETHER = 512;  // rows, which stay in the second cache as bf16
+    Inputs kept;
+    ggml_tensor matrix = rows(right, n_right, n_columns);
+    for (int64_t i = 0; i < n_left; i += TOGETHER) {
+        const int64_t n = std::min(TOGETHER, n_left - i);
+        ggml_tensor inputs = rows(left + i * n_columns, n, n_columns), result = rows(to + i * n_right, n, n_right);
+        result.src[0] = &matrix;
+        result.src[1] = &inputs;
+        kept.packed = nullptr;
+        if (!multiply_all(kept, &result, n_threads)) return false;
+    }
+    return true;
+}
 
 // A backend for a trial of it.
 extern "C" ggml_backend_t f2gguf_backend(int n_threads) {

@@ -84,6 +84,14 @@ inline __m512i scaled(__m256i codes, float low, float high) {
     return round(times(low, first), times(high, last));
 }
 
+void unpack_f32(const uint8_t *x, int64_t n, Row row) {
+    for (; n > 0; n -= 32, x += 128) {
+        const __m512 first = _mm512_loadu_ps(x), last = _mm512_loadu_ps(x + 64);
+        const __m512i values = round(first, last);
+        row.put(values, rest(first, last, values));
+    }
+}
+
 void unpack_f16(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 32, x += 64) {
         const __m512 first = _mm512_cvtph_ps(load(x)), last = _mm512_cvtph_ps(load(x + 32));
@@ -171,6 +179,7 @@ void unpack_q6_k(const uint8_t *x, int64_t n, Row row) {
 
 Unpack unpack_of(ggml_type type) {
     switch (type) {
+        case GGML_TYPE_F32: return unpack_f32;
         case GGML_TYPE_F16: return unpack_f16;
         case GGML_TYPE_BF16: return unpack_bf16;
         case GGML_TYPE_Q8_0: return unpack_q8_0;
@@ -268,7 +277,8 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
     const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs
     const int64_t part = n_down * n_across * TILE;
     const Unpack unpack = unpack_of(matrix->type);
-    const bool is_f16 = matrix->type == GGML_TYPE_F16, is_exact = is_f16 || matrix->type == GGML_TYPE_BF16;
+    const bool has_parts = matrix->type == GGML_TYPE_F32 || matrix->type == GGML_TYPE_F16;
+    const bool is_exact = has_parts || matrix->type == GGML_TYPE_BF16;
     const bool are_packed = kept.packed == inputs && kept.has_rests == is_exact;
     auto *packed = kept.memory.reserve<uint16_t>(is_exact ? 2 * part : part);
     if (!packed) return false;
@@ -301,7 +311,7 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
                     const auto add = two ? multiply<true> : multiply<false>;
                     zero_results();
                     if (is_exact) add(weights, first + part, second + part, n / DEPTH);
-                    if (is_f16) add(weights + PART, first, second, n / DEPTH);
+                    if (has_parts) add(weights + PART, first, second, n / DEPTH);
                     add(weights, first, second, n / DEPTH);
                     _tile_stored(0, results, 64);
                     _tile_stored(1, results + SIDE * SIDE, 64);
@@ -321,7 +331,7 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
 // Matrices of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
 bool can_multiply(const ggml_tensor *op) {
     const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
-    return !strncmp(matrix->name, "blk.", 4) && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
+    return !strncmp(matrix->name, "blk.", 4) && matrix->type != GGML_TYPE_F32 && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
            ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 && matrix->ne[1] % ROWS == 0 &&
            ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 && inputs->nb[0] == sizeof(float) &&
            !op->op_params[0] && !op->op_params[1];  // neither another precision nor a hint is asked for
