@@ -140,7 +140,7 @@ def test_attention_is_what_it_is_defined_as(
     shapes = [(n_heads, n_tokens, size), (n_kv_heads, n_keys, size), (n_kv_heads, n_keys, size)]
     tensors = [normal(shape, dtype=np.float32) for shape in shapes]
     wanted = attended(*tensors, mask)
-    assert np.abs(own_attention(*tensors, mask) - wanted).max() <= 1e-6 * np.abs(wanted).max()
+    assert np.abs(own_attention(*tensors, mask) - wanted).max() <= 3e-6 * np.abs(wanted).max()
 
 
 @needs_amx

@@ -328,7 +328,7 @@ def test_what_fits_where_is_worked_out_when_asked(page: Page, served: Served) ->
     page.until(lambda: page.shows("fits"))
     names = [device["name"] for device in next(iter(httpx.get(f"{served.url}/fit").json().values()))["devices"]]
     assert page.script("return [...document.querySelectorAll('#fits tbody th')].map(node => node.textContent)") == names
-    assert re.match(r"With texts of up to 512 tokens: \d+ MB on a processor", page.text("fit-status"))
+    assert re.match(r"With texts of up to 512 tokens: [\d.]+ MB on a processor", page.text("fit-status"))
     assert "not known" in page.text("fits")
 
 
