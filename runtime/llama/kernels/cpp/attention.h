@@ -148,7 +148,7 @@ void gather_values(const ggml_tensor *values, const int32_t *list, int64_t n, in
                             row_part(values, list[j], head, c));
 }
 
-// Scores of n keys become their weights, e to the power of what they have more than `most`, of which the sum is returned
+// Scores of n keys become their weights, e to the power of what they have more than `most`; their sum is returned
 float weigh(float *scores, int64_t n, float most) {
     __m512 sum = _mm512_setzero_ps();
     const __m512 base = _mm512_set1_ps(std::isinf(most) && most < 0 ? 0 : most);  // -inf where no key is seen

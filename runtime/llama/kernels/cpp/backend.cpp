@@ -1,9 +1,9 @@
 // A ggml backend that computes a model's layers: products of matrices on AMX, the matrix units of Intel's processors,
 // and attention, norms and activations in F32 on AVX-512.
 //
-// llama.cpp's own kernels round inputs to 8 bits, unpack weights anew for every few tokens, and compute attention between
-// texts that do not see each other. Here each vector of a result depends on its own text alone: it is the same in every
-// batch.
+// llama.cpp's own kernels round inputs to 8 bits, unpack weights anew for every few tokens, and compute attention
+// between texts that do not see each other. Here each vector of a result depends on its own text alone: it is the same
+// in every batch.
 //
 // own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
 
@@ -185,8 +185,8 @@ extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
 // Whether it takes products, of all contexts, from now on.
 extern "C" void f2gguf_switch(bool on) { is_on = on; }
 
-// `left`, rows of n_columns, times as long rows of `right`: n_right numbers for each row of `left`. False without memory.
-// n_right and n_columns are multiples of 32.
+// `left`, rows of n_columns, times as long rows of `right`: n_right numbers for each row of `left`. Both counts are
+// multiples of 32. False without memory.
 extern "C" bool f2gguf_product(const float *left, const float *right, float *to, int64_t n_left, int64_t n_right,
                                int64_t n_columns, int n_threads) {
     const auto rows = [](const float *data, int64_t n, int64_t length) {

@@ -14,7 +14,7 @@
 
 constexpr int SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // a tile: 16 rows of 32 bf16
 constexpr int ROWS = 2 * SIDE, COLUMNS = 1024;             // of a matrix that are unpacked together
-constexpr int STEP = 2 * TILE + DEPTH;                     // from 32 of these columns to the next, apart in the L1 cache
+constexpr int STEP = 2 * TILE + DEPTH;                     // from 32 of them to the next, apart in the L1 cache
 constexpr int PART = COLUMNS / DEPTH * STEP;  // unpacked weights; those that were rounded off follow them
 
 // The unpacked columns of one row of a matrix: 32 at a time, the same place in tile after tile.
@@ -331,8 +331,8 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
 // Matrices of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
 bool can_multiply(const ggml_tensor *op) {
     const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
-    return !strncmp(matrix->name, "blk.", 4) && matrix->type != GGML_TYPE_F32 && unpack_of(matrix->type) && ggml_is_matrix(matrix) &&
-           ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 && matrix->ne[1] % ROWS == 0 &&
-           ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 && inputs->nb[0] == sizeof(float) &&
-           !op->op_params[0] && !op->op_params[1];  // neither another precision nor a hint is asked for
+    return !strncmp(matrix->name, "blk.", 4) && matrix->type != GGML_TYPE_F32 && unpack_of(matrix->type) &&
+           ggml_is_matrix(matrix) && ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 &&
+           matrix->ne[1] % ROWS == 0 && ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 &&
+           inputs->nb[0] == sizeof(float) && !op->op_params[0] && !op->op_params[1];  // neither precision nor a hint
 }

@@ -7,6 +7,7 @@
 #include "ggml.h"
 #include "registers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -26,8 +27,9 @@ inline bool is_beside_layers(const ggml_tensor *tensor) {
 
 bool is_by_rows(const ggml_tensor *op) {
     const int64_t n_columns = op->ne[0], n_rows = ggml_nrows(op);
-    if (n_columns % 16 || !op->src[0] || !has_rows(op, n_columns, n_rows) || !has_rows(op->src[0], n_columns, n_rows)) return false;
-    const ggml_tensor *other = op->src[1];
+    const ggml_tensor *first = op->src[0], *other = op->src[1];
+    if (n_columns % 16 || !has_rows(op, n_columns, n_rows)) return false;
+    if (!first || !has_rows(first, n_columns, n_rows)) return false;
     switch (op->op) {
         case GGML_OP_ADD:
         case GGML_OP_MUL:
@@ -107,10 +109,10 @@ inline bool is_apart(const ggml_tensor *later, const ggml_tensor *earlier) {
 // Whether `next` may be computed row by row together with these steps before it
 bool can_follow(const ggml_tensor *const *steps, int n_steps, const ggml_tensor *next) {
     if (next->ne[0] != steps[0]->ne[0] || ggml_nrows(next) != ggml_nrows(steps[0])) return false;
-    for (int i = 0; i < n_steps; i++)
-        for (const ggml_tensor *tensor : {steps[i], (const ggml_tensor *)steps[i]->src[0], (const ggml_tensor *)steps[i]->src[1]})
-            if (tensor && !is_apart(next, tensor)) return false;
-    return true;
+    const auto is_free = [next](const ggml_tensor *tensor) { return !tensor || is_apart(next, tensor); };
+    return std::all_of(steps, steps + n_steps, [&](const ggml_tensor *step) {
+        return is_free(step) && is_free(step->src[0]) && is_free(step->src[1]);
+    });
 }
 
 constexpr int MAX_STEPS = 16;
