@@ -72,6 +72,16 @@ def test_products_are_those_of_weights_and_inputs_in_bf16(
 
 
 @needs_amx
+def test_bf16_weights_have_the_same_products_in_an_f16_file() -> None:
+    generator = np.random.default_rng(0)
+    matrix = as_bf16(generator.uniform(0.5, 1, (64, 1536))).astype(np.float32)
+    inputs = generator.standard_normal((40, 1536), dtype=np.float32)
+    assert np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
+    matrix[40, 1200] += 2**-10
+    assert not np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
+
+
+@needs_amx
 def test_a_product_has_the_same_bytes_in_every_batch() -> None:
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((64, 1536), dtype=np.float32)

@@ -20,12 +20,14 @@ constexpr int PART = COLUMNS / DEPTH * STEP;  // unpacked weights; those that we
 // The unpacked columns of one row of a matrix: 32 at a time, the same place in tile after tile.
 struct Row {
     uint16_t *to;
+    __m512i *rests;  // the bits of all that were rounded off
     void put(__m512i values) {
         _mm512_store_si512(to, values);
         to += STEP;
     }
     void put(__m512i values, __m512i rest) {
         _mm512_store_si512(to + PART, rest);
+        *rests = _mm512_or_si512(*rests, rest);
         put(values);
     }
 };
@@ -277,8 +279,7 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
     const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs
     const int64_t part = n_down * n_across * TILE;
     const Unpack unpack = unpack_of(matrix->type);
-    const bool has_parts = matrix->type == GGML_TYPE_F32 || matrix->type == GGML_TYPE_F16;
-    const bool is_exact = has_parts || matrix->type == GGML_TYPE_BF16;
+    const bool is_exact = !ggml_is_quantized(matrix->type);
     const bool are_packed = kept.packed == inputs && kept.has_rests == is_exact;
     auto *packed = kept.memory.reserve<uint16_t>(is_exact ? 2 * part : part);
     if (!packed) return false;
@@ -302,8 +303,10 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
                 const int64_t n = std::min<int64_t>(COLUMNS, n_columns - k);
                 const auto *blocks = (const uint8_t *)matrix->data + group * ROWS * matrix->nb[1] +
                                      ggml_row_size(matrix->type, k);
+                __m512i rests = _mm512_setzero_si512();
                 for (int i = 0; i < ROWS; i++)
-                    unpack(blocks + i * matrix->nb[1], n, {weights + i / SIDE * TILE + i % SIDE * DEPTH});
+                    unpack(blocks + i * matrix->nb[1], n, {weights + i / SIDE * TILE + i % SIDE * DEPTH, &rests});
+                const bool has_rests = _mm512_test_epi32_mask(rests, rests);  // not where a checkpoint has bf16
                 for (int64_t m = 0; m < n_down; m += 2) {
                     const bool two = m + 1 < n_down;
                     const uint16_t *first = packed + (m * n_across + k / DEPTH) * TILE;
@@ -311,7 +314,7 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
                     const auto add = two ? multiply<true> : multiply<false>;
                     zero_results();
                     if (is_exact) add(weights, first + part, second + part, n / DEPTH);
-                    if (has_parts) add(weights + PART, first, second, n / DEPTH);
+                    if (has_rests) add(weights + PART, first, second, n / DEPTH);
                     add(weights, first, second, n / DEPTH);
                     _tile_stored(0, results, 64);
                     _tile_stored(1, results + SIDE * SIDE, 64);
