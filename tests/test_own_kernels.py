@@ -18,6 +18,7 @@ from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.kernels import choice, own, trial
 from f2gguf.runtime.llama.kernels.buffers import NUMBERS
 from f2gguf.runtime.llama.library import OWN, libggml
+from f2gguf.runtime.llama.model import MIN_FLASH, Model
 from numpy.typing import NDArray
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
@@ -263,12 +264,34 @@ def test_vectors_of_an_f16_file_hardly_change(nano_f16: Path, monkeypatch: pytes
     assert drift(vectors, vectors_and_words(nano_f16)[0]).max() < 1e-6
 
 
+def together_and_alone(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    with Embedder(path, device="cpu") as embedder:
+        return embedder.encode(TEXTS), np.concatenate([embedder.encode([text]) for text in TEXTS])
+
+
 @needs_amx
-def test_a_text_has_nearly_the_same_vector_in_any_batch(of_many_types: Path) -> None:
-    with Embedder(of_many_types, device="cpu") as embedder:
-        together = embedder.encode(TEXTS)
-        alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
-    assert drift(together, alone).max() < 1e-6
+def test_a_text_has_the_same_vector_in_any_batch(of_many_types: Path, nano_f16: Path) -> None:
+    assert np.array_equal(*together_and_alone(nano_f16))
+    assert drift(*together_and_alone(of_many_types)).max() < 1e-6, "one of its types is llama.cpp's"
+
+
+@needs_amx
+def test_flash_attention_takes_texts_of_any_length_where_it_is_exact(
+    nano_f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = read_header(nano_f16)
+    with Model(nano_f16, device="cpu", placement=choice.choose(header)) as model:
+        assert model.min_flash == 0
+        for architecture in ("jina-bert-v2", "gemma2"):
+            stated = {"general.architecture": architecture, "gemma2.attn_logit_softcapping": "50.0"}
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "_stated", lambda key, stated=stated: stated.get(key, ""))
+                assert model.min_flash == MIN_FLASH
+        monkeypatch.setattr(model, "_stated", lambda key: "80" if key.endswith("key_length") else "")
+        assert model.min_flash == MIN_FLASH
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
+    with Model(nano_f16, device="cpu", placement=choice.choose(header)) as model:
+        assert model.min_flash == MIN_FLASH
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 # On the CPU, llama.cpp's flash attention sums up in F16 where a pass has fewer tokens than this, which moves an F16
 # file's vectors by up to 5e-6; for more it sums up in F32, like attention without it (7e-8), and is a quarter faster.
 MIN_FLASH = 64
+_ALIBI = "jina-bert-v2"  # the architecture of embedding models whose scores fall with the distance of two tokens
 _MAX_TEXT_BYTES = (1 << 31) - 64  # it counts them in 32 bits
 _LEAST_OF_A_LAYER = 4  # matrices of a layer: queries, keys and values in one, what follows them, and two more
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
@@ -99,11 +100,11 @@ class Model:
     def _has_own_attention(self) -> bool:
         """Whether f2gguf's own kernels attend: they take heads of multiples of 32 numbers, and scores as they are."""
         name = self._stated("general.architecture")
-        if any(self._stated(f"{name}.{key}") for key in ("attention.max_alibi_bias", "attn_logit_softcapping")):
+        if name == _ALIBI or self._stated(f"{name}.attn_logit_softcapping"):
             return False
-        width = self.n_embd // max(1, int(llama_cpp.llama_model_n_head(self.pointer)))
-        sizes = [self._stated(f"{name}.attention.{key}") for key in ("key_length", "value_length")]
-        return all(int(size or width) % 32 == 0 for size in sizes)
+        width = str(self.n_embd // max(1, int(llama_cpp.llama_model_n_head(self.pointer))))
+        sizes = [self._stated(f"{name}.attention.{key}") or width for key in ("key_length", "value_length")]
+        return all(size.isdigit() and int(size) % 32 == 0 for size in sizes)
 
     @property
     def n_embd(self) -> int:

@@ -42,7 +42,7 @@ NOT_COMPILED = (
 _SOURCE = Path(__file__).with_name("cpp") / "backend.cpp"  # and the headers beside it
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
 # What the processor must have, by Linux's names
-_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma", "abm")
+_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma")
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
 _FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
 _TILE = 32  # columns and rows of a matrix that are multiplied together
@@ -115,7 +115,8 @@ def _compiled() -> Path | None:
     """The compiled library, in the cache folder; None without compiler, headers or a place to write to."""
     if (folder := cache_folder()) is None or not (_HEADERS / "ggml-backend.h").exists():
         return None
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCE.parent.iterdir())]
+    files = sorted([_SOURCE, *_SOURCE.parent.glob("*.h")])
+    sources = [path.read_text(encoding="utf-8") for path in files]
     key = hashlib.sha256(f"{sources} {_FLAGS} {library_stamp()}".encode()).hexdigest()[:16]
     path = folder / f"own-kernels-{key}.so"
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")))

@@ -77,7 +77,7 @@ inline int64_t last_seen(const uint16_t *mask, int64_t n_keys) {
     for (; k % 32; k--)
         if (mask[k - 1] != UNSEEN) return k - 1;
     for (; k > 0; k -= 32)
-        if (const __mmask32 bits = seen(mask + k - 32)) return k - 1 - _lzcnt_u32(bits);
+        if (const __mmask32 bits = seen(mask + k - 32)) return k - 1 - __builtin_clz(bits);
     return -1;
 }
 

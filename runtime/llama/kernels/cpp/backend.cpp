@@ -78,17 +78,19 @@ void backend_free(ggml_backend_t backend) {
     delete backend;
 }
 
-// Another shape of what is in memory, or what llama.cpp does not ask for
-bool is_no_work(const ggml_tensor *op) {
+// Another shape of what is in memory
+bool is_view(const ggml_tensor *op) {
     switch (op->op) {
         case GGML_OP_NONE:
         case GGML_OP_RESHAPE:
         case GGML_OP_VIEW:
         case GGML_OP_PERMUTE:
         case GGML_OP_TRANSPOSE: return true;
-        default: return !(op->flags & GGML_TENSOR_FLAG_COMPUTE);
+        default: return false;
     }
 }
+
+bool is_no_work(const ggml_tensor *op) { return is_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE); }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
     Context &context = *(Context *)backend->context;
@@ -144,12 +146,8 @@ bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type
 }
 
 bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
+    if (is_view(op)) return true;
     switch (op->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_VIEW:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE: return true;
         case GGML_OP_MUL_MAT: return is_on && can_multiply(op);
         case GGML_OP_FLASH_ATTN_EXT: return is_on && can_attend(op);
         case GGML_OP_CPY: return is_on && is_cast(op);
