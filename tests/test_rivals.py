@@ -27,11 +27,11 @@ def test_rival_without_its_package_is_a_row_that_names_it(rivals: dict[str, Any]
     failed = rivals["Row"]()
     with rivals["noting_failure"]("another", failed), contextlib.ExitStack() as stack:
         rivals["start"]("another", rivals["Task"]("x.gguf", "mean", "cpu", 1), stack)
-    measured = rivals["Row"](20_000_000, np.array([0.01, 0.03]), [0.5, 0.1, 0.2])
+    measured = rivals["Row"](20_000_000, np.array([0.01, 0.03]), [0.5, 0.1, 0.2], [0.004, 0.003, 0.005])
     table = rivals["table"]({"another": failed, "a file": measured}, SimpleNamespace(texts=("a",)))
     assert table.splitlines()[2:] == [
-        "| a file | 20.0 MB | 2.000% | 2.980% | 3.000% | 5 |",
-        "| another | did not run: not installed. Run: pip install no-such-package |  |  |  |  |",
+        "| a file | 20.0 MB | 2.000% | 2.980% | 3.000% | 5 | 4.0 ms |",
+        "| another | did not run: not installed. Run: pip install no-such-package |  |  |  |  |  |",
     ]
 
 
