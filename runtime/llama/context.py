@@ -70,8 +70,8 @@ class Context:
     # and 2,557 by 256, in Q4_0, repacked, 3,523 and 3,783, and on AMX, in Q8_0, 5,392 and 5,699.
     cpu_tokens = 512
     cpu_tokens_anew = 256  # where the matrices are laid out anew
-    # f2gguf's own kernels unpack a matrix once for a batch. 0.6B in Q4_K_M does 758 tokens/s by 512, 637 by 256 and 632
-    # by 1,024, all-MiniLM-L6-v2 in Q4_0 15,190, 13,344 and 15,852.
+    # f2gguf's own kernels unpack a matrix once for a batch. Documents of 0.6B in Q4_K_M do 758 tokens/s by 512, 637 by
+    # 256 and 632 by 1,024 (its queries 729, 867 and 676), of all-MiniLM-L6-v2 in Q4_0 15,190, 13,344 and 15,852.
     cpu_tokens_own = 512
     # On an H200 its Q4_0 does 195,000 tokens/s so; 172,000 by 512, 165,000 by 2,048 and 96,000 by 4,096.
     gpu_tokens = 1024
