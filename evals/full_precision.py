@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from f2gguf.evals.products import fast_products
 from f2gguf.runtime.errors import ExtraMissing, MemoryMissing
 from numpy.typing import NDArray
 
@@ -76,7 +75,7 @@ def transformers_vectors(
 
     model, behind = load_model(folder), _dense_matrices(dense)
     rows: list[Any] = [None] * len(token_ids)
-    with torch.inference_mode(), fast_products(model):
+    with torch.inference_mode():
         for batch in _batches(token_ids):
             ids = torch.from_numpy(np.stack([token_ids[i] for i in batch]).astype(np.int64))
             for i, states in zip(batch, model(input_ids=ids).last_hidden_state, strict=True):
@@ -123,12 +122,11 @@ def streamed_vectors(
             states = [_token_rows([token_ids[i] for i in batch], stored) for batch in batches]
             for layer in range(n_layers):
                 _load_weights(model.layers[0], f"layers.{layer}.", stored)
-                with fast_products(model.layers[0]):
-                    for k, batch in enumerate(batches):
-                        states[k] = model(inputs_embeds=states[k]).last_hidden_state
-                        n_done, n_steps = n_steps // n_layers, n_steps + len(batch)
-                        if on_progress and n_steps // n_layers > n_done:
-                            on_progress(n_steps // n_layers - n_done)
+                for k, batch in enumerate(batches):
+                    states[k] = model(inputs_embeds=states[k]).last_hidden_state
+                    n_done, n_steps = n_steps // n_layers, n_steps + len(batch)
+                    if on_progress and n_steps // n_layers > n_done:
+                        on_progress(n_steps // n_layers - n_done)
             for batch, several in zip(batches, states, strict=True):
                 for i, state in zip(batch, several, strict=True):
                     rows[i] = _pooled(norm(state), pooling, behind)

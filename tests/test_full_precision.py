@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import NANO, edit_json, save_tensors, tiny_tensors
 from conftest import facts_of
-from f2gguf.evals import full_precision, products
+from f2gguf.evals import full_precision
 from f2gguf.evals.conversion import check_conversion
 from f2gguf.evals.full_precision import LAYER_BY_LAYER, choose_run, streamed_vectors, transformers_vectors
 from f2gguf.evals.texts import load_texts
@@ -36,23 +35,6 @@ def test_a_batch_of_texts_gives_the_vectors_of_each() -> None:
     np.testing.assert_allclose(
         together, np.concatenate([transformers_vectors(NANO, [ids], pooling="last") for ids in IDS]), atol=1e-6
     )
-
-
-@pytest.mark.skipif(not products._works(), reason="needs a processor with AMX")
-def test_products_of_bfloat16_weights_are_nearly_those_of_float32() -> None:
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(512, 384), torch.nn.Linear(384, 64, bias=False))
-    layers[0].weight.data = layers[0].weight.bfloat16().float()
-    inputs = torch.randn(3, 20, 512)
-    with torch.inference_mode():
-        plain = [layers[0](inputs), layers(inputs)]
-        with products.fast_products(layers):
-            fast = [layers[0](inputs), layers(inputs)]
-            assert torch.equal(layers[1](plain[0]), plain[1]), "float32 weights are not touched"
-        assert torch.equal(layers(inputs), plain[1]), "nothing is left behind"
-    for found, wanted in zip(fast, plain, strict=True):
-        assert found.shape == wanted.shape
-        assert 0 < (found - wanted).norm() / wanted.norm() < 1e-5
 
 
 def test_shards_and_the_prefix_of_causal_models_are_read(tiny: Path) -> None:
