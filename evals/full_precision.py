@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ OLD_KEYS = {
 }
 _TOKEN_TABLE = "embed_tokens.weight"
 _BATCH_TOKENS = 1024
+_N_STREAMS = 2  # batches at a time: 1.1 to 1.2 times as fast as one on all cores, which wait for each other's steps
 # Their classes in transformers call embeddings, layers and norm alike.
 _IN_LAYERS = ("qwen2", "qwen3", "llama", "mistral")
 
@@ -75,13 +77,19 @@ def transformers_vectors(
 
     model, behind = load_model(folder), _dense_matrices(dense)
     rows: list[Any] = [None] * len(token_ids)
-    with torch.inference_mode():
-        for batch in _batches(token_ids):
-            ids = torch.from_numpy(np.stack([token_ids[i] for i in batch]).astype(np.int64))
+
+    def run(batch: Sequence[int]) -> int:
+        ids = torch.from_numpy(np.stack([token_ids[i] for i in batch]).astype(np.int64))
+        with torch.inference_mode():
             for i, states in zip(batch, model(input_ids=ids).last_hidden_state, strict=True):
                 rows[i] = _pooled(states, pooling, behind)
+        return len(batch)
+
+    n_threads = max(1, torch.get_num_threads() // _N_STREAMS)
+    with ThreadPoolExecutor(_N_STREAMS, initializer=torch.set_num_threads, initargs=(n_threads,)) as pool:
+        for n_texts in pool.map(run, reversed(_batches(token_ids))):  # the longest first
             if on_progress:
-                on_progress(len(batch))
+                on_progress(n_texts)
     return np.stack(rows)
 
 

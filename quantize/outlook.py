@@ -27,6 +27,7 @@ from f2gguf.quantize.convert.reserved import N_STEP_TEXTS
 from f2gguf.quantize.fit.excerpt import sampled_speed
 from f2gguf.quantize.fit.plan import planned
 from f2gguf.quantize.job import Job
+from f2gguf.quantize.repair.assemble import WEIGHED
 from f2gguf.quantize.repair.calibration import (
     LONG_TOKENS,
     Calibration,
@@ -156,9 +157,12 @@ def expect(
     for name in variants:
         kind = _TYPE.get(name, name)
         compensates = bool(calibration) and job.compensate and kind in COMPENSATED
-        n_made = 1 + bool(calibration) + compensates  # llama.cpp's own recipe, then candidates
-        quantise = n_made * n_all / _weights_a_second(kind)
-        stages[name] = {"quantise": quantise} | through(name, [*claimed, *judged * (n_made - 1)])
+        # llama.cpp's own recipe, then candidates and what they choose. Codes with feedback come ready.
+        n_candidates = bool(calibration) + compensates
+        n_files = 1 + (bool(calibration) and kind in WEIGHED)
+        n_quantised = (1 + bool(calibration)) * n_all + 2 * compensates * (n_all - n_weights)
+        stages[name] = {"quantise": n_quantised / _weights_a_second(kind)}
+        stages[name] |= through(name, [*claimed * n_files, *judged * n_candidates])
         if compensates:
             stages[name]["codes"] = codes
             if is_worth(job.tune, training_seconds, n_weights, n_fitting):

@@ -13,7 +13,7 @@ import pytest
 from f2gguf.evals.drift import drift
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
-from f2gguf.runtime import Embedder
+from f2gguf.runtime import Embedder, compiler
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.kernels import choice, own, trial
 from f2gguf.runtime.llama.kernels.buffers import NUMBERS
@@ -318,7 +318,7 @@ def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
 def test_a_compiler_that_fails_is_not_the_last(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     assert own._compiled() == next(afresh.glob("own-kernels-*.so"))
-    monkeypatch.setattr(own.subprocess, "run", lambda *_, **__: pytest.fail("it is compiled once"))
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: pytest.fail("it is compiled once"))
     assert own._compiled()
 
 
@@ -356,6 +356,6 @@ def test_where_the_cache_cannot_be_written_llama_cpps_kernels_are_used(
 
 def test_another_processor_compiles_nothing(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(own.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
     assert not own.works()
     assert not own.cannot_be_compiled()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Ready, assemble
+from f2gguf.quantize.repair.codes import compiled
 from f2gguf.quantize.repair.plan import VARIANTS, TypePlan, plan_variant, require_variant
 from f2gguf.quantize.repair.rescale import Exponents, places, scaled_imatrix, scales
 from f2gguf.quantize.repair.tensors import OnProgress, Weights
@@ -86,8 +87,8 @@ def made_with() -> dict[str, str]:
 def arithmetic() -> str:
     """What codes that are chosen with feedback depend on beside the inputs: one rounding more or less moves some."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    library = f"{blas['name']} {blas['version']}".strip()
-    return f"numpy {np.__version__}, {library}, {platform.machine()}"
+    names = f"numpy {np.__version__}", f"{blas['name']} {blas['version']}".strip(), platform.machine()
+    return ", ".join((*names, *(["compiled loops"] if compiled.library() else [])))
 
 
 def read_recipe(path: Path) -> Recipe:

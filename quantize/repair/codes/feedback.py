@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from f2gguf.quantize.repair.codes import compiled
 from f2gguf.quantize.repair.codes.blocks import Blocks, Codes, Floats, Format
 from f2gguf.quantize.repair.codes.parallel import product, side_by_side
 from numpy.typing import NDArray
@@ -110,6 +111,13 @@ class _Grid:
         steps, inverse = (np.ascontiguousarray(part) for part in (steps, inverse))
         return cls(form, steps, inverse, None if offsets is None else np.ascontiguousarray(offsets.T), edges)
 
+    @property
+    def as_c(self) -> compiled.Grid:
+        """The same for compiled code, as long as this is there."""
+        arrays = [None if it is None else it.ctypes.data for it in (self.steps, self.inverse, self.offsets)]
+        n_rows, levels = self.steps.shape[1], self.form.levels
+        return compiled.Grid(n_rows, self.form.sub_block, len(levels), levels.ctypes.data, *arrays, self.form.is_even)
+
     def nearest(self, column: int, values: Floats) -> tuple[Codes, Floats]:
         """The codes of `values` (n_rows,) in a column, and what these codes stand for."""
         i, levels = column // self.form.sub_block, self.form.levels
@@ -135,6 +143,8 @@ class _Grid:
 
 def _with_feedback(target: Floats, grid: _Grid, moments: Moments) -> Codes:
     """Round column by column, the strongest first, each beside the errors that the columns before it carry on."""
+    if library := compiled.library():
+        return compiled.with_feedback(library, grid.as_c, target, moments.upper, moments.order)
     upper, order = moments.upper, moments.order
     codes, errors = np.empty(target.shape, dtype=np.uint8), np.empty_like(target)
     for begin in range(0, len(target), PANEL):
@@ -180,6 +190,8 @@ def _block_sums(values: Floats, width: int) -> Floats:
 
 def _polish(codes: Codes, target: Floats, grid: _Grid, moments: Moments) -> Codes:
     """Coordinate descent: each code in turn becomes the best one beside all others. The error never grows."""
+    if library := compiled.library():
+        return compiled.polish(library, grid.as_c, codes, target, moments.matrix, N_SWEEPS)
     matrix, errors = moments.matrix, grid.values(codes) - target
     for _ in range(N_SWEEPS):
         before = codes.copy()

@@ -6,21 +6,16 @@ fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import os
 import platform
 import resource
-import shutil
-import subprocess
 import threading
 from functools import cache
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from f2gguf.runtime.files import cache_folder
+from f2gguf.runtime.compiler import compiled, own_is_off
 from f2gguf.runtime.llama.kernels.trial import (
     RIGHT,
     Array,
@@ -44,9 +39,8 @@ _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp
 # What the processor must have, by Linux's names
 _NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma")
 _UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
-_FLAGS = ["-std=c++17", "-O3", *_UNITS, "-fopenmp", "-shared", "-fPIC"]
+_FLAGS = [*_UNITS, "-fopenmp"]
 _TILE = 32  # columns and rows of a matrix that are multiplied together
-_COMPILE_S = 120
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
 # Of the largest number: llama.cpp rounds a product's inputs to 8 bits, which moves products by 0.8%, and what else it
@@ -58,7 +52,7 @@ _FINE_TOLERANCE = 1e-4  # of products of 16 bits, which differ by 4e-6
 def works() -> bool:
     """Whether these kernels are here and right."""
     with _LOCK:
-        return os.environ.get("F2GGUF_OWN_KERNELS") != "0" and _registered() is not None
+        return not own_is_off() and _registered() is not None
 
 
 def switch(on: bool) -> None:
@@ -113,30 +107,10 @@ def _could() -> bool:
 @cache
 def _compiled() -> Path | None:
     """The compiled library, in the cache folder; None without compiler, headers or a place to write to."""
-    if (folder := cache_folder()) is None or not (_HEADERS / "ggml-backend.h").exists():
+    if not (_HEADERS / "ggml-backend.h").exists():
         return None
-    files = sorted([_SOURCE, *_SOURCE.parent.glob("*.h")])
-    sources = [path.read_text(encoding="utf-8") for path in files]
-    key = hashlib.sha256(f"{sources} {_FLAGS} {library_stamp()}".encode()).hexdigest()[:16]
-    path = folder / f"own-kernels-{key}.so"
-    compilers = filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")))
-    return path if path.exists() or any(_compile(compiler, path) for compiler in compilers) else None
-
-
-def _compile(compiler: str, path: Path) -> bool:
-    libraries: list[str | Path] = ["-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
-    part = path.with_suffix(f".{os.getpid()}.part")  # so that another process sees all of it or nothing
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *_FLAGS, "-I", _HEADERS, _SOURCE, "-o", part, *libraries]
-        if subprocess.run(command, capture_output=True, timeout=_COMPILE_S).returncode == 0:
-            part.replace(path)
-            return True
-    except (OSError, subprocess.TimeoutExpired):
-        pass  # the next compiler, or llama.cpp's kernels
-    with contextlib.suppress(OSError):
-        part.unlink(missing_ok=True)
-    return False
+    more = ["-I", _HEADERS, "-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
+    return compiled(_SOURCE, "own-kernels", _FLAGS, str(library_stamp()), more)
 
 
 def _open(path: Path) -> ctypes.CDLL:

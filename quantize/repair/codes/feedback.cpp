@@ -23,6 +23,13 @@ union Row {  // a number for each of the rows that are computed together
     Vector part[N_VECTORS];
 };
 
+// n numbers, and zeros behind them
+Row read(const float *numbers, int64_t n) {
+    Row row = {};
+    std::memcpy(row.of, numbers, n * sizeof(float));
+    return row;
+}
+
 // sums[j] += sum over k in [first, last) of factors[j * j_step + k * k_step] * values[k], for n columns j
 void add_products(Row *sums, const float *factors, int64_t j_step, int64_t k_step, const Row *values, int64_t n,
                   int64_t first, int64_t last) {
@@ -111,12 +118,7 @@ class Rows {
         return grid.levels[code] * grid.steps[at] + (grid.offsets ? grid.offsets[at] : 0.0f);
     }
 
-    // numbers of a column of (n_cols, n_rows); those behind the last row are zero
-    Row read(const float *matrix, int64_t column) const {
-        Row row = {};
-        std::memcpy(row.of, matrix + column * grid.n_rows + first, n * sizeof(float));
-        return row;
-    }
+    Row read(const float *matrix, int64_t column) const { return ::read(matrix + column * grid.n_rows + first, n); }
 
     uint8_t *codes(uint8_t *matrix, int64_t column) const { return matrix + column * grid.n_rows + first; }
 
