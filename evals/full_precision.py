@@ -83,13 +83,15 @@ def transformers_vectors(
         with torch.inference_mode():
             for i, states in zip(batch, model(input_ids=ids).last_hidden_state, strict=True):
                 rows[i] = _pooled(states, pooling, behind)
-        return len(batch)
+        return ids.numel()
 
+    n_tokens, n_done = sum(map(len, token_ids)), 0
     n_threads = max(1, torch.get_num_threads() // _N_STREAMS)
     with ThreadPoolExecutor(_N_STREAMS, initializer=torch.set_num_threads, initargs=(n_threads,)) as pool:
-        for n_texts in pool.map(run, reversed(_batches(token_ids))):  # the longest first
-            if on_progress:
-                on_progress(n_texts)
+        for n in pool.map(run, reversed(_batches(token_ids))):  # the longest first
+            before, n_done = n_done, n_done + n
+            if on_progress:  # texts, as if all were equally long
+                on_progress(n_done * len(rows) // n_tokens - before * len(rows) // n_tokens)
     return np.stack(rows)
 
 

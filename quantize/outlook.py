@@ -162,7 +162,7 @@ def expect(
         n_files = 1 + (bool(calibration) and kind in WEIGHED)
         n_quantised = (1 + bool(calibration)) * n_all + 2 * compensates * (n_all - n_weights)
         stages[name] = {"quantise": n_quantised / _weights_a_second(kind)}
-        stages[name] |= through(name, [*claimed * n_files, *judged * n_candidates])
+        stages[name] |= through(name, [*claimed] * n_files + judged * n_candidates)
         if compensates:
             stages[name]["codes"] = codes
             if is_worth(job.tune, training_seconds, n_weights, n_fitting):

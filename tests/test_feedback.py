@@ -10,16 +10,25 @@ import pytest
 from f2gguf.evals.drift import drift
 from f2gguf.evals.texts import load_texts, prompted
 from f2gguf.quantize.repair.calibration import fitting, judging, layer_shapes, load_calibration, sampled, token_budget
-from f2gguf.quantize.repair.codes import feedback, parallel
+from f2gguf.quantize.repair.codes import compiled, feedback, parallel
 from f2gguf.quantize.repair.codes.blocks import FORMATS, pack, unpack
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.feedback import choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Shape, Texts, first_states, run_layer
+from f2gguf.quantize.repair.recipe import arithmetic
 from f2gguf.quantize.repair.tensors import Rows, Weights, dequantized, quantize_rows
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
 
 RNG = np.random.default_rng(13)
+
+
+@pytest.fixture(params=["compiled loops", "numpy's loops"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to choose codes."""
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0" if request.param.startswith("numpy") else "1")
+    assert (compiled.library() is None) == request.param.startswith("numpy")
+    return str(request.param)
 
 
 def correlated(n_rows: int, n_cols: int) -> Rows:
@@ -68,6 +77,7 @@ def test_scales_refitted_to_their_codes_lower_the_error(kind: str, monkeypatch: 
     assert errors[2] < 1.001 * errors[1] < 0.995 * errors[0]
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("kind", COMPENSATED)
 def test_feedback_halves_the_error_of_the_products(kind: str) -> None:
     inputs, rows = correlated(6000, 512), matrix(64, 512)
@@ -83,6 +93,37 @@ def test_feedback_halves_the_error_of_the_products(kind: str) -> None:
     assert pack(chosen).nbytes == pack(plain).nbytes
 
 
+@pytest.mark.parametrize("kind", COMPENSATED)
+@pytest.mark.parametrize("n_rows", [4, 70, 128])
+def test_compiled_loops_do_what_numpys_do(kind: str, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_cols = 5 * FORMATS[kind].block  # the last panel of columns and the last rows are not full
+    inputs, rows = correlated(3 * n_cols, n_cols), matrix(n_rows, n_cols)
+    moments = factor(inputs.T @ inputs / len(inputs))
+    assert moments is not None
+    plain = unpack(quantize_rows(rows, kind), kind)
+    target, grid = np.ascontiguousarray(rows.T), feedback._Grid.of(plain)
+    found = []
+    for setting in ("1", "0"):
+        monkeypatch.setenv("F2GGUF_OWN_KERNELS", setting)
+        codes = feedback._with_feedback(target, grid, moments)
+        found.append((codes, feedback._polish(codes.copy(), target, grid, moments)))
+    for ours, numpys in zip(*found, strict=True):
+        # a sum that falls halfway between two levels may go either way, and the codes behind it with it
+        assert (ours != numpys).mean() < 0.01
+        errors = [error(rows, grid.values(codes).T, inputs) for codes in (ours, numpys)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.003)
+
+
+def test_without_a_compiler_codes_are_chosen_by_numpy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("F2GGUF_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiled, "_opened", compiled._opened.__wrapped__)
+    assert compiled.library() is None
+    assert "compiled" not in arithmetic()
+
+
+@pytest.mark.usefixtures("loops")
 def test_inputs_that_depend_on_nothing_leave_ggmls_rounding() -> None:
     """With the identity there is no error to make good: each code is the nearest."""
     rows = matrix(16, 256)
@@ -117,7 +158,8 @@ def test_moments_without_a_factor_are_none(change: Any) -> None:
         pytest.param(lambda inputs: np.repeat(inputs[:, :1], 256, axis=1), id="all channels the same"),
     ],
 )
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "IQ4_NL"])
 def test_hard_inputs_give_no_worse_codes(kind: str, change: Any) -> None:
     inputs, rows = change(correlated(600, 256)).astype(np.float32), matrix(32, 256)
     moments = factor(inputs.T @ inputs / len(inputs))

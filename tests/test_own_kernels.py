@@ -22,7 +22,8 @@ from f2gguf.runtime.llama.model import MIN_FLASH, Model
 from numpy.typing import NDArray
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
-needs_amx = pytest.mark.skipif(not own.works(), reason="needs a processor with AMX, and a C++ compiler")
+needs_own = pytest.mark.skipif(not own.works(), reason="needs a processor with AVX-512, and a C++ compiler")
+needs_amx = pytest.mark.skipif(not own.multiply(), reason="needs a processor with AMX, and a C++ compiler")
 
 
 def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -34,7 +35,7 @@ def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
 def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     library = own._registered()
     assert library
-    library.f2gguf_switch(True)
+    library.f2gguf_switch(True, library.has_tiles)
     return trial.products(matrix, kind, inputs, backend=library.f2gguf_backend(2))
 
 
@@ -106,7 +107,7 @@ def attended(
 def own_attention(*tensors: NDArray[np.float32]) -> NDArray[np.float32]:
     library = own._registered()
     assert library
-    library.f2gguf_switch(True)
+    library.f2gguf_switch(True, library.has_tiles)
     found = trial.attention(*tensors, backend=library.f2gguf_backend(2))
     assert not np.array_equal(found, trial.attention(*tensors)), "the CPU's rounds otherwise: two ways were compared"
     return found
@@ -125,7 +126,7 @@ def mask_of(lengths: list[int], *, n_shared: int = 0, is_causal: bool = False, w
     return np.where(sees, 0, -np.inf).astype(np.float32)
 
 
-@needs_amx
+@needs_own
 @pytest.mark.parametrize(
     ("n_heads", "n_kv_heads", "size"), [(12, 12, 32), (4, 1, 64), (2, 2, 96), (4, 2, 128), (1, 1, 256)]
 )
@@ -154,7 +155,7 @@ def test_attention_is_what_it_is_defined_as(
     assert np.abs(own_attention(*tensors, mask) - wanted).max() <= 3e-6 * np.abs(wanted).max()
 
 
-@needs_amx
+@needs_own
 def test_a_text_attends_alike_in_every_batch_whatever_the_others_are() -> None:
     lengths = [70, 300, 40]
     normal = np.random.default_rng(0).standard_normal
@@ -168,7 +169,7 @@ def test_a_text_attends_alike_in_every_batch_whatever_the_others_are() -> None:
         assert np.array_equal(alone, together[first:last])
 
 
-@needs_amx
+@needs_own
 def test_attention_of_large_scores_and_of_a_query_that_sees_nothing() -> None:
     normal = np.random.default_rng(0).standard_normal
     queries, keys, values = (normal((1, 40, 32), dtype=np.float32) for _ in range(3))
@@ -181,14 +182,14 @@ def test_attention_of_large_scores_and_of_a_query_that_sees_nothing() -> None:
     assert np.abs(found[kept] - wanted).max() <= 1e-3 * np.abs(wanted).max()
 
 
-@needs_amx
+@needs_own
 @pytest.mark.parametrize("shape", [(1, 16), (7, 384), (300, 1536)])
 def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, int], rng: random.Random) -> None:
     normal = np.random.default_rng(rng.randrange(1 << 32)).standard_normal
     inputs, others, factors = (3 * normal(it, dtype=np.float32) for it in (shape, shape, shape[1:]))
     library = own._registered()
     assert library
-    library.f2gguf_switch(True)
+    library.f2gguf_switch(True, library.has_tiles)
     found = trial.steps(inputs, others, factors, backend=library.f2gguf_backend(2))
     x = inputs.astype(np.float64) + others
     x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5) * factors
@@ -264,6 +265,25 @@ def test_vectors_of_an_f16_file_hardly_change(nano_f16: Path, monkeypatch: pytes
     assert drift(vectors, vectors_and_words(nano_f16)[0]).max() < 1e-6
 
 
+@needs_own
+def test_without_amx_what_lies_between_products_is_computed(
+    of_many_types: Path, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own._registered(), "has_tiles", False)
+    words = ", attention, norms and activations by f2gguf's own kernels"
+    for path in (nano_f16, of_many_types):
+        with monkeypatch.context() as patch:
+            vectors, found = vectors_and_words(path)
+            assert "AMX" not in found
+            assert choice.describe_kernels(read_header(path)).endswith(words)
+            patch.setenv("F2GGUF_OWN_KERNELS", "0")
+            others, theirs = vectors_and_words(path)
+            assert words not in theirs
+            assert not np.array_equal(vectors, others), "two ways were compared"
+            assert drift(vectors, others).max() < (1e-6 if path == nano_f16 else 1e-3)
+    assert own.product(np.ones((4, 64), dtype=np.float32), np.ones((32, 64), dtype=np.float32).T, 1) is None
+
+
 def together_and_alone(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     with Embedder(path, device="cpu") as embedder:
         return embedder.encode(TEXTS), np.concatenate([embedder.encode([text]) for text in TEXTS])
@@ -275,7 +295,7 @@ def test_a_text_has_the_same_vector_in_any_batch(of_many_types: Path, nano_f16: 
     assert drift(*together_and_alone(of_many_types)).max() < 1e-6, "one of its types is llama.cpp's"
 
 
-@needs_amx
+@needs_own
 def test_flash_attention_takes_texts_of_any_length_where_it_is_exact(
     nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +334,7 @@ def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
     assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NOT_COMPILED)
 
 
-@needs_amx
+@needs_own
 def test_a_compiler_that_fails_is_not_the_last(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     assert own._compiled() == next(afresh.glob("own-kernels-*.so"))

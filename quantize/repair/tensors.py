@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.quantize.checkpoint.weights import DTYPES
+from f2gguf.quantize.repair.codes import compiled
 from f2gguf.runtime.errors import QuantizationFailed
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.gguf.reader import TensorInfo
@@ -152,6 +153,8 @@ def as_multiplied(rows: Rows, kind: str) -> Rows:
     if kind in DTYPES:
         return rows
     width = rounding_width(kind)
+    if library := compiled.library():
+        return compiled.round_blocks(library, rows, width)
     rounded = np.empty_like(rows)
     for part in slices(len(rows)):
         blocks = rows[part].reshape(-1, rows.shape[1] // width, width)

@@ -123,7 +123,7 @@ class Context:
         """Tokens up to which short texts of this model are packed into one batch."""
         if model.offloaded:
             return cls.gpu_tokens
-        if OWN in model.placement:
+        if model.placement.get(OWN):
             return cls.cpu_tokens_own
         return cls.cpu_tokens_anew if model.has_other_kernels else cls.cpu_tokens
 

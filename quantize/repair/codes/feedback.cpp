@@ -1,8 +1,10 @@
 // Rounding with feedback and coordinate descent: the loops of feedback.py, for rows that do not depend on each other.
+// And the rounding of activations.
 //
 // Matrices are transposed, (n_cols, n_rows), as they are there. A few rows at a time go through all columns, so that
 // their errors stay in the cache; a panel of columns shares one product with the errors of the others.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -90,26 +92,28 @@ class Rows {
     }
 
     // codes of the numbers `wanted` in a column, and what they stand for
-    void nearest(int64_t column, const Row &wanted, uint8_t *codes, Row &values) const {
+    void nearest(int64_t column, const Row &wanted, uint8_t *__restrict codes, Row &__restrict values) const {
         const int64_t at = column / grid.sub_block * grid.n_rows + first;
         const float lowest = grid.levels[0], highest = grid.levels[grid.n_levels - 1];
-        for (int64_t i = 0; i < n; i++) {
-            const float offset = grid.offsets ? grid.offsets[at + i] : 0.0f;
-            const float scaled = (wanted.of[i] - offset) * grid.inverse[at + i];
-            float level;
-            if (grid.is_even) {
-                level = std::nearbyint(scaled);
-                level = level < lowest ? lowest : level > highest ? highest : level;
-                codes[i] = uint8_t(level - lowest);
-            } else {
-                int code = 0;
-                for (int64_t k = 1; k < grid.n_levels; k++) {
-                    code += (grid.levels[k] + grid.levels[k - 1]) / 2 < scaled;
-                }
-                codes[i] = uint8_t(code);
-                level = grid.levels[code];
+        const float *steps = grid.steps + at, *inverse = grid.inverse + at;
+        const Row offsets = grid.offsets ? ::read(grid.offsets + at, n) : Row{};
+        if (grid.is_even) {
+            for (int64_t i = 0; i < n; i++) {
+                const float level = std::nearbyint((wanted.of[i] - offsets.of[i]) * inverse[i]);
+                const float kept = level < lowest ? lowest : level > highest ? highest : level;
+                codes[i] = uint8_t(int(kept - lowest));
+                values.of[i] = kept * steps[i] + offsets.of[i];
             }
-            values.of[i] = level * grid.steps[at + i] + offset;
+            return;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const float scaled = (wanted.of[i] - offsets.of[i]) * inverse[i];
+            int code = 0;
+            for (int64_t k = 1; k < grid.n_levels; k++) {
+                code += (grid.levels[k] + grid.levels[k - 1]) / 2 < scaled;
+            }
+            codes[i] = uint8_t(code);
+            values.of[i] = grid.levels[code] * steps[i] + offsets.of[i];
         }
     }
 
@@ -204,6 +208,21 @@ void f2gguf_polish(const Grid *grid, int64_t n_cols, const float *target, const 
                     }
                 }
             }
+        }
+    }
+}
+
+// Each block of `width` numbers as 8 bits and one scale.
+void f2gguf_round_blocks(int64_t n_blocks, int64_t width, const float *numbers, float *rounded) {
+    for (int64_t begin = 0; begin < n_blocks * width; begin += width) {
+        Row highest = {};
+        for (int64_t i = begin; i < begin + width; i++) {
+            float &most = highest.of[i % WIDTH], size = std::fabs(numbers[i]);
+            most = size > most ? size : most;
+        }
+        const float scale = *std::max_element(highest.of, highest.of + WIDTH) / 127;
+        for (int64_t i = begin; i < begin + width; i++) {
+            rounded[i] = scale > 0 ? std::nearbyint(numbers[i] / scale) * scale : 0.0f;
         }
     }
 }

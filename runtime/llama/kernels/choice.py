@@ -1,8 +1,8 @@
 """Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
-Where f2gguf's own kernels work (own.py), they take every matrix of their types as it stands in the file. Elsewhere, on
-x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are.
-Here types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
+On AMX, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere, on x86,
+llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
+types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
 shape, Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
 Nothing is measured at load: a llama.cpp that has AVX2 alone (ggml's -DGGML_NATIVE=OFF: no AVX-512, no VNNI) leads to
@@ -35,6 +35,7 @@ TYPES = {  # the first that is here and takes a matrix gets it
     REPACK: ("Q4_0", "IQ4_NL", "MXFP4"),
 }
 _WORDS = {OWN: "on AMX by f2gguf's own kernels", AMX: "on AMX", REPACK: "repacked"}
+_ATTENTION = ", attention, norms and activations by f2gguf's own kernels"
 _NO_AMX = (
     ". AMX is not used, because a trial of it failed: f2gguf's runtime/README.md says how to compile llama-cpp-python"
 )
@@ -53,7 +54,9 @@ def choose(header: Header) -> Placement:
     placement: dict[str, list[str]] = {}
     for buffer in _buffers():
         taken = {name for names in placement.values() for name in names}
-        if names := [name for name in matrices(header, buffer, TYPES[buffer]) if name not in taken]:
+        kinds = TYPES[buffer] if buffer != OWN or own.multiply() else ()
+        names = [name for name in matrices(header, buffer, kinds) if name not in taken]
+        if names or buffer == OWN:  # which compute what lies between products as well
             placement[buffer] = names
     return placement
 
@@ -79,6 +82,7 @@ def describe_kernels(header: Header) -> str:
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
+    found += _ATTENTION * (own.works() and not own.multiply())
     if own.cannot_be_compiled():
         return f"{found}. {own.NOT_COMPILED}"
     return found + (_NO_AMX if not own.works() and amx.is_built_in() and not amx.works() else "")
@@ -101,7 +105,8 @@ def _laid_out(placement: Placement) -> Placement:
 
 def summary(placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
-    return "".join(f", {len(names)} matrices {_WORDS[buffer]}" for buffer, names in placement.items())
+    words = "".join(f", {len(names)} matrices {_WORDS[buffer]}" for buffer, names in placement.items() if names)
+    return words + _ATTENTION * (OWN in placement and not placement[OWN])
 
 
 def place(params: Any, placement: Placement) -> bool:

@@ -1,4 +1,6 @@
-"""f2gguf's own kernels for AMX (cpp/): compiled where they are first used, for the llama-cpp-python that is there.
+"""f2gguf's own kernels (cpp/): compiled where they are first used, for the llama-cpp-python that is there.
+
+They compute attention, norms and activations on AVX-512, and products on AMX, where the processor has that too.
 
 They need headers and compiler because the interface of ggml's backends is that of one release. CHANGELOG.md says how
 fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
@@ -31,14 +33,14 @@ from f2gguf.runtime.llama.threads import cpu_flags
 
 TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 NOT_COMPILED = (
-    "f2gguf's own kernels for AMX could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
+    "f2gguf's own kernels could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
     "or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
 )
 _SOURCE = Path(__file__).with_name("cpp") / "backend.cpp"  # and the headers beside it
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
-# What the processor must have, by Linux's names
-_NEEDED = ("amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "f16c", "fma")
-_UNITS = [f"-m{unit.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for unit in _NEEDED]
+# What the processor must have, by Linux's names, and what it needs for products
+_NEEDED, _FOR_PRODUCTS = ("avx512bw", "avx512vl", "avx512dq", "f16c", "fma"), ("amx_tile", "amx_bf16", "avx512_bf16")
+_UNITS = [f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_PRODUCTS)]
 _FLAGS = [*_UNITS, "-fopenmp"]
 _TILE = 32  # columns and rows of a matrix that are multiplied together
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
@@ -55,11 +57,16 @@ def works() -> bool:
         return not own_is_off() and _registered() is not None
 
 
+def multiply() -> bool:
+    """Whether these kernels compute products here, of matrices of `TYPES`."""
+    return works() and (library := _registered()) is not None and library.has_tiles
+
+
 def switch(on: bool) -> None:
     """Let all contexts use these kernels from their next batch on, or none."""
     with _LOCK:
         if (on or _registered.cache_info().currsize) and (library := _registered()):
-            library.f2gguf_switch(on)
+            library.f2gguf_switch(on, library.has_tiles)
 
 
 def product(left: Array, right: Array, n_threads: int) -> Array | None:
@@ -69,7 +76,7 @@ def product(left: Array, right: Array, n_threads: int) -> Array | None:
     """
     fits = not (right.shape[0] % _TILE or right.shape[1] % _TILE)
     lies_so = left.flags.c_contiguous and right.flags.f_contiguous and left.dtype == right.dtype == np.float32
-    return _product(_registered(), left, right, n_threads) if fits and lies_so and works() else None
+    return _product(_registered(), left, right, n_threads) if fits and lies_so and multiply() else None
 
 
 def _product(library: ctypes.CDLL | None, left: Array, right: Array, n_threads: int) -> Array | None:
@@ -91,8 +98,6 @@ def _registered() -> ctypes.CDLL | None:
     if not _could() or not (path := _compiled()) or not tried(path.stem, _CODE):
         return None
     library = _open(path)
-    if not library.f2gguf_may_use_tiles():
-        return None
     library.f2gguf_register()
     return library
 
@@ -116,10 +121,11 @@ def _compiled() -> Path | None:
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.f2gguf_may_use_tiles.restype = ctypes.c_bool
-    library.f2gguf_switch.argtypes = [ctypes.c_bool]
+    library.f2gguf_switch.argtypes = [ctypes.c_bool, ctypes.c_bool]
     library.f2gguf_backend.restype = ctypes.c_void_p
     library.f2gguf_product.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
     library.f2gguf_product.restype = ctypes.c_bool
+    library.has_tiles = cpu_flags() >= set(_FOR_PRODUCTS) and library.f2gguf_may_use_tiles()
     return library
 
 
@@ -131,15 +137,15 @@ def main() -> None:
 
 
 def _is_right(library: ctypes.CDLL) -> bool:
-    if not library.f2gguf_may_use_tiles():
-        return False
-    library.f2gguf_switch(True)
+    library.f2gguf_switch(True, library.has_tiles)
     backend = library.f2gguf_backend(2)
+    return layers_are_right(backend, tolerance=_LAYER_TOLERANCE) and (
+        not library.has_tiles or _multiplies_right(library, backend)
+    )
+
+
+def _multiplies_right(library: ctypes.CDLL, backend: int) -> bool:
     left, right = (np.random.default_rng(0).standard_normal((n, 96), dtype=np.float32) for n in (70, 64))
     found = _product(library, left, right.T, 2)
-    return (
-        products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE)
-        and layers_are_right(backend, tolerance=_LAYER_TOLERANCE)
-        and found is not None
-        and are_close(found, left @ right.T, _FINE_TOLERANCE)
-    )
+    is_right = products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE)
+    return is_right and found is not None and are_close(found, left @ right.T, _FINE_TOLERANCE)

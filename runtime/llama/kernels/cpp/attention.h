@@ -18,10 +18,10 @@
 #include <cstring>
 #include <vector>
 
-constexpr int QUERIES = 64;  // of one text, whose keys are gathered together
-constexpr int KEYS = 256;    // that are gathered at a time
-constexpr int DOWN = 8;      // queries that are multiplied together
-constexpr int ACROSS = 32;   // keys, or columns of values, that are multiplied together
+constexpr int QUERIES = 128;  // of one text, times heads with the same keys: about as many share gathered keys
+constexpr int KEYS = 256;     // that are gathered at a time
+constexpr int DOWN = 8;       // queries that are multiplied together
+constexpr int ACROSS = 32;    // keys, or columns of values, that are multiplied together
 constexpr uint16_t UNSEEN = 0xFC00;  // -inf
 
 // Queries of one text, and the keys that one of them sees
@@ -34,6 +34,7 @@ struct Sight {
     std::vector<Chunk> chunks;
     std::vector<int64_t> last;  // key that a query sees, -1 without any
     int64_t n_across;
+    int64_t n_queries;  // of a chunk, at most
     int32_t *keys;
     uint16_t *masks;  // of the keys in the list of the query's chunk
 };
@@ -90,7 +91,7 @@ void find_chunks(Sight &sight, const ggml_tensor *mask, int64_t n_queries) {
     sight.chunks.clear();
     for (int64_t i = 0; i < n_queries; i++) {
         const bool follows = i > 0 && sight.last[i - 1] >= 0 && mask_row(mask, i)[sight.last[i - 1]] != UNSEEN;
-        if (follows && sight.chunks.back().n_queries < QUERIES)
+        if (follows && sight.chunks.back().n_queries < sight.n_queries)
             sight.chunks.back().n_queries++;
         else
             sight.chunks.push_back({i, 1, 0});
@@ -142,10 +143,10 @@ void gather_keys(const ggml_tensor *keys, const int32_t *list, int64_t n, int64_
 
 // n values, 32 columns at a time
 void gather_values(const ggml_tensor *values, const int32_t *list, int64_t n, int64_t head, float *to) {
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t c = 0; c < values->ne[0]; c += 16)
-            _mm512_store_ps(to + c / ACROSS * ACROSS * KEYS + j * ACROSS + c % ACROSS,
-                            row_part(values, list[j], head, c));
+    for (int64_t c = 0; c < values->ne[0]; c += ACROSS)
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t half = 0; half < ACROSS; half += 16)
+                _mm512_store_ps(to + c * KEYS + j * ACROSS + half, row_part(values, list[j], head, c + half));
 }
 
 // Scores of n keys become their weights, e to the power of what they have more than `most`; their sum is returned
@@ -172,57 +173,80 @@ float mask_scores(float *scores, const uint16_t *mask, int64_t n, float scale) {
     return _mm512_reduce_max_ps(most);
 }
 
-// How many numbers `attend` needs for itself
-int64_t n_scratch(const ggml_tensor *keys, const ggml_tensor *values) {
-    return KEYS * (keys->ne[0] + values->ne[0]) + DOWN * KEYS + QUERIES * values->ne[0];
+// Heads of queries for each head of keys
+inline int64_t n_sharing(const ggml_tensor *queries, const ggml_tensor *keys) { return queries->ne[2] / keys->ne[2]; }
+
+// How many numbers `attend` needs for itself, of `n_rows` queries times heads
+int64_t n_scratch(const ggml_tensor *keys, const ggml_tensor *values, int64_t n_rows) {
+    return (KEYS + n_rows) * (keys->ne[0] + values->ne[0]) + n_rows * (KEYS + 2);
 }
 
-// The results of a chunk's queries for one head
-void attend(ggml_tensor *result, const Sight &sight, int64_t number, int64_t head, float *scratch) {
+// The results of a chunk's queries for the heads that share a head of keys
+void attend(ggml_tensor *result, const Sight &sight, int64_t number, int64_t kv_head, float *scratch) {
     const ggml_tensor *queries = result->src[0], *keys = result->src[1], *values = result->src[2];
-    const int64_t n_columns = keys->ne[0], n_results = values->ne[0], kv_head = head * keys->ne[2] / queries->ne[2];
+    const int64_t n_columns = keys->ne[0], n_results = values->ne[0], n_heads = n_sharing(queries, keys);
     const Chunk &chunk = sight.chunks[number];
+    const int64_t n_rows = n_heads * chunk.n_queries;  // of scores: all queries of the first head, and so on
     float scale;
     memcpy(&scale, result->op_params, sizeof scale);
-    float *k_panels = scratch, *v_panels = k_panels + KEYS * n_columns, *scores = v_panels + KEYS * n_results;
-    float *sums = scores + DOWN * KEYS, most[QUERIES], total[QUERIES];
-    std::fill_n(sums, chunk.n_queries * n_results, 0.0f);
-    std::fill_n(most, QUERIES, -INFINITY);
-    std::fill_n(total, QUERIES, 0.0f);
+    float *k_panels = scratch, *v_panels = k_panels + KEYS * n_columns, *query = v_panels + KEYS * n_results;
+    float *scores = query + n_rows * n_columns, *sums = scores + n_rows * KEYS;
+    float *most = sums + n_rows * n_results, *total = most + n_rows;
+    const auto place = [&](const ggml_tensor *tensor, int64_t row, int query_dim, int head_dim) {
+        const int64_t head = kv_head * n_heads + row / chunk.n_queries;
+        return (char *)tensor->data + (chunk.first + row % chunk.n_queries) * tensor->nb[query_dim] +
+               head * tensor->nb[head_dim];
+    };
+    for (int64_t row = 0; row < n_rows; row++)
+        memcpy(query + row * n_columns, place(queries, row, 1, 2), n_columns * sizeof(float));
+    std::fill_n(sums, n_rows * n_results, 0.0f);
+    std::fill_n(most, n_rows, -INFINITY);
+    std::fill_n(total, n_rows, 0.0f);
     for (int64_t begin = 0; begin < chunk.n_keys; begin += KEYS) {
         const int64_t n_here = std::min<int64_t>(KEYS, chunk.n_keys - begin);
         const int32_t *list = sight.keys + number * sight.n_across + begin;
         gather_keys(keys, list, n_here, kv_head, k_panels);
         gather_values(values, list, n_here, kv_head, v_panels);
-        for (int64_t down = 0; down < chunk.n_queries; down += DOWN) {
-            const int64_t n_down = std::min<int64_t>(DOWN, chunk.n_queries - down), first = chunk.first + down;
-            const int64_t last = *std::max_element(&sight.last[first], &sight.last[first + n_down - 1] + 1);
-            const int64_t n = std::min(n_here, last + 1 - begin);
-            if (n <= 0) continue;
-            const auto add = ADD_PRODUCT[n_down - 1];
-            const float *query = (const float *)((const char *)queries->data + first * queries->nb[1] +
-                                                 head * queries->nb[2]);
-            std::fill_n(scores, n_down * KEYS, 0.0f);
-            for (int64_t k = 0; k < n; k += ACROSS)
-                add(query, queries->nb[1] / sizeof(float), k_panels + k * n_columns, n_columns, scores + k, KEYS);
-            for (int64_t i = 0; i < n_down; i++) {
-                float *row = scores + i * KEYS, *sum = sums + (down + i) * n_results;
-                const uint16_t *mask = sight.masks + (first + i) * sight.n_across + begin;
-                const float before = most[down + i];
-                most[down + i] = std::max(before, mask_scores(row, mask, n, scale));
-                const float kept = before == most[down + i] ? 1 : std::exp(before - most[down + i]);
-                total[down + i] = total[down + i] * kept + weigh(row, n, most[down + i]);
+        // calls with rows of one head that are multiplied together, and how many of these keys they see
+        const auto for_each = [&](const auto &call) {
+            for (int64_t i = 0; i < chunk.n_queries; i += DOWN) {
+                const int64_t n_down = std::min<int64_t>(DOWN, chunk.n_queries - i);
+                const auto last = sight.last.begin() + chunk.first + i;
+                const int64_t n_seen = std::min(n_here, *std::max_element(last, last + n_down) + 1 - begin);
+                if (n_seen <= 0) continue;
+                for (int64_t head = 0; head < n_heads; head++) call(head * chunk.n_queries + i, n_down, n_seen);
+            }
+        };
+        std::fill_n(scores, n_rows * KEYS, 0.0f);
+        for (int64_t k = 0; k < n_here; k += ACROSS)  // 32 keys stay in the first cache for all queries
+            for_each([&](int64_t row, int64_t n_down, int64_t n_seen) {
+                if (k < n_seen)
+                    ADD_PRODUCT[n_down - 1](query + row * n_columns, n_columns, k_panels + k * n_columns, n_columns,
+                                            scores + row * KEYS + k, KEYS);
+            });
+        for_each([&](int64_t first, int64_t n_down, int64_t n_seen) {
+            for (int64_t row = first; row < first + n_down; row++) {
+                float *of_row = scores + row * KEYS, *sum = sums + row * n_results;
+                const int64_t query_at = chunk.first + row % chunk.n_queries;
+                const uint16_t *mask = sight.masks + query_at * sight.n_across + begin;
+                const float before = most[row];
+                most[row] = std::max(before, mask_scores(of_row, mask, n_seen, scale));
+                const float kept = before == most[row] ? 1 : std::exp(before - most[row]);
+                total[row] = total[row] * kept + weigh(of_row, n_seen, most[row]);
                 if (begin > 0)
                     for (int64_t c = 0; c < n_results; c++) sum[c] *= kept;
             }
-            for (int64_t c = 0; c < n_results; c += ACROSS)
-                add(scores, KEYS, v_panels + c * KEYS, n, sums + down * n_results + c, n_results);
-        }
+        });
+        for (int64_t c = 0; c < n_results; c += ACROSS)
+            for_each([&](int64_t row, int64_t n_down, int64_t n_seen) {
+                ADD_PRODUCT[n_down - 1](scores + row * KEYS, KEYS, v_panels + c * KEYS, n_seen,
+                                        sums + row * n_results + c, n_results);
+            });
     }
-    for (int64_t i = 0; i < chunk.n_queries; i++) {
-        float *to = (float *)((char *)result->data + head * result->nb[1] + (chunk.first + i) * result->nb[2]);
-        const float factor = total[i] == 0 ? 0 : 1 / total[i];
-        for (int64_t c = 0; c < n_results; c++) to[c] = sums[i * n_results + c] * factor;
+    for (int64_t row = 0; row < n_rows; row++) {
+        float *to = (float *)place(result, row, 2, 1);
+        const float factor = total[row] == 0 ? 0 : 1 / total[row];
+        for (int64_t c = 0; c < n_results; c++) to[c] = sums[row * n_results + c] * factor;
     }
 }
 
@@ -236,9 +260,11 @@ struct AttentionMemory {
 bool attend_all(AttentionMemory &memory, ggml_tensor *result, int n_threads) {
     const ggml_tensor *queries = result->src[0], *keys = result->src[1], *values = result->src[2];
     const ggml_tensor *mask = result->src[3];
-    const int64_t n_queries = queries->ne[1], n_heads = queries->ne[2], n_keys = keys->ne[1];
-    const int64_t size = n_scratch(keys, values);
+    const int64_t n_queries = queries->ne[1], n_kv_heads = keys->ne[2], n_keys = keys->ne[1];
+    const int64_t n_heads = n_sharing(queries, keys);
     Sight &sight = memory.sight;
+    sight.n_queries = std::max<int64_t>(DOWN, QUERIES / n_heads / DOWN * DOWN);
+    const int64_t size = (n_scratch(keys, values, sight.n_queries * n_heads) + 15) / 16 * 16;
     auto *scratch = memory.scratch.reserve<float>(n_threads * size);
     sight.n_across = (n_keys + 15) / 16 * 16;
     sight.masks = memory.masks.reserve<uint16_t>(n_queries * sight.n_across);
@@ -259,8 +285,8 @@ bool attend_all(AttentionMemory &memory, ggml_tensor *result, int n_threads) {
 #pragma omp for schedule(dynamic)
             for (size_t number = 0; number < sight.chunks.size(); number++) list_keys(sight, number, mask);
 #pragma omp for schedule(dynamic)
-            for (int64_t item = 0; item < int64_t(sight.chunks.size()) * n_heads; item++)
-                attend(result, sight, item / n_heads, item % n_heads, scratch + omp_get_thread_num() * size);
+            for (int64_t item = 0; item < int64_t(sight.chunks.size()) * n_kv_heads; item++)
+                attend(result, sight, item / n_kv_heads, item % n_kv_heads, scratch + omp_get_thread_num() * size);
         }
     }
     return has_memory;

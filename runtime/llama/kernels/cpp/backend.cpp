@@ -5,6 +5,8 @@
 // between texts that do not see each other. Here each vector of a result depends on its own text alone: it is the same
 // in every batch.
 //
+// Without AMX, products are left to llama.cpp.
+//
 // own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
 
 #include "ggml-backend.h"
@@ -60,7 +62,7 @@ struct ggml_backend_reg {
 
 namespace {
 
-bool is_on = false;
+bool is_on = false, multiplies = false;
 
 // Of a llama.cpp context
 struct Context {
@@ -148,7 +150,7 @@ bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type
 bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
     if (is_view(op)) return true;
     switch (op->op) {
-        case GGML_OP_MUL_MAT: return is_on && can_multiply(op);
+        case GGML_OP_MUL_MAT: return is_on && multiplies && can_multiply(op);
         case GGML_OP_FLASH_ATTN_EXT: return is_on && can_attend(op);
         case GGML_OP_CPY: return is_on && is_cast(op);
         default: return is_on && is_by_rows(op);
@@ -180,8 +182,11 @@ extern "C" bool f2gguf_may_use_tiles() { return !syscall(SYS_arch_prctl, 0x1023,
 // Let llama.cpp's later contexts have this backend.
 extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
 
-// Whether it takes products, of all contexts, from now on.
-extern "C" void f2gguf_switch(bool on) { is_on = on; }
+// Whether it computes anything, of all contexts, from now on, and products too, which need tiles.
+extern "C" void f2gguf_switch(bool on, bool tiles) {
+    is_on = on;
+    multiplies = tiles;
+}
 
 // `left`, rows of n_columns, times as long rows of `right`: n_right numbers for each row of `left`. Both counts are
 // multiples of 32. False without memory.
