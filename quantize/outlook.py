@@ -55,8 +55,8 @@ _FILES = 3  # of a variant that are on the disk at a time: codes, a candidate, a
 _ARRAYS = 7  # of a number for each token and each of the widest columns, at a time
 _SQUARES = 5  # of a number for each pair of the widest columns
 # Products that each does in the time of one of large float32 matrices: 0.6B and 4B shapes, two cores, AVX-512. The
-# stages of a kind that have ended correct this.
-_SPEED = {"torch": 0.6, "llama.cpp": 1.9, "codes": 0.7}
+# stages of a kind that have ended correct this. Attention does about as many as numpy.
+_SPEED = {"torch": 0.9, "llama.cpp": 1.9, "codes": 0.7}
 _TYPE = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of most weights of a variant, where it is called otherwise
 Seconds = dict[str, float]  # by kind of work
 
@@ -122,9 +122,10 @@ def expect(
     Work with matrices is counted in products: one for each weight of the layers and each token. `speeds` are tokens/s
     of the files, by variant; without them, they are sampled where the run takes half a minute.
     """
-    facts, machine, n_tokens = job.facts, _Machine.sample(), _counted(job.facts.checkpoint.tokenizer_path)
+    facts, machine, lengths = job.facts, _Machine.sample(), _counted(job.facts.checkpoint.tokenizer_path)
     shapes, n_all = layer_shapes(facts.tensors.items()), facts.checkpoint.n_parameters
     n_weights, widest = sum(map(math.prod, shapes)), max(n_cols for _, n_cols in shapes)
+    n_attending = sum(it.shape[1] for name, it in facts.tensors.items() if name.endswith("attn_output.weight"))
     base_bytes = n_all * (2 if facts.base == "f16" else 4)
     stages: dict[str, Seconds] = {}
     memory_bytes, disk_bytes = 0.0, float(base_bytes if base else 0)
@@ -132,7 +133,8 @@ def expect(
     def through(name: str, some: Sequence[EvalText]) -> Seconds:
         kind = name if name in _SPEED else "llama.cpp"
         speed = (speeds or {}).get(name) or _SPEED[kind] * machine.products / n_weights
-        return {kind: n_tokens(some, facts.max_tokens) / speed}
+        n_tokens = lengths(some, facts.max_tokens)
+        return {kind: sum(n_tokens) / speed + n_attending * sum(n * n for n in n_tokens) / machine.products}
 
     base_file = facts.base.upper()
     if base:
@@ -149,11 +151,11 @@ def expect(
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
         stages["calibrate"] = through(base_file, [*chosen, *judged])
-        n_fitting = int(n_tokens([*chosen, *spliced(some, budget)], LONG_TOKENS))
-        n = n_fitting + n_tokens(judged, LONG_TOKENS)
+        n_fitting = int(sum(lengths([*chosen, *spliced(some, budget)], LONG_TOKENS)))
+        n = n_fitting + sum(lengths(judged, LONG_TOKENS))
         if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):
             memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
-        codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.products)
+        codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.own_products)
     for name in variants:
         kind = _TYPE.get(name, name)
         compensates = bool(calibration) and job.compensate and kind in COMPENSATED
@@ -180,16 +182,17 @@ def expect(
 class _Machine:
     """What this machine does in a second, on all cores."""
 
-    products: float  # of float32 numbers
+    products: float  # of float32 numbers, by numpy
+    own_products: float  # as compensation multiplies
     bytes: float  # hashed
 
     @classmethod
     @cache
     def sample(cls) -> _Machine:
-        square, data = np.ones((1024, 1024), dtype=np.float32), bytes(1 << 24)
+        square, data = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32), bytes(1 << 24)
         with all_cores():
-            products = 1024**3 / _seconds(lambda: product(square, square))
-        return cls(products, len(data) / _seconds(lambda: hashlib.sha256(data)))
+            products, own = (1024**3 / _seconds(lambda right=it: product(square, right)) for it in (square, square.T))
+        return cls(products, own, len(data) / _seconds(lambda: hashlib.sha256(data)))
 
 
 @cache
@@ -209,20 +212,20 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @cache
-def _counted(path: Path) -> Callable[[Sequence[EvalText], int], float]:
-    """What counts the tokens of texts that are cut after some: nearly, since it knows nothing of prompts."""
+def _counted(path: Path) -> Callable[[Sequence[EvalText], int], list[float]]:
+    """What counts the tokens of each text, which is cut after some: nearly, since it knows nothing of prompts."""
     if not path.is_file():
-        return lambda texts, most: sum(min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts)
-    tokenizer, lengths = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()
+        return lambda texts, most: [min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts]
+    tokenizer, known = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    def count(texts: Sequence[EvalText], most: int) -> float:
-        new = list({text.text: None for text in texts if text.text not in lengths})
-        lengths.update(zip(new, map(len, tokenizer.encode_batch(new)), strict=True))
-        return sum(min(lengths[text.text], most) for text in texts)
+    def lengths(texts: Sequence[EvalText], most: int) -> list[float]:
+        new = list({text.text: None for text in texts if text.text not in known})
+        known.update(zip(new, map(len, tokenizer.encode_batch(new)), strict=True))
+        return [min(known[text.text], most) for text in texts]
 
-    return count
+    return lengths
 
 
 def _speeds(facts: Facts, variants: Sequence[str]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from f2gguf.runtime.files import cache_folder
 _COMPILERS = ("c++", "g++", "clang++")  # behind $CXX
 _COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC")
 _TIMEOUT_S = 120
+_LOCK = threading.Lock()  # so that threads do not write one file
 
 
 def own_is_off() -> bool:
@@ -35,7 +37,8 @@ def compiled(source: Path, name: str, flags: Sequence[str], stamp: str, more: Se
     path = folder / f"{name}-{key}.so"
     arguments = [*_COMMON, *flags, source, *more]
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
-    return path if path.exists() or any(_compile([compiler, *arguments], path) for compiler in compilers) else None
+    with _LOCK:
+        return path if path.exists() or any(_compile([compiler, *arguments], path) for compiler in compilers) else None
 
 
 def _compile(command: Sequence[str | Path], path: Path) -> bool:

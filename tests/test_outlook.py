@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import NANO
-from conftest import Release, Run
-from f2gguf.evals.texts import KINDS, load_texts, quick_texts
+from conftest import Release, Run, facts_of
+from f2gguf.evals.texts import KINDS, EvalText, load_texts, quick_texts
 from f2gguf.quantize import outlook
+from f2gguf.quantize.job import Job
 from f2gguf.quantize.outlook import Outlook
 
 
@@ -31,6 +32,16 @@ def test_every_stage_corrects_what_is_expected_of_its_kind(
             pass
     assert run.seconds_left == 0
     assert run.summary() == "took 15.0 min: measure 8.3 min, hash 1.7 min, variant 5.0 min"
+
+
+def test_a_long_text_is_expected_to_take_longer_than_short_ones_of_as_many_tokens(tmp_path: Path) -> None:
+    job = Job(facts_of(NANO), tmp_path, 0.02, "cpu", stock=True)
+    seconds = []
+    for n_texts in (1, 100):
+        texts = [EvalText(str(i), "long", "en", "lamp " * (1500 // n_texts)) for i in range(n_texts)]
+        found = outlook.expect(job, "F16", (), texts, texts, None, speeds={"F16": 1e4, "torch": 1e4})
+        seconds.append(found.stages["measure F16"]["llama.cpp"])
+    assert seconds[0] > 1.05 * seconds[1]
 
 
 def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ _PRODUCT_TOLERANCE, _LAYER_TOLERANCE = 0.02, 0.002
 _FINE_TOLERANCE = 1e-4  # of products of 16 bits, which differ by 4e-6
 
 
+class _Library(ctypes.CDLL):
+    has_tiles = False  # whether it can compute products here
+
+
 def works() -> bool:
     """Whether these kernels are here and right."""
     with _LOCK:
@@ -59,7 +63,7 @@ def works() -> bool:
 
 def multiply() -> bool:
     """Whether these kernels compute products here, of matrices of `TYPES`."""
-    return works() and (library := _registered()) is not None and library.has_tiles
+    return works() and bool((library := _registered()) and library.has_tiles)
 
 
 def switch(on: bool) -> None:
@@ -79,7 +83,7 @@ def product(left: Array, right: Array, n_threads: int) -> Array | None:
     return _product(_registered(), left, right, n_threads) if fits and lies_so and multiply() else None
 
 
-def _product(library: ctypes.CDLL | None, left: Array, right: Array, n_threads: int) -> Array | None:
+def _product(library: _Library | None, left: Array, right: Array, n_threads: int) -> Array | None:
     result = np.empty((len(left), right.shape[1]), dtype=np.float32)
     pointers = [pointer_to(array) for array in (left, right, result)]
     numbers = len(left), right.shape[1], len(right)
@@ -93,7 +97,7 @@ def cannot_be_compiled() -> bool:
 
 
 @cache
-def _registered() -> ctypes.CDLL | None:
+def _registered() -> _Library | None:
     """The library, whose backend llama.cpp knows; None where it cannot be had, or a child process found it wrong."""
     if not _could() or not (path := _compiled()) or not tried(path.stem, _CODE):
         return None
@@ -114,12 +118,12 @@ def _compiled() -> Path | None:
     """The compiled library, in the cache folder; None without compiler, headers or a place to write to."""
     if not (_HEADERS / "ggml-backend.h").exists():
         return None
-    more = ["-I", _HEADERS, "-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
+    more: list[str | Path] = ["-I", _HEADERS, "-L", Path(libggml._name).parent, "-lggml", "-lggml-base"]
     return compiled(_SOURCE, "own-kernels", _FLAGS, str(library_stamp()), more)
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _open(path: Path) -> _Library:
+    library = _Library(str(path))
     library.f2gguf_may_use_tiles.restype = ctypes.c_bool
     library.f2gguf_switch.argtypes = [ctypes.c_bool, ctypes.c_bool]
     library.f2gguf_backend.restype = ctypes.c_void_p
@@ -136,7 +140,7 @@ def main() -> None:
     print(RIGHT if path and _is_right(_open(path)) else "wrong")
 
 
-def _is_right(library: ctypes.CDLL) -> bool:
+def _is_right(library: _Library) -> bool:
     library.f2gguf_switch(True, library.has_tiles)
     backend = library.f2gguf_backend(2)
     return layers_are_right(backend, tolerance=_LAYER_TOLERANCE) and (
@@ -144,7 +148,7 @@ def _is_right(library: ctypes.CDLL) -> bool:
     )
 
 
-def _multiplies_right(library: ctypes.CDLL, backend: int) -> bool:
+def _multiplies_right(library: _Library, backend: int) -> bool:
     left, right = (np.random.default_rng(0).standard_normal((n, 96), dtype=np.float32) for n in (70, 64))
     found = _product(library, left, right.T, 2)
     is_right = products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE)
