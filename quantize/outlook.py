@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ class _Machine:
     def sample(cls) -> _Machine:
         square, data = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32), bytes(1 << 24)
         with all_cores():
-            products, own = (1024**3 / _seconds(lambda right=it: product(square, right)) for it in (square, square.T))
+            products, own = (1024**3 / _seconds(partial(product, square, right)) for right in (square, square.T))
         return cls(products, own, len(data) / _seconds(lambda: hashlib.sha256(data)))
 
 

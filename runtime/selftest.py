@@ -93,8 +93,8 @@ def selftest(encoder: Encoder, golden: Golden | None = None, *, compute: Compute
 class SelftestInParts:
     """A selftest for a server, which is to answer soon: `begin`, then `finish` beside the first requests.
 
-    `begin` tests the shortest text of each prompt, and the next longer ones as long as there is time. Together the two
-    compare what `selftest` does. Raises `SelftestMissing`.
+    `begin` tests the shortest text, and as long as there is time the shortest of every other prompt, then longer ones.
+    Together the two compare what `selftest` does. Raises `SelftestMissing`.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -111,13 +111,14 @@ class SelftestInParts:
     def begin(self, budget_s: float) -> None:
         """Compare texts for about `budget_s` seconds. Raises `SelftestFailed`."""
         prompts = self._golden.prompts
-        first = list({prompts[i]: i for i in reversed(self._left)}.values())
-        begin = time.perf_counter()
-        self._compare(first)
-        seconds_a_token = (time.perf_counter() - begin) / self._n_tokens(first)
-        room = int((begin + budget_s - time.perf_counter()) / seconds_a_token)
-        more = [i for n, i in enumerate(self._left, start=1) if self._n_tokens(self._left[:n]) <= room]
-        self._compare(more)
+        shortest = list({prompts[i]: i for i in reversed(self._left)}.values())
+        begin, n_done = time.perf_counter(), 0
+        for i in list(dict.fromkeys([*sorted(shortest, key=self._left.index), *self._left])):
+            n_tokens, passed = len(self._golden.ids[i]), time.perf_counter() - begin
+            if n_done and passed / n_done * (n_done + n_tokens) > budget_s:
+                break
+            self._compare([i])
+            n_done += n_tokens
 
     def finish(self, compute: Compute | None = None) -> None:
         """Compare the other texts. Raises `SelftestFailed`."""
@@ -127,9 +128,6 @@ class SelftestInParts:
         if which:
             selftest(self._encoder, self._golden.part(which), compute=compute).require_sound()
         self._left = [i for i in self._left if i not in which]
-
-    def _n_tokens(self, which: list[int]) -> int:
-        return sum(len(self._golden.ids[i]) for i in which)
 
 
 def probe_vectors(encoder: Encoder, golden: Golden, *, compute: Compute | None = None) -> Rows:

@@ -16,7 +16,7 @@ from f2gguf.quantize.repair.codes.compensate import COMPENSATED, Compensation
 from f2gguf.quantize.repair.codes.feedback import choose_codes, factor
 from f2gguf.quantize.repair.codes.layers import Shape, Texts, first_states, run_layer
 from f2gguf.quantize.repair.recipe import arithmetic
-from f2gguf.quantize.repair.tensors import Rows, Weights, dequantized, quantize_rows
+from f2gguf.quantize.repair.tensors import Rows, Weights, as_multiplied, dequantized, quantize_rows
 from f2gguf.runtime import Embedder
 from f2gguf.runtime.gguf.header import read_header
 
@@ -112,6 +112,16 @@ def test_compiled_loops_do_what_numpys_do(kind: str, n_rows: int, monkeypatch: p
         assert (ours != numpys).mean() < 0.01
         errors = [error(rows, grid.values(codes).T, inputs) for codes in (ours, numpys)]
         assert errors[0] == pytest.approx(errors[1], rel=0.003)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+def test_compiled_rounding_of_activations_has_numpys_bytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = correlated(700, 512)
+    rows[3], rows[4, :40] = 0, 0
+    rounded = as_multiplied(rows, kind)
+    monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
+    assert np.array_equal(rounded, as_multiplied(rows, kind))
+    assert 0 < np.abs(rounded - rows).max() < 0.005 * np.abs(rows).max()
 
 
 def test_without_a_compiler_codes_are_chosen_by_numpy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -88,14 +88,14 @@ def test_selftest_runs_where_a_file_has_golden_vectors_and_can_be_insisted_on(
 def test_a_selftest_is_finished_beside_requests_and_stops_a_model_that_fails(
     nano_release: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("f2gguf.runtime.server.models._BEGIN_S", 0)  # one text of each prompt
+    monkeypatch.setattr("f2gguf.runtime.server.models._BEGIN_S", 0)  # one text
     limits, metrics, schedule = Limits(), Metrics(), Schedule()
     path = nano_release.file("Q8_0")
     sound, broken = (open_model(path, name, limits, metrics, schedule) for name in ("sound", "broken"))
     app = create_app([sound, broken], limits, metrics)
     with sound.embedder, broken.embedder, TestClient(app, base_url="http://localhost") as client:
         before = client.get("/health")
-        assert (before.status_code, before.json()["models"]["sound"]) == (200, "3 of 16 texts passed, the others run")
+        assert (before.status_code, before.json()["models"]["sound"]) == (200, "1 of 16 texts passed, the others run")
         assert client.post("/embed", json={"inputs": "a", "model": "broken"}).status_code == 200
         monkeypatch.setattr(broken.batcher, "_compute", lambda texts, *_, **__: np.ones((len(texts), 256), np.float32))
         for model in (sound, broken):
@@ -107,6 +107,18 @@ def test_a_selftest_is_finished_beside_requests_and_stops_a_model_that_fails(
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "selftest_failed")
         assert "do not use vectors that it gave before" in refused.json()["error"]["message"]
         assert client.post("/v1/embeddings", json={"input": "a", "model": "sound"}).status_code == 200
+
+
+def test_a_server_that_stops_during_its_selftest_reports_no_fault(
+    nano_release: Release, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("f2gguf.runtime.server.models._BEGIN_S", 0)
+    model = open_model(nano_release.file("Q8_0"), "nano", Limits(), Metrics(), Schedule())
+    state = model.selftest
+    model.embedder.close()
+    with caplog.at_level("INFO", logger="f2gguf.serve"):
+        model.finish_selftest()
+    assert (model.selftest, caplog.records) == (state, [])
 
 
 def test_term_under_load_loses_no_request_that_was_accepted(nano_f16: Path) -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
+from f2gguf.quantize.repair.codes.parallel import all_cores, side_by_side
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.recipe import kind_of
 from f2gguf.quantize.repair.rescale import N_ROWS, Trial, relative_error
 from f2gguf.quantize.repair.tensors import OnProgress, Weights, as_stored, fits, shape_of, size_as
-from f2gguf.runtime.llama.threads import default_threads
 
 # From the smallest to the largest. A tensor can take those whose blocks its rows fill.
 LADDER = ("IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
@@ -66,8 +65,8 @@ def errors(
         on_progress(1)
         return name, by_type
 
-    with ThreadPoolExecutor(default_threads()) as pool:
-        return dict(pool.map(measure, types))
+    with all_cores():
+        return dict(side_by_side(measure, types))
 
 
 def _table_errors(weights: Weights, types: tuple[str, ...]) -> dict[str, float]:

@@ -8,17 +8,16 @@ but that of a column does, since a block takes its step from its largest value. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 from f2gguf.quantize.repair.assemble import Imatrix, Scale
 from f2gguf.quantize.repair.codes.layers import LAYERS
+from f2gguf.quantize.repair.codes.parallel import all_cores, side_by_side
 from f2gguf.quantize.repair.imatrix import Activations
 from f2gguf.quantize.repair.tensors import OnProgress, Rows, Weights, as_multiplied, as_stored
 from f2gguf.runtime.gguf.header import Header
-from f2gguf.runtime.llama.threads import default_threads
 from numpy.typing import NDArray
 
 Exponents = tuple[float, float]  # of a channel's activation, and (negative) of its weights
@@ -89,12 +88,12 @@ def search(
     left out if scales win too little there.
     """
     chosen = {}
-    with ThreadPoolExecutor(default_threads()) as pool:
+    with all_cores():
         for place in places(weights.header):
             channels, inputs = channels_of(weights, imatrix, place), activations.inputs(place.readers[0])
             trials = {name: Trial(weights.sample(name, N_ROWS), inputs, imatrix[name]) for name in place.readers}
             columns = [place.to_reader(channels.factors(exponents)).astype(np.float32) for exponents in GRID]
-            parts = [pool.map(partial(trial.error, types[name]), columns) for name, trial in trials.items()]
+            parts = [side_by_side(partial(trial.error, types[name]), columns) for name, trial in trials.items()]
             errors = [sum(of_readers) for of_readers in zip(*parts, strict=True)]
             best = int(np.argmin(errors))
             if errors[best] < WORTH * errors[0]:

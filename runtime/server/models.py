@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from f2gguf.runtime.embedder import Embedder, space_of
-from f2gguf.runtime.errors import FileWarning, TextError, UnknownDims, WrongUsage
+from f2gguf.runtime.errors import Closed, FileWarning, TextError, UnknownDims, WrongUsage
 from f2gguf.runtime.files import sha256_file, sha256_text
 from f2gguf.runtime.gguf.golden import has_golden
 from f2gguf.runtime.gguf.header import DOCUMENT_PROMPTS
@@ -110,6 +110,8 @@ class ServedModel:
             return
         try:
             self.test.finish(self._probe_rows)
+        except Closed:  # the server is stopping
+            return
         except Exception as error:  # whatever it is, the model was not tested
             log.error("selftest failed", exc_info=error)
             self._fault = "its selftest failed after the first requests: do not use vectors that it gave before. "

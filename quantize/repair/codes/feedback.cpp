@@ -72,8 +72,6 @@ void add_products_in_steps(Row *sums, const float *factors, int64_t j_step, int6
 
 }  // namespace
 
-extern "C" {
-
 // The values that every weight of a matrix can take: step * level + offset.
 struct Grid {
     int64_t n_rows, sub_block, n_levels;
@@ -81,10 +79,10 @@ struct Grid {
     const float *steps, *inverse, *offsets;  // (n_cols / sub_block, n_rows) each; no offsets: null
     bool is_even;                            // whether levels lie one apart
 };
-}
 
 namespace {
 
+// Some rows of a matrix
 class Rows {
   public:
     Rows(const Grid &grid, int64_t first) : grid(grid), first(first) {
