@@ -39,9 +39,9 @@ def test_a_long_text_is_expected_to_take_longer_than_short_ones_of_as_many_token
     seconds = []
     for n_texts in (1, 100):
         texts = [EvalText(str(i), "long", "en", "lamp " * (1500 // n_texts)) for i in range(n_texts)]
-        found = outlook.expect(job, "F16", (), texts, texts, None, speeds={"F16": 1e4, "torch": 1e4})
+        found = outlook.expect(job, "F16", (), texts, texts, None, speeds={"F16": 1e9, "torch": 1e9})
         seconds.append(found.stages["measure F16"]["llama.cpp"])
-    assert seconds[0] > 1.05 * seconds[1]
+    assert seconds[0] > 10 * seconds[1], "attention grows with the square of a length"
 
 
 def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: Path) -> None:
