@@ -1,4 +1,4 @@
-"""Loops in C++ (feedback.cpp), two to eight times as fast as numpy's, which are used where there is no compiler."""
+"""Loops in C++ (feedback.cpp), about twice as fast as numpy's, which are used where there is no compiler."""
 
 from __future__ import annotations
 

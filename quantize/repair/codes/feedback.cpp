@@ -1,5 +1,5 @@
 // Rounding with feedback and coordinate descent: the loops of feedback.py, for rows that do not depend on each other.
-// And the rounding of activations.
+// Also the rounding of activations, for tensors.py.
 //
 // Matrices are transposed, (n_cols, n_rows), as they are there. A few rows at a time go through all columns, so that
 // their errors stay in the cache; a panel of columns shares one product with the errors of the others.
