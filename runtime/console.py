@@ -7,8 +7,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -30,7 +31,14 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 class Commands(click.Group):
-    """A group of commands that prints every F2ggufError as its message and ends with its exit code."""
+    """A group of commands that prints every F2ggufError as its message and ends with its exit code.
+
+    `elsewhere` names further commands, "module:name" each, whose modules are imported when one of them is asked for.
+    """
+
+    def __init__(self, *arguments: Any, elsewhere: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.elsewhere = dict(elsewhere or {})
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -50,7 +58,14 @@ class Commands(click.Group):
             os._exit(130)  # Python's own exit would wait for the call into llama.cpp that is under way
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of work, not of the alphabet
+        return [*self.commands, *self.elsewhere]  # in the order of work, not of the alphabet
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.elsewhere:
+            return super().get_command(ctx, cmd_name)
+        module, name = self.elsewhere[cmd_name].split(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
 
 
 def say(line: str) -> None:

@@ -332,6 +332,7 @@ def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
     assert not own.works()
     assert list(afresh.iterdir()) == []
     assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NOT_COMPILED)
+    assert "need a C++ compiler" in choice.summary({})
 
 
 @needs_own

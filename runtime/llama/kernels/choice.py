@@ -36,6 +36,7 @@ TYPES = {  # the first that is here and takes a matrix gets it
 }
 _WORDS = {OWN: "on AMX by f2gguf's own kernels", AMX: "on AMX", REPACK: "repacked"}
 _ATTENTION = ", attention, norms and activations by f2gguf's own kernels"
+_NOT_COMPILED = ", without f2gguf's own kernels, which need a C++ compiler (`f2gguf inspect` says more)"
 _NO_AMX = (
     ". AMX is not used, because a trial of it failed: f2gguf's runtime/README.md says how to compile llama-cpp-python"
 )
@@ -106,7 +107,8 @@ def _laid_out(placement: Placement) -> Placement:
 def summary(placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
     words = "".join(f", {len(names)} matrices {_WORDS[buffer]}" for buffer, names in placement.items() if names)
-    return words + _ATTENTION * (OWN in placement and not placement[OWN])
+    words += _ATTENTION * (OWN in placement and not placement[OWN])
+    return words + _NOT_COMPILED * own.cannot_be_compiled()
 
 
 def place(params: Any, placement: Placement) -> bool:
