@@ -30,11 +30,11 @@ from f2gguf.runtime.llama.library import OWN
 
 Placement = Mapping[str, Sequence[str]]  # OWN, or names of ggml's types of buffers -> names of the matrices there
 TYPES = {  # the first that is here and takes a matrix gets it
-    OWN: own.TYPES,
+    OWN: own.TYPES["AMX"],
     AMX: ("Q8_0", "Q5_K", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS"),
     REPACK: ("Q4_0", "IQ4_NL", "MXFP4"),
 }
-_WORDS = {OWN: "on AMX by f2gguf's own kernels", AMX: "on AMX", REPACK: "repacked"}
+_WORDS = {OWN: "on {} by f2gguf's own kernels", AMX: "on AMX", REPACK: "repacked"}
 _ATTENTION = ", attention, norms and activations by f2gguf's own kernels"
 _NOT_COMPILED = ", without f2gguf's own kernels, which need a C++ compiler (`f2gguf inspect` says more)"
 _NO_AMX = (
@@ -55,7 +55,7 @@ def choose(header: Header) -> Placement:
     placement: dict[str, list[str]] = {}
     for buffer in _buffers():
         taken = {name for names in placement.values() for name in names}
-        kinds = TYPES[buffer] if buffer != OWN or own.multiply() else ()
+        kinds = TYPES[buffer] if buffer != OWN else own.TYPES[own.units()]
         names = [name for name in matrices(header, buffer, kinds) if name not in taken]
         if names or buffer == OWN:  # which compute what lies between products as well
             placement[buffer] = names
@@ -78,12 +78,12 @@ def describe_kernels(header: Header) -> str:
         return "as llama.cpp chooses on this processor"
     types = {tensor.name: tensor.type for tensor in header.tensors}
     words = [
-        f"{n} {kind} matrices {_WORDS[buffer]}"
+        f"{n} {kind} matrices {_WORDS[buffer].format(own.units())}"
         for buffer, names in choose(header).items()
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
-    found += _ATTENTION * (own.works() and not own.multiply())
+    found += _ATTENTION * (own.works() and not own.units())
     if own.cannot_be_compiled():
         return f"{found}. {own.NOT_COMPILED}"
     return found + (_NO_AMX if not own.works() and amx.is_built_in() and not amx.works() else "")
@@ -106,7 +106,7 @@ def _laid_out(placement: Placement) -> Placement:
 
 def summary(placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
-    words = "".join(f", {len(names)} matrices {_WORDS[buffer]}" for buffer, names in placement.items() if names)
+    words = "".join(f", {len(names)} matrices {_WORDS[buffer].format(own.units())}" for buffer, names in placement.items() if names)
     words += _ATTENTION * (OWN in placement and not placement[OWN])
     return words + _NOT_COMPILED * own.cannot_be_compiled()
 

@@ -1,6 +1,7 @@
 """f2gguf's own kernels (cpp/): compiled where they are first used, for the llama-cpp-python that is there.
 
-They compute attention, norms and activations on AVX-512, and products on AMX, where the processor has that too.
+They compute attention, norms and activations on AVX-512, and products on AMX or VNNI, where the processor has one of
+them too.
 
 They need headers and compiler because the interface of ggml's backends is that of one release. CHANGELOG.md says how
 fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
@@ -31,7 +32,11 @@ from f2gguf.runtime.llama.kernels.trial import (
 from f2gguf.runtime.llama.library import libggml
 from f2gguf.runtime.llama.threads import cpu_flags
 
-TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
+TYPES = {  # whose products they compute, by what the processor has
+    "AMX": ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    "VNNI": ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    "": (),
+}
 NOT_COMPILED = (
     "f2gguf's own kernels could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
     "or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
@@ -39,9 +44,13 @@ NOT_COMPILED = (
 _SOURCE = Path(__file__).with_name("cpp") / "backend.cpp"  # and the headers beside it
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's
 # What the processor must have, by Linux's names, and what it needs for products
-_NEEDED, _FOR_PRODUCTS = ("avx512bw", "avx512vl", "avx512dq", "f16c", "fma"), ("amx_tile", "amx_bf16", "avx512_bf16")
-_UNITS = [f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_PRODUCTS)]
+_NEEDED = ("avx512bw", "avx512vl", "avx512dq", "f16c", "fma")
+_FOR_TILES, _FOR_BYTES = ("amx_tile", "amx_bf16", "avx512_bf16"), ("avx512_vnni",)
+_UNITS = [
+    f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_TILES, *_FOR_BYTES)
+]
 _FLAGS = [*_UNITS, "-fopenmp"]
+_SWITCHES = {"": 0, "AMX": 1, "VNNI": 2}  # what f2gguf_switch takes
 _TILE = 32  # columns and rows of a matrix that are multiplied together
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
@@ -52,7 +61,10 @@ _FINE_TOLERANCE = 1e-4  # of products of 16 bits, which differ by 4e-6
 
 
 class _Library(ctypes.CDLL):
-    has_tiles = False  # whether it can compute products here
+    units = ""  # what it computes products on here: AMX, VNNI, or nothing
+
+    def switch(self, on: bool) -> None:
+        self.f2gguf_switch(on, _SWITCHES[self.units])
 
 
 def works() -> bool:
@@ -61,16 +73,16 @@ def works() -> bool:
         return not own_is_off() and _registered() is not None
 
 
-def multiply() -> bool:
-    """Whether these kernels compute products here, of matrices of `TYPES`."""
-    return works() and bool((library := _registered()) and library.has_tiles)
+def units() -> str:
+    """What these kernels compute products on here, of matrices of `TYPES`: AMX, VNNI, or nothing."""
+    return library.units if works() and (library := _registered()) else ""
 
 
 def switch(on: bool) -> None:
     """Let all contexts use these kernels from their next batch on, or none."""
     with _LOCK:
         if (on or _registered.cache_info().currsize) and (library := _registered()):
-            library.f2gguf_switch(on, library.has_tiles)
+            library.switch(on)
 
 
 def product(left: Array, right: Array, n_threads: int) -> Array | None:
@@ -80,7 +92,7 @@ def product(left: Array, right: Array, n_threads: int) -> Array | None:
     """
     fits = not (right.shape[0] % _TILE or right.shape[1] % _TILE)
     lies_so = left.flags.c_contiguous and right.flags.f_contiguous and left.dtype == right.dtype == np.float32
-    return _product(_registered(), left, right, n_threads) if fits and lies_so and multiply() else None
+    return _product(_registered(), left, right, n_threads) if fits and lies_so and units() == "AMX" else None
 
 
 def _product(library: _Library | None, left: Array, right: Array, n_threads: int) -> Array | None:
@@ -125,11 +137,14 @@ def _compiled() -> Path | None:
 def _open(path: Path) -> _Library:
     library = _Library(str(path))
     library.f2gguf_may_use_tiles.restype = ctypes.c_bool
-    library.f2gguf_switch.argtypes = [ctypes.c_bool, ctypes.c_bool]
+    library.f2gguf_switch.argtypes = [ctypes.c_bool, ctypes.c_int]
     library.f2gguf_backend.restype = ctypes.c_void_p
     library.f2gguf_product.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
     library.f2gguf_product.restype = ctypes.c_bool
-    library.has_tiles = cpu_flags() >= set(_FOR_PRODUCTS) and library.f2gguf_may_use_tiles()
+    if cpu_flags() >= set(_FOR_TILES) and library.f2gguf_may_use_tiles():
+        library.units = "AMX"
+    elif cpu_flags() >= set(_FOR_BYTES):
+        library.units = "VNNI"
     return library
 
 
@@ -141,15 +156,16 @@ def main() -> None:
 
 
 def _is_right(library: _Library) -> bool:
-    library.f2gguf_switch(True, library.has_tiles)
+    library.switch(True)
     backend = library.f2gguf_backend(2)
-    return layers_are_right(backend, tolerance=_LAYER_TOLERANCE) and (
-        not library.has_tiles or _multiplies_right(library, backend)
+    return (
+        layers_are_right(backend, tolerance=_LAYER_TOLERANCE)
+        and products_are_right(None, TYPES[library.units], backend=backend, tolerance=_PRODUCT_TOLERANCE)
+        and (library.units != "AMX" or _multiplies_floats(library))
     )
 
 
-def _multiplies_right(library: _Library, backend: int) -> bool:
+def _multiplies_floats(library: _Library) -> bool:
     left, right = (np.random.default_rng(0).standard_normal((n, 96), dtype=np.float32) for n in (70, 64))
     found = _product(library, left, right.T, 2)
-    is_right = products_are_right(None, TYPES, backend=backend, tolerance=_PRODUCT_TOLERANCE)
-    return is_right and found is not None and are_close(found, left @ right.T, _FINE_TOLERANCE)
+    return found is not None and are_close(found, left @ right.T, _FINE_TOLERANCE)

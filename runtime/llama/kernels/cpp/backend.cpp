@@ -1,11 +1,10 @@
-// A ggml backend that computes a model's layers: products of matrices on AMX, the matrix units of Intel's processors,
-// and attention, norms and activations in F32 on AVX-512.
+// A ggml backend that computes a model's layers: products of matrices on AMX, the matrix units of Intel's processors, or
+// on VNNI, and attention, norms and activations in F32 on AVX-512.
 //
-// llama.cpp's own kernels round inputs to 8 bits, unpack weights anew for every few tokens, and compute attention
-// between texts that do not see each other. Here each vector of a result depends on its own text alone: it is the same
-// in every batch.
+// llama.cpp's own kernels unpack weights anew for every few tokens, and compute attention between texts that do not see
+// each other. Here each vector of a result depends on its own text alone: it is the same in every batch.
 //
-// Without AMX, products are left to llama.cpp.
+// Without AMX, products of F16 and BF16 are left to llama.cpp, and without VNNI all.
 //
 // own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
 
@@ -13,6 +12,7 @@
 #include "ggml.h"
 
 #include "attention.h"
+#include "bytes.h"
 #include "products.h"
 #include "rows.h"
 
@@ -62,12 +62,14 @@ struct ggml_backend_reg {
 
 namespace {
 
-bool is_on = false, multiplies = false;
+bool is_on = false;
+enum { NO_PRODUCTS, TILES, BYTES } products = NO_PRODUCTS;
 
 // Of a llama.cpp context
 struct Context {
     int n_threads = 1;
     Inputs inputs;
+    Bytes bytes;
     AttentionMemory attention;
 };
 
@@ -92,17 +94,32 @@ bool is_view(const ggml_tensor *op) {
     }
 }
 
+// Matrices of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
+bool is_product(const ggml_tensor *op) {
+    const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
+    return !strncmp(matrix->name, "blk.", 4) && ggml_is_matrix(matrix) && ggml_is_contiguous(matrix) &&
+           matrix->ne[0] % DEPTH == 0 && matrix->ne[1] % ROWS == 0 && ggml_is_matrix(inputs) &&
+           inputs->type == GGML_TYPE_F32 && inputs->nb[0] == sizeof(float) && !op->op_params[0] &&
+           !op->op_params[1];  // neither precision nor a hint
+}
+
+bool can_multiply(ggml_type type) {
+    return products == TILES ? type != GGML_TYPE_F32 && unpack_of(type) : products == BYTES && read_of(type);
+}
+
 bool is_no_work(const ggml_tensor *op) { return is_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE); }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
     Context &context = *(Context *)backend->context;
-    context.inputs.packed = nullptr;  // of another graph, whose memory may be another tensor's by now
+    context.inputs.packed = context.bytes.packed = nullptr;  // of another graph, whose memory may be another's by now
     const int n_nodes = ggml_graph_n_nodes(graph);
     for (int i = 0; i < n_nodes; i++) {
         ggml_tensor *node = ggml_graph_node(graph, i);
         if (is_no_work(node)) continue;
         if (node->op == GGML_OP_MUL_MAT) {
-            if (!multiply_all(context.inputs, node, context.n_threads)) return GGML_STATUS_ALLOC_FAILED;
+            const bool done = products == TILES ? multiply_all(context.inputs, node, context.n_threads)
+                                                : multiply_bytes(context.bytes, node, context.n_threads);
+            if (!done) return GGML_STATUS_ALLOC_FAILED;
         } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
             if (!attend_all(context.attention, node, context.n_threads)) return GGML_STATUS_ALLOC_FAILED;
         } else if (node->op == GGML_OP_CPY) {
@@ -150,7 +167,7 @@ bool device_supports_buffers(ggml_backend_dev_t, ggml_backend_buffer_type_t type
 bool device_supports(ggml_backend_dev_t, const ggml_tensor *op) {
     if (is_view(op)) return true;
     switch (op->op) {
-        case GGML_OP_MUL_MAT: return is_on && multiplies && can_multiply(op);
+        case GGML_OP_MUL_MAT: return is_on && can_multiply(op->src[0]->type) && is_product(op);
         case GGML_OP_FLASH_ATTN_EXT: return is_on && can_attend(op);
         case GGML_OP_CPY: return is_on && is_cast(op);
         default: return is_on && is_by_rows(op);
@@ -182,10 +199,10 @@ extern "C" bool f2gguf_may_use_tiles() { return !syscall(SYS_arch_prctl, 0x1023,
 // Let llama.cpp's later contexts have this backend.
 extern "C" void f2gguf_register() { ggml_backend_register(&registry); }
 
-// Whether it computes anything, of all contexts, from now on, and products too, which need tiles.
-extern "C" void f2gguf_switch(bool on, bool tiles) {
+// Whether it computes anything, of all contexts, from now on, and products on what: own.py's Products.
+extern "C" void f2gguf_switch(bool on, int kind) {
     is_on = on;
-    multiplies = tiles;
+    products = decltype(products)(kind);
 }
 
 // `left`, rows of n_columns, times as long rows of `right`: n_right numbers for each row of `left`. Both counts are

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "blocks.h"
 #include "ggml.h"
 #include "memory.h"
 #include "registers.h"
@@ -33,22 +34,6 @@ struct Row {
 };
 
 using Unpack = void (*)(const uint8_t *blocks, int64_t n_columns, Row row);
-
-inline float half(const uint8_t *x) {
-    uint16_t bits;
-    memcpy(&bits, x, 2);
-    return _cvtsh_ss(bits);
-}
-
-inline __m256i bits(__m256i x, int shift, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8(mask));
-}
-
-// 16 bytes: the lower four bits of each, then the upper ones
-inline __m256i nibbles(const uint8_t *x) {
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)x);
-    return bits(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), 0, 15);
-}
 
 // first, first + 1, ... first + 15
 inline __m512 count(float first) {
@@ -106,8 +91,6 @@ void unpack_bf16(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 32, x += 64) row.put(_mm512_loadu_si512(x));
 }
 
-// ggml's types, as ggml/src/ggml-quants.c reads them
-
 void unpack_q8_0(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 32, x += 34) row.put(scaled(load(x + 2), half(x), half(x)));
 }
@@ -117,12 +100,8 @@ void unpack_q4_0(const uint8_t *x, int64_t n, Row row) {
 }
 
 void unpack_q5_0(const uint8_t *x, int64_t n, Row row) {
-    for (; n > 0; n -= 32, x += 22) {
-        uint32_t fifth;
-        memcpy(&fifth, x + 2, 4);
-        const __m256i low = nibbles(x + 6), codes = _mm256_mask_add_epi8(low, fifth, low, _mm256_set1_epi8(16));
-        row.put(look_up(times(half(x), count(-16)), times(half(x), count(0)), codes));
-    }
+    for (; n > 0; n -= 32, x += 22)
+        row.put(look_up(times(half(x), count(-16)), times(half(x), count(0)), q5_0_codes(x)));
 }
 
 inline __m512 iq4_values() {
@@ -134,47 +113,34 @@ void unpack_iq4_nl(const uint8_t *x, int64_t n, Row row) {
 }
 
 void unpack_iq4_xs(const uint8_t *x, int64_t n, Row row) {
-    for (; n > 0; n -= 256, x += 136) {
-        uint16_t upper;
-        memcpy(&upper, x + 2, 2);
-        for (int i = 0; i < 8; i++) {
-            const int scale = (x[4 + i / 2] >> 4 * (i % 2) & 15) | (upper >> 2 * i & 3) << 4;
-            row.put(look_up(times(half(x) * (scale - 32), iq4_values()), nibbles(x + 8 + 16 * i)));
-        }
-    }
+    for (; n > 0; n -= 256, x += 136)
+        for (int i = 0; i < 8; i++)
+            row.put(look_up(times(half(x) * iq4_xs_scale(x, i), iq4_values()), nibbles(x + 8 + 16 * i)));
 }
 
 // The values of codes from `first` on in the i-th eighth of a block of Q4_K or Q5_K
 inline __m512 k_values(const uint8_t *x, int i, float first) {
-    const uint8_t *s = x + 4;
-    const int scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
-    const int least = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | s[i] >> 6 << 4;
-    return _mm512_fmsub_ps(_mm512_set1_ps(half(x) * scale), count(first), _mm512_set1_ps(half(x + 2) * least));
+    const KScale scale = k_scale(x, i);
+    return _mm512_fmsub_ps(_mm512_set1_ps(scale.factor), count(first), _mm512_set1_ps(scale.least));
 }
 
 void unpack_q4_k(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 256, x += 144)
         for (int i = 0; i < 8; i++)
-            row.put(look_up(k_values(x, i, 0), bits(load(x + 16 + i / 2 * 32), i % 2 * 4, 15)));
+            row.put(look_up(k_values(x, i, 0), q4_k_codes(x, i)));
 }
 
 void unpack_q5_k(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 256, x += 176)
-        for (int i = 0; i < 8; i++) {
-            const __m256i low = bits(load(x + 48 + i / 2 * 32), i % 2 * 4, 15), fifth = bits(load(x + 16), i, 1);
-            const __m256i codes = _mm256_or_si256(low, _mm256_slli_epi16(fifth, 4));
-            row.put(look_up(k_values(x, i, 0), k_values(x, i, 16), codes));
-        }
+        for (int i = 0; i < 8; i++)
+            row.put(look_up(k_values(x, i, 0), k_values(x, i, 16), q5_k_codes(x, i)));
 }
 
 void unpack_q6_k(const uint8_t *x, int64_t n, Row row) {
     for (; n > 0; n -= 256, x += 210)
         for (int i = 0; i < 8; i++) {
-            const int part = i / 4, j = i % 4;
-            const __m256i low = bits(load(x + 64 * part + j % 2 * 32), j / 2 * 4, 15);
-            const __m256i high = _mm256_slli_epi16(bits(load(x + 128 + 32 * part), 2 * j, 3), 4);
-            const int8_t *scales = (const int8_t *)x + 192 + 8 * part + 2 * j;
-            const __m256i codes = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
+            const __m256i codes = _mm256_sub_epi8(q6_k_codes(x, i), _mm256_set1_epi8(32));
+            const int8_t *scales = q6_k_scales(x, i);
             row.put(scaled(codes, half(x + 208) * scales[0], half(x + 208) * scales[1]));
         }
 }
@@ -329,13 +295,4 @@ bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
         _tile_release();
     }
     return true;
-}
-
-// Matrices of layers only: the LM head comes after the vectors, and is to stay where a callback can stop it.
-bool can_multiply(const ggml_tensor *op) {
-    const ggml_tensor *matrix = op->src[0], *inputs = op->src[1];
-    return !strncmp(matrix->name, "blk.", 4) && matrix->type != GGML_TYPE_F32 && unpack_of(matrix->type) &&
-           ggml_is_matrix(matrix) && ggml_is_contiguous(matrix) && matrix->ne[0] % DEPTH == 0 &&
-           matrix->ne[1] % ROWS == 0 && ggml_is_matrix(inputs) && inputs->type == GGML_TYPE_F32 &&
-           inputs->nb[0] == sizeof(float) && !op->op_params[0] && !op->op_params[1];  // neither precision nor a hint
 }
