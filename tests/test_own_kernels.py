@@ -1,4 +1,4 @@
-"""f2gguf's own products on AMX are those of the file's weights, and are left out where they cannot be had."""
+"""f2gguf's own products on AMX and VNNI are those of the file's weights, and are left out where they cannot be had."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
 needs_own = pytest.mark.skipif(not own.works(), reason="needs a processor with AVX-512, and a C++ compiler")
-needs_amx = pytest.mark.skipif(not own.multiply(), reason="needs a processor with AMX, and a C++ compiler")
+needs_amx = pytest.mark.skipif(own.units() != "AMX", reason="needs a processor with AMX, and a C++ compiler")
+needs_vnni = pytest.mark.skipif(
+    own.units() != "VNNI", reason="needs a processor with AVX-512's VNNI and no AMX, and a C++ compiler"
+)
+needs_products = pytest.mark.skipif(not own.units(), reason="needs a processor with AMX or VNNI, and a C++ compiler")
+SHAPES = [(32, 256, 1), (96, 1280, 16), (64, 2304, 17), (64, 512, 40)]  # rows, columns, tokens
 
 
 def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -35,7 +40,7 @@ def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
 def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     library = own._registered()
     assert library
-    library.f2gguf_switch(True, library.has_tiles)
+    library.switch(True)
     return trial.products(matrix, kind, inputs, backend=library.f2gguf_backend(2))
 
 
@@ -55,10 +60,8 @@ def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
 
 
 @needs_amx
-@pytest.mark.parametrize("kind", own.TYPES)
-@pytest.mark.parametrize(
-    ("n_rows", "n_columns", "n_tokens"), [(32, 256, 1), (96, 1280, 16), (64, 2304, 17), (64, 512, 40)]
-)
+@pytest.mark.parametrize("kind", own.TYPES["AMX"])
+@pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), SHAPES)
 def test_products_are_those_of_weights_and_inputs_in_bf16(
     kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
 ) -> None:
@@ -73,6 +76,49 @@ def test_products_are_those_of_weights_and_inputs_in_bf16(
     assert np.abs(found - wanted).max() <= (1e-5 if is_exact else 1e-4) * np.abs(wanted).max()
 
 
+def in_bytes(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Rounded to 8 bits, 32 columns at a time."""
+    blocks = inputs.reshape(-1, 32)
+    factors = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    rounded = np.round(blocks * (np.float32(1) / factors)).astype(np.float64) * factors
+    return rounded.reshape(inputs.shape)
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", own.TYPES["VNNI"])
+@pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), SHAPES)
+def test_products_are_those_of_weights_and_inputs_in_bytes(
+    kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
+) -> None:
+    generator = np.random.default_rng(rng.randrange(1 << 32))
+    matrix = generator.standard_normal((n_rows, n_columns), dtype=np.float32)
+    inputs = generator.standard_normal((n_tokens, n_columns), dtype=np.float32) * 10 ** generator.uniform(-3, 3)
+    inputs = inputs.astype(np.float32)
+    wanted = in_bytes(inputs) @ quantised(matrix, kind).astype(np.float64).T
+    assert np.abs(own_products(matrix, kind, inputs) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@needs_vnni
+@pytest.mark.parametrize("n_columns", [32, 96, 544])
+def test_rows_of_an_odd_number_of_blocks_have_their_products(n_columns: int) -> None:
+    normal = np.random.default_rng(0).standard_normal
+    matrix, inputs = normal((32, n_columns), dtype=np.float32), normal((7, n_columns), dtype=np.float32)
+    wanted = in_bytes(inputs) @ quantised(matrix, "Q4_0").astype(np.float64).T
+    assert np.abs(own_products(matrix, "Q4_0", inputs) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@needs_products
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_no_numbers_have_no_products(bad: float) -> None:
+    """Nor do they change those of the other tokens. Inputs of zeros have products of zero."""
+    inputs, matrix = np.ones((3, 512), dtype=np.float32), np.ones((32, 512), dtype=np.float32)
+    inputs[0, 40], inputs[1] = bad, 0
+    found = own_products(matrix, "Q4_0", inputs)
+    assert not np.isfinite(found[0]).any()
+    assert np.all(found[1] == 0)
+    assert np.allclose(found[2], 512, rtol=1e-3)
+
+
 @needs_amx
 def test_bf16_weights_have_the_same_products_in_an_f16_file() -> None:
     generator = np.random.default_rng(0)
@@ -83,7 +129,7 @@ def test_bf16_weights_have_the_same_products_in_an_f16_file() -> None:
     assert not np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
 
 
-@needs_amx
+@needs_products
 def test_a_product_has_the_same_bytes_in_every_batch() -> None:
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((64, 1536), dtype=np.float32)
@@ -107,7 +153,7 @@ def attended(
 def own_attention(*tensors: NDArray[np.float32]) -> NDArray[np.float32]:
     library = own._registered()
     assert library
-    library.f2gguf_switch(True, library.has_tiles)
+    library.switch(True)
     found = trial.attention(*tensors, backend=library.f2gguf_backend(2))
     assert not np.array_equal(found, trial.attention(*tensors)), "the CPU's rounds otherwise: two ways were compared"
     return found
@@ -189,7 +235,7 @@ def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, i
     inputs, others, factors = (3 * normal(it, dtype=np.float32) for it in (shape, shape, shape[1:]))
     library = own._registered()
     assert library
-    library.f2gguf_switch(True, library.has_tiles)
+    library.switch(True)
     found = trial.steps(inputs, others, factors, backend=library.f2gguf_backend(2))
     x = inputs.astype(np.float64) + others
     x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5) * factors
@@ -231,7 +277,7 @@ def of_many_types(nano_f16: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """nano with every type of the kernels, and with one that they do not have."""
     weights, path = Weights(nano_f16), tmp_path_factory.mktemp("types") / "types.gguf"
     names = [name for name, info in weights.infos.items() if len(info.shape) == 2 and name.startswith("blk.")]
-    kinds = [*own.TYPES[2:], "Q4_1"]
+    kinds = [*own.TYPES["VNNI"], "Q4_1"]
     chosen = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
     make(weights, path, Recipe("Q4_0"), {}, types={it: chosen.get(it, info.type) for it, info in weights.infos.items()})
     return path
@@ -242,17 +288,17 @@ def vectors_and_words(path: Path) -> tuple[NDArray[np.float32], str]:
         return embedder.encode(TEXTS), embedder.description
 
 
-@needs_amx
+@needs_products
 def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, words = vectors_and_words(of_many_types)
-    assert "on AMX by f2gguf's own kernels" in words
+    assert f"on {own.units()} by f2gguf's own kernels" in words
     header = read_header(of_many_types)
     types = {tensor.name: tensor.type for tensor in header.tensors}
-    assert {types[name] for name in choice.choose(header)[OWN]} == set(own.TYPES[2:])
+    assert {types[name] for name in choice.choose(header)[OWN]} == set(own.TYPES["VNNI"])
     assert choice.copied_bytes(header) == 0
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
     others, words = vectors_and_words(of_many_types)
-    assert "AMX" not in words
+    assert "f2gguf" not in words
     assert not np.array_equal(vectors, others), "other kernels round otherwise, so two ways were compared"
     assert drift(vectors, others).max() < 1e-3
 
@@ -266,15 +312,15 @@ def test_vectors_of_an_f16_file_hardly_change(nano_f16: Path, monkeypatch: pytes
 
 
 @needs_own
-def test_without_amx_what_lies_between_products_is_computed(
+def test_without_amx_or_vnni_what_lies_between_products_is_computed(
     of_many_types: Path, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own._registered(), "has_tiles", False)
+    monkeypatch.setattr(own._registered(), "units", "")
     words = ", attention, norms and activations by f2gguf's own kernels"
     for path in (nano_f16, of_many_types):
         with monkeypatch.context() as patch:
             vectors, found = vectors_and_words(path)
-            assert "AMX" not in found
+            assert "AMX" not in found and "VNNI" not in found
             assert choice.describe_kernels(read_header(path)).endswith(words)
             patch.setenv("F2GGUF_OWN_KERNELS", "0")
             others, theirs = vectors_and_words(path)
@@ -290,8 +336,12 @@ def together_and_alone(path: Path) -> tuple[NDArray[np.float32], NDArray[np.floa
 
 
 @needs_amx
-def test_a_text_has_the_same_vector_in_any_batch(of_many_types: Path, nano_f16: Path) -> None:
+def test_a_text_has_the_same_vector_in_any_batch(nano_f16: Path) -> None:
     assert np.array_equal(*together_and_alone(nano_f16))
+
+
+@needs_products
+def test_a_text_has_the_same_vector_in_any_batch_by_other_types(of_many_types: Path) -> None:
     assert drift(*together_and_alone(of_many_types)).max() < 1e-6, "one of its types is llama.cpp's"
 
 

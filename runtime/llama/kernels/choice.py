@@ -76,14 +76,14 @@ def describe_kernels(header: Header) -> str:
     """Which matrices are laid out anew on this machine's CPU, in words; without loading the file."""
     if not _buffers():
         return "as llama.cpp chooses on this processor"
-    types = {tensor.name: tensor.type for tensor in header.tensors}
+    types, placement = {tensor.name: tensor.type for tensor in header.tensors}, choose(header)
     words = [
         f"{n} {kind} matrices {_WORDS[buffer].format(own.units())}"
-        for buffer, names in choose(header).items()
+        for buffer, names in placement.items()
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
-    found += _ATTENTION * (own.works() and not own.units())
+    found += _ATTENTION * (OWN in placement and not placement[OWN])
     if own.cannot_be_compiled():
         return f"{found}. {own.NOT_COMPILED}"
     return found + (_NO_AMX if not own.works() and amx.is_built_in() and not amx.works() else "")
