@@ -1,7 +1,7 @@
 """Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
-On AMX, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere, on x86,
-llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
+On AMX and VNNI, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere, on
+x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
 types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
 shape, Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
@@ -106,7 +106,9 @@ def _laid_out(placement: Placement) -> Placement:
 
 def summary(placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
-    words = "".join(f", {len(names)} matrices {_WORDS[buffer].format(own.units())}" for buffer, names in placement.items() if names)
+    words = "".join(
+        f", {len(names)} matrices {_WORDS[buffer].format(own.units())}" for buffer, names in placement.items() if names
+    )
     words += _ATTENTION * (OWN in placement and not placement[OWN])
     return words + _NOT_COMPILED * own.cannot_be_compiled()
 

@@ -46,9 +46,7 @@ _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp
 # What the processor must have, by Linux's names, and what it needs for products
 _NEEDED = ("avx512bw", "avx512vl", "avx512dq", "f16c", "fma")
 _FOR_TILES, _FOR_BYTES = ("amx_tile", "amx_bf16", "avx512_bf16"), ("avx512_vnni",)
-_UNITS = [
-    f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_TILES, *_FOR_BYTES)
-]
+_UNITS = [f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_TILES, *_FOR_BYTES)]
 _FLAGS = [*_UNITS, "-fopenmp"]
 _SWITCHES = {"": 0, "AMX": 1, "VNNI": 2}  # what f2gguf_switch takes
 _TILE = 32  # columns and rows of a matrix that are multiplied together
