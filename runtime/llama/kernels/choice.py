@@ -1,8 +1,8 @@
 """Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
 On AMX and VNNI, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere, on
-x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are. Here
-types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
+x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are.
+Here types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
 shape, Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
 Nothing is measured at load: a llama.cpp that has AVX2 alone (ggml's -DGGML_NATIVE=OFF: no AVX-512, no VNNI) leads to
