@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import click
 import pytest
 from conftest import Release
 from f2gguf.quantize.cli import f2gguf
@@ -499,4 +500,4 @@ def test_list_of_nothing_says_where_models_come_from(command: Run) -> None:
 
 def test_commands_are_listed_in_the_order_of_work() -> None:
     names = "embed pull list inspect repair-header selftest index search fit bench serve quantize"
-    assert list(f2gguf.commands) == names.split()
+    assert f2gguf.list_commands(click.Context(f2gguf)) == names.split()

@@ -18,7 +18,10 @@ TEXT = "\n".join(path.read_text() for path in READMES)
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
     """Every command below a group with its full name."""
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command
         if isinstance(command, click.Group):
             yield from commands(command, *path, name)
         else:
