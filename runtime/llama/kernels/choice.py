@@ -78,12 +78,12 @@ def describe_kernels(header: Header) -> str:
         return "as llama.cpp chooses on this processor"
     types, placement = {tensor.name: tensor.type for tensor in header.tensors}, choose(header)
     words = [
-        f"{n} {kind} matrices {_WORDS[buffer].format(own.units())}"
+        f"{n} {kind} matrices {_where(buffer)}"
         for buffer, names in placement.items()
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
     found = ", ".join(words) or "no matrix is repacked: all have faster kernels as they are"
-    found += _ATTENTION * (OWN in placement and not placement[OWN])
+    found += _between_products(placement)
     if own.cannot_be_compiled():
         return f"{found}. {own.NOT_COMPILED}"
     return found + (_NO_AMX if not own.works() and amx.is_built_in() and not amx.works() else "")
@@ -106,11 +106,13 @@ def _laid_out(placement: Placement) -> Placement:
 
 def summary(placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
-    words = "".join(
-        f", {len(names)} matrices {_WORDS[buffer].format(own.units())}" for buffer, names in placement.items() if names
-    )
-    words += _ATTENTION * (OWN in placement and not placement[OWN])
-    return words + _NOT_COMPILED * own.cannot_be_compiled()
+    words = "".join(f", {len(names)} matrices {_where(buffer)}" for buffer, names in placement.items() if names)
+    return words + _between_products(placement) + _NOT_COMPILED * own.cannot_be_compiled()
+
+
+def _between_products(placement: Placement) -> str:
+    """What f2gguf's own kernels compute where they have none of a file's matrices, in words."""
+    return _ATTENTION if OWN in placement and not placement[OWN] else ""
 
 
 def place(params: Any, placement: Placement) -> bool:
@@ -139,6 +141,10 @@ def _buffers() -> dict[str, int]:
         return {}
     here = extra_buffers() | ({OWN: 0} if own.works() else {})
     return {name: here[name] for name in TYPES if name in here and (name != AMX or (OWN not in here and amx.works()))}
+
+
+def _where(buffer: str) -> str:
+    return _WORDS[buffer].format(own.units())
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

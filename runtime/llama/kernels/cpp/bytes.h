@@ -113,9 +113,9 @@ struct Panel {
 
     void read(const ggml_tensor *matrix, int64_t first_row, int64_t column, int64_t n_columns) {
         const auto *blocks = (const uint8_t *)matrix->data + ggml_row_size(matrix->type, column);
+        const Read read_row = read_of(matrix->type);
         for (int i = 0; i < BYTE_ROWS; i++)
-            read_of(matrix->type)(blocks + (first_row + i) * matrix->nb[1], n_columns,
-                                  {rows[i], factors + i, leasts + i});
+            read_row(blocks + (first_row + i) * matrix->nb[1], n_columns, {rows[i], factors + i, leasts + i});
         for (int64_t k = 0; k < n_columns; k += 64)  // 16 words, of which the last 8 may be nothing
             for (int part = 0; part < 2; part++) {
                 __m512i words[16];
