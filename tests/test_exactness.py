@@ -19,6 +19,7 @@ from f2gguf.runtime.llama import context
 from f2gguf.runtime.llama.context import N_UBATCH, LastTokenContext
 from f2gguf.runtime.llama.model import MIN_FLASH
 from f2gguf.runtime.llama.packing import pack, shared_length, unique
+from f2gguf.runtime.llama.worker import Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +161,26 @@ def test_close_during_another_threads_work_ends_it_with_an_error(nano: Embedder)
     with pytest.raises(Closed, match="open the file again"):
         model.encode("text")
     model.close()  # twice is once
+
+
+def test_a_thread_with_the_number_of_an_ended_worker_is_not_taken_for_it() -> None:
+    """Systems give the number of an ended thread to the next one, which then computed with contexts that were freed."""
+    worker, outcomes = Worker(), []
+    number = worker(threading.get_ident)
+    worker.close(lambda: None, wait=True)
+
+    def work() -> None:
+        with pytest.raises(Closed):
+            worker(lambda: None)
+        outcomes.append(threading.get_ident())
+
+    for _ in range(20):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(outcomes) == 20
+    if number not in outcomes:
+        pytest.skip("this system gives no number twice")
 
 
 def test_an_embedder_that_nobody_holds_ends_its_thread(nano: Embedder) -> None:

@@ -40,9 +40,12 @@ class Worker:
         if threading.get_ident() == self._thread:
             return work()
 
-        def run() -> Result:  # a method as the executor's initializer would keep this object alive
-            self._thread = threading.get_ident()
-            return work()
+        def run() -> Result:
+            self._thread = threading.get_ident()  # only for this call: once the thread ends, others may get its number
+            try:
+                return work()
+            finally:
+                self._thread = None
 
         try:
             future = self._executor.submit(run)
