@@ -1,4 +1,4 @@
-"""f2gguf's own products on AMX and VNNI are those of the file's weights, and are left out where they cannot be had."""
+"""f2gguf's own products are those of the file's weights, and are left out where they cannot be had."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ needs_amx = pytest.mark.skipif(own.units() != "AMX", reason="needs a processor w
 needs_vnni = pytest.mark.skipif(
     own.units() != "VNNI", reason="needs a processor with AVX-512's VNNI and no AMX, and a C++ compiler"
 )
-needs_products = pytest.mark.skipif(not own.units(), reason="needs a processor with AMX or VNNI, and a C++ compiler")
+needs_codes = pytest.mark.skipif(
+    "Q4_0" not in own.products(), reason="needs a processor with AMX or AVX-512's VNNI, and a C++ compiler"
+)
+needs_floats = pytest.mark.skipif(
+    "F32" not in own.products(), reason="needs a processor with AVX-512 and no AMX, and a C++ compiler"
+)
+CODES = [kind for kind, units in own.PRODUCTS["VNNI"].items() if units == "VNNI"]
 SHAPES = [(32, 256, 1), (96, 1280, 16), (64, 2304, 17), (64, 512, 40)]  # rows, columns, tokens
 
 
@@ -46,6 +52,8 @@ def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.floa
 
 def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     """What ggml makes of a matrix in a type."""
+    if kind == "F32":
+        return matrix
     if kind == "F16":
         return matrix.astype(np.float16).astype(np.float32)
     if kind == "BF16":
@@ -60,7 +68,7 @@ def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
 
 
 @needs_amx
-@pytest.mark.parametrize("kind", own.TYPES["AMX"])
+@pytest.mark.parametrize("kind", own.PRODUCTS["AMX"])
 @pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), SHAPES)
 def test_products_are_those_of_weights_and_inputs_in_bf16(
     kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
@@ -85,7 +93,7 @@ def in_bytes(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 @needs_vnni
-@pytest.mark.parametrize("kind", own.TYPES["VNNI"])
+@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), SHAPES)
 def test_products_are_those_of_weights_and_inputs_in_bytes(
     kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
@@ -98,6 +106,19 @@ def test_products_are_those_of_weights_and_inputs_in_bytes(
     assert np.abs(own_products(matrix, kind, inputs) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@needs_floats
+@pytest.mark.parametrize("kind", own.PRODUCTS["AVX-512"])
+@pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), [*SHAPES, (32, 32, 13), (32, 544, 25)])
+def test_products_of_floats_are_rounded_nowhere(
+    kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
+) -> None:
+    generator = np.random.default_rng(rng.randrange(1 << 32))
+    matrix = generator.standard_normal((n_rows, n_columns), dtype=np.float32)
+    inputs = generator.standard_normal((n_tokens, n_columns), dtype=np.float32)
+    wanted = inputs.astype(np.float64) @ quantised(matrix, kind).astype(np.float64).T
+    assert np.abs(own_products(matrix, kind, inputs) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
 @needs_vnni
 @pytest.mark.parametrize("n_columns", [32, 96, 544])
 def test_rows_of_an_odd_number_of_blocks_have_their_products(n_columns: int) -> None:
@@ -107,13 +128,14 @@ def test_rows_of_an_odd_number_of_blocks_have_their_products(n_columns: int) -> 
     assert np.abs(own_products(matrix, "Q4_0", inputs) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@needs_products
+@needs_codes
+@pytest.mark.parametrize("kind", ["Q4_0", "F16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_inputs_that_are_no_numbers_have_no_products(bad: float) -> None:
+def test_inputs_that_are_no_numbers_have_no_products(kind: str, bad: float) -> None:
     """Nor do they change those of the other tokens. Inputs of zeros have products of zero."""
     inputs, matrix = np.ones((3, 512), dtype=np.float32), np.ones((32, 512), dtype=np.float32)
     inputs[0, 40], inputs[1] = bad, 0
-    found = own_products(matrix, "Q4_0", inputs)
+    found = own_products(matrix, kind, inputs)
     assert not np.isfinite(found[0]).any()
     assert np.all(found[1] == 0)
     assert np.allclose(found[2], 512, rtol=1e-3)
@@ -129,14 +151,15 @@ def test_bf16_weights_have_the_same_products_in_an_f16_file() -> None:
     assert not np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
 
 
-@needs_products
-def test_a_product_has_the_same_bytes_in_every_batch() -> None:
+@needs_codes
+@pytest.mark.parametrize("kind", ["Q4_K", "F16"])
+def test_a_product_has_the_same_bytes_in_every_batch(kind: str) -> None:
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((64, 1536), dtype=np.float32)
     inputs = generator.standard_normal((50, 1536), dtype=np.float32)
-    together = own_products(matrix, "Q4_K", inputs)
+    together = own_products(matrix, kind, inputs)
     for first, last in ((0, 1), (7, 24), (49, 50)):
-        assert np.array_equal(own_products(matrix, "Q4_K", inputs[first:last]), together[first:last])
+        assert np.array_equal(own_products(matrix, kind, inputs[first:last]), together[first:last])
 
 
 def attended(
@@ -277,7 +300,7 @@ def of_many_types(nano_f16: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """nano with every type of the kernels, and with one that they do not have."""
     weights, path = Weights(nano_f16), tmp_path_factory.mktemp("types") / "types.gguf"
     names = [name for name, info in weights.infos.items() if len(info.shape) == 2 and name.startswith("blk.")]
-    kinds = [*own.TYPES["VNNI"], "Q4_1"]
+    kinds = [*CODES, "Q4_1"]
     chosen = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
     make(weights, path, Recipe("Q4_0"), {}, types={it: chosen.get(it, info.type) for it, info in weights.infos.items()})
     return path
@@ -288,13 +311,13 @@ def vectors_and_words(path: Path) -> tuple[NDArray[np.float32], str]:
         return embedder.encode(TEXTS), embedder.description
 
 
-@needs_products
+@needs_codes
 def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, words = vectors_and_words(of_many_types)
     assert f"on {own.units()} by f2gguf's own kernels" in words
     header = read_header(of_many_types)
     types = {tensor.name: tensor.type for tensor in header.tensors}
-    assert {types[name] for name in choice.choose(header)[OWN]} == set(own.TYPES["VNNI"])
+    assert {types[name] for name in choice.choose(header)[OWN]} == set(CODES)
     assert choice.copied_bytes(header) == 0
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
     others, words = vectors_and_words(of_many_types)
@@ -303,25 +326,25 @@ def test_vectors_are_those_of_llama_cpps_kernels(of_many_types: Path, monkeypatc
     assert drift(vectors, others).max() < 1e-3
 
 
-@needs_amx
+@needs_own
 def test_vectors_of_an_f16_file_hardly_change(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, words = vectors_and_words(nano_f16)
-    assert "on AMX by f2gguf's own kernels" in words
+    assert f"matrices on {own.products()['F16']} by f2gguf's own kernels" in words
     monkeypatch.setenv("F2GGUF_OWN_KERNELS", "0")
     assert drift(vectors, vectors_and_words(nano_f16)[0]).max() < 1e-6
 
 
 @needs_own
-def test_without_amx_or_vnni_what_lies_between_products_is_computed(
+def test_without_amx_or_vnni_products_of_codes_are_llama_cpps(
     of_many_types: Path, nano_f16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own._registered(), "units", "")
-    words = ", attention, norms and activations by f2gguf's own kernels"
-    for path in (nano_f16, of_many_types):
+    monkeypatch.setattr(own._registered(), "units", "AVX-512")
+    for path, words in ((nano_f16, "matrices on AVX-512"), (of_many_types, ", attention, norms and activations")):
         with monkeypatch.context() as patch:
             vectors, found = vectors_and_words(path)
             assert "AMX" not in found and "VNNI" not in found
-            assert choice.describe_kernels(read_header(path)).endswith(words)
+            assert f"{words} by f2gguf's own kernels" in found
+            assert f"{words} by f2gguf's own kernels" in choice.describe_kernels(read_header(path))
             patch.setenv("F2GGUF_OWN_KERNELS", "0")
             others, theirs = vectors_and_words(path)
             assert words not in theirs
@@ -335,12 +358,12 @@ def together_and_alone(path: Path) -> tuple[NDArray[np.float32], NDArray[np.floa
         return embedder.encode(TEXTS), np.concatenate([embedder.encode([text]) for text in TEXTS])
 
 
-@needs_amx
+@needs_own
 def test_a_text_has_the_same_vector_in_any_batch(nano_f16: Path) -> None:
     assert np.array_equal(*together_and_alone(nano_f16))
 
 
-@needs_products
+@needs_codes
 def test_a_text_has_the_same_vector_in_any_batch_by_other_types(of_many_types: Path) -> None:
     assert drift(*together_and_alone(of_many_types)).max() < 1e-6, "one of its types is llama.cpp's"
 
@@ -381,8 +404,9 @@ def test_without_a_compiler_llama_cpps_kernels_are_used_and_inspect_says_why(
     monkeypatch.delenv("CXX", raising=False)
     assert not own.works()
     assert list(afresh.iterdir()) == []
-    assert choice.describe_kernels(read_header(nano_f16)).endswith(own.NOT_COMPILED)
-    assert "need a C++ compiler" in choice.summary({})
+    header = read_header(nano_f16)
+    assert choice.describe_kernels(header).endswith(own.NOT_COMPILED)
+    assert "need a C++ compiler" in choice.summary(header, choice.choose(header))
 
 
 @needs_own
@@ -393,11 +417,14 @@ def test_a_compiler_that_fails_is_not_the_last(afresh: Path, monkeypatch: pytest
     assert own._compiled()
 
 
-@needs_amx
+@needs_own
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [
-        ("products.h", "count(-8)", "count(-7)"),
+        {
+            "AMX": ("products.h", "count(-8)", "count(-7)"),
+            "VNNI": ("bytes.h", "8 * half(x)", "7 * half(x)"),
+        }.get(own.units(), ("floats.h", "high, input", "low, input")),
         ("attention.h", "UNSEEN = 0xFC00", "UNSEEN = 0"),
         ("rows.h", "0.044715f", "0.44715f"),
         ("registers.h", "0.693359375f", "0.694359375f"),

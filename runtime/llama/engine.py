@@ -59,7 +59,9 @@ class Engine:
         n_threads = self.settings.n_threads
         threads = f"{n_threads} thread{'s' * (n_threads > 1)}"
         contexts = f", {self.n_batches} contexts" if self.n_batches > 1 else ""
-        return f"{self.model.offloaded or 'cpu'}, {threads}, {path}{summary(self.model.placement)}{contexts}"
+        return (
+            f"{self.model.offloaded or 'cpu'}, {threads}, {path}{summary(self.header, self.model.placement)}{contexts}"
+        )
 
     @property
     def compute_seconds(self) -> float:

@@ -1,7 +1,7 @@
 """Which CPU kernels multiply which matrices: f2gguf's own, or llama.cpp's, which lay some matrices out anew.
 
-On AMX and VNNI, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere, on
-x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are.
+On AMX and AVX-512, f2gguf's own kernels (own.py) take every matrix of their types as it stands in the file. Elsewhere
+on x86, llama.cpp would also repack Q4_K, and so lose its tiled product, which is faster and takes K-quants as they are.
 Here types are chosen instead. `scripts/kernels` measures all ways: on 2 cores with AVX-512, with layers of the 0.6B
 shape, Q4_K does 3,191 tokens/s as it is and 2,277 repacked, Q4_0 1,490 and 2,110, IQ4_NL 1,419 and 2,055.
 
@@ -29,8 +29,7 @@ from f2gguf.runtime.llama.kernels.buffers import AMX, REPACK, allocated_bytes, e
 from f2gguf.runtime.llama.library import OWN
 
 Placement = Mapping[str, Sequence[str]]  # OWN, or names of ggml's types of buffers -> names of the matrices there
-TYPES = {  # the first that is here and takes a matrix gets it
-    OWN: own.TYPES["AMX"],
+TYPES = {  # after f2gguf's own kernels, the first that is here and takes a matrix gets it
     AMX: ("Q8_0", "Q5_K", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS"),
     REPACK: ("Q4_0", "IQ4_NL", "MXFP4"),
 }
@@ -55,7 +54,7 @@ def choose(header: Header) -> Placement:
     placement: dict[str, list[str]] = {}
     for buffer in _buffers():
         taken = {name for names in placement.values() for name in names}
-        kinds = TYPES[buffer] if buffer != OWN else own.TYPES[own.units()]
+        kinds = TYPES[buffer] if buffer != OWN else own.products()
         names = [name for name in matrices(header, buffer, kinds) if name not in taken]
         if names or buffer == OWN:  # which compute what lies between products as well
             placement[buffer] = names
@@ -78,7 +77,7 @@ def describe_kernels(header: Header) -> str:
         return "as llama.cpp chooses on this processor"
     types, placement = {tensor.name: tensor.type for tensor in header.tensors}, choose(header)
     words = [
-        f"{n} {kind} matrices {_where(buffer)}"
+        f"{n} {kind} matrices {_where(buffer, kind)}"
         for buffer, names in placement.items()
         for kind, n in sorted(Counter(types[name] for name in names).items())
     ]
@@ -104,9 +103,11 @@ def _laid_out(placement: Placement) -> Placement:
     return {buffer: names for buffer, names in placement.items() if buffer != OWN}
 
 
-def summary(placement: Placement) -> str:
+def summary(header: Header, placement: Placement) -> str:
     """Such as ", 36 matrices on AMX"."""
-    words = "".join(f", {len(names)} matrices {_where(buffer)}" for buffer, names in placement.items() if names)
+    types = {tensor.name: tensor.type for tensor in header.tensors}
+    counts = Counter(_where(buffer, types[name]) for buffer, names in placement.items() for name in names)
+    words = "".join(f", {n} matrices {where}" for where, n in counts.items())
     return words + _between_products(placement) + _NOT_COMPILED * own.cannot_be_compiled()
 
 
@@ -140,11 +141,15 @@ def _buffers() -> dict[str, int]:
     if b"AVX2 = 1" not in llama_cpp.llama_print_system_info():
         return {}
     here = extra_buffers() | ({OWN: 0} if own.works() else {})
-    return {name: here[name] for name in TYPES if name in here and (name != AMX or (OWN not in here and amx.works()))}
+    return {
+        name: here[name]
+        for name in (OWN, *TYPES)
+        if name in here and (name != AMX or (OWN not in here and amx.works()))
+    }
 
 
-def _where(buffer: str) -> str:
-    return _WORDS[buffer].format(own.units())
+def _where(buffer: str, kind: str) -> str:
+    return _WORDS[buffer].format(own.products().get(kind))
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

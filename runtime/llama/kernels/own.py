@@ -1,7 +1,6 @@
 """f2gguf's own kernels (cpp/): compiled where they are first used, for the llama-cpp-python that is there.
 
-They compute attention, norms and activations on AVX-512, and products on AMX or VNNI, where the processor has one of
-them too.
+They compute attention, norms and activations on AVX-512, and products on AMX, or else on VNNI and AVX-512.
 
 They need headers and compiler because the interface of ggml's backends is that of one release. CHANGELOG.md says how
 fast they are. F2GGUF_OWN_KERNELS=0 turns them off.
@@ -32,10 +31,13 @@ from f2gguf.runtime.llama.kernels.trial import (
 from f2gguf.runtime.llama.library import libggml
 from f2gguf.runtime.llama.threads import cpu_flags
 
-TYPES = {  # whose products they compute, by what the processor has
-    "AMX": ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS"),
-    "VNNI": ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS"),
-    "": (),
+_FLOATS, _CODES = ("F16", "BF16"), ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS")
+# What the processor has -> types of matrices, and what their products are computed on
+PRODUCTS: dict[str, dict[str, str]] = {
+    "AMX": dict.fromkeys((*_FLOATS, *_CODES), "AMX"),
+    "VNNI": dict.fromkeys(("F32", *_FLOATS), "AVX-512") | dict.fromkeys(_CODES, "VNNI"),
+    "AVX-512": dict.fromkeys(("F32", *_FLOATS), "AVX-512"),
+    "": {},
 }
 NOT_COMPILED = (
     "f2gguf's own kernels could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
@@ -48,7 +50,7 @@ _NEEDED = ("avx512bw", "avx512vl", "avx512dq", "f16c", "fma")
 _FOR_TILES, _FOR_BYTES = ("amx_tile", "amx_bf16", "avx512_bf16"), ("avx512_vnni",)
 _UNITS = [f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_TILES, *_FOR_BYTES)]
 _FLAGS = [*_UNITS, "-fopenmp"]
-_SWITCHES = {"": 0, "AMX": 1, "VNNI": 2}  # what f2gguf_switch takes
+_SWITCHES = {"AVX-512": 0, "AMX": 1, "VNNI": 2}  # what f2gguf_switch takes
 _TILE = 32  # columns and rows of a matrix that are multiplied together
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
@@ -59,7 +61,7 @@ _FINE_TOLERANCE = 1e-4  # of products of 16 bits, which differ by 4e-6
 
 
 class _Library(ctypes.CDLL):
-    units = ""  # what it computes products on here: AMX, VNNI, or nothing
+    units = "AVX-512"  # the best that it computes products on here: AVX-512, VNNI, or AMX
 
     def switch(self, on: bool) -> None:
         self.f2gguf_switch(on, _SWITCHES[self.units])
@@ -72,8 +74,13 @@ def works() -> bool:
 
 
 def units() -> str:
-    """What these kernels compute products on here, of matrices of `TYPES`: AMX, VNNI, or nothing."""
+    """The best that these kernels compute products on here: AMX, VNNI, AVX-512; nothing where they don't work."""
     return library.units if works() and (library := _registered()) else ""
+
+
+def products() -> dict[str, str]:
+    """Types of matrices whose products these kernels compute here, and on what."""
+    return PRODUCTS[units()]
 
 
 def switch(on: bool) -> None:
@@ -158,7 +165,7 @@ def _is_right(library: _Library) -> bool:
     backend = library.f2gguf_backend(2)
     return (
         layers_are_right(backend, tolerance=_LAYER_TOLERANCE)
-        and products_are_right(None, TYPES[library.units], backend=backend, tolerance=_PRODUCT_TOLERANCE)
+        and products_are_right(None, list(PRODUCTS[library.units]), backend=backend, tolerance=_PRODUCT_TOLERANCE)
         and (library.units != "AMX" or _multiplies_floats(library))
     )
 

@@ -4,7 +4,7 @@
 // llama.cpp's own kernels unpack weights anew for every few tokens, and compute attention between texts that do not see
 // each other. Here each vector of a result depends on its own text alone: it is the same in every batch.
 //
-// Without AMX, products of F16 and BF16 are left to llama.cpp, and without VNNI all.
+// Without AMX, products of F32, F16 and BF16 are computed in F32, and without VNNI the others are left to llama.cpp.
 //
 // own.py compiles this file against the headers of the installed llama-cpp-python, and tries it before it is used.
 
@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "bytes.h"
+#include "floats.h"
 #include "products.h"
 #include "rows.h"
 
@@ -63,7 +64,7 @@ struct ggml_backend_reg {
 namespace {
 
 bool is_on = false;
-enum { NO_PRODUCTS, TILES, BYTES } products = NO_PRODUCTS;
+enum { FLOATS, TILES, BYTES } products = FLOATS;  // what they are computed on; with BYTES come FLOATS
 
 // Of a llama.cpp context
 struct Context {
@@ -104,7 +105,16 @@ bool is_product(const ggml_tensor *op) {
 }
 
 bool can_multiply(ggml_type type) {
-    return products == TILES ? type != GGML_TYPE_F32 && unpack_of(type) : products == BYTES && read_of(type);
+    if (products == TILES) return type != GGML_TYPE_F32 && unpack_of(type);
+    return read_floats_of(type) || (products == BYTES && read_of(type));
+}
+
+// False without memory
+bool multiply(Context &context, ggml_tensor *product) {
+    if (products == TILES) return multiply_all(context.inputs, product, context.n_threads);
+    if (!read_floats_of(product->src[0]->type)) return multiply_bytes(context.bytes, product, context.n_threads);
+    multiply_all_floats(product, context.n_threads);
+    return true;
 }
 
 bool is_no_work(const ggml_tensor *op) { return is_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE); }
@@ -117,9 +127,7 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
         ggml_tensor *node = ggml_graph_node(graph, i);
         if (is_no_work(node)) continue;
         if (node->op == GGML_OP_MUL_MAT) {
-            const bool done = products == TILES ? multiply_all(context.inputs, node, context.n_threads)
-                                                : multiply_bytes(context.bytes, node, context.n_threads);
-            if (!done) return GGML_STATUS_ALLOC_FAILED;
+            if (!multiply(context, node)) return GGML_STATUS_ALLOC_FAILED;
         } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
             if (!attend_all(context.attention, node, context.n_threads)) return GGML_STATUS_ALLOC_FAILED;
         } else if (node->op == GGML_OP_CPY) {

@@ -10,9 +10,11 @@
 #include "registers.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 constexpr int BYTE_ROWS = 32, BYTE_COLUMNS = 512;  // of a matrix that are unpacked together, to fit the L1 cache
 constexpr int BYTE_INPUTS = 6;                     // tokens whose sums stay in registers
@@ -202,19 +204,13 @@ void multiply_panel(const Panel &panel, const Bytes &bytes, int64_t i, int64_t c
         }
     }
     for (int t = 0; t < n; t++)
-        for (int part = 0; part < 2; part++) {
-            float *y = (float *)((char *)to->data + (i + t) * to->nb[1]) + row + 16 * part;
-            const __m512 before = column ? _mm512_loadu_ps(y) : _mm512_setzero_ps();
-            _mm512_storeu_ps(y, _mm512_add_ps(before, sums[t][part]));
-        }
+        for (int part = 0; part < 2; part++)
+            put((float *)((char *)to->data + (i + t) * to->nb[1]) + row + 16 * part, sums[t][part], column > 0);
 }
 
-template <int n_words, int n = BYTE_INPUTS>
-void multiply_panel_by(const Panel &panel, const Bytes &bytes, int64_t i, int64_t column, int64_t n_columns,
-                       ggml_tensor *to, int64_t row) {
-    if constexpr (n > 1)
-        if (to->ne[1] - i < n) return multiply_panel_by<n_words, n - 1>(panel, bytes, i, column, n_columns, to, row);
-    multiply_panel<n, n_words>(panel, bytes, i, column, n_columns, to, row);
+template <int n_words, int... n>
+constexpr auto all_multiply_panel(std::integer_sequence<int, n...>) {
+    return std::array{multiply_panel<n + 1, n_words>...};
 }
 
 // The product of a matrix and inputs; false without memory
@@ -224,7 +220,9 @@ bool multiply_bytes(Bytes &bytes, ggml_tensor *result, int n_threads) {
     const bool are_packed = bytes.packed == inputs;
     if (!are_packed && !bytes.reserve(inputs)) return false;
     bytes.packed = inputs;
-    const auto multiply = matrix->type == GGML_TYPE_Q6_K ? multiply_panel_by<4> : multiply_panel_by<8>;
+    constexpr auto counts = std::make_integer_sequence<int, BYTE_INPUTS>();
+    constexpr auto by_32 = all_multiply_panel<8>(counts), by_16 = all_multiply_panel<4>(counts);
+    const auto &multiply = matrix->type == GGML_TYPE_Q6_K ? by_16 : by_32;
 #pragma omp parallel num_threads(n_threads)
     {
         if (!are_packed) {
@@ -237,7 +235,10 @@ bool multiply_bytes(Bytes &bytes, ggml_tensor *result, int n_threads) {
             for (int64_t k = 0; k < n_columns; k += BYTE_COLUMNS) {
                 const int64_t n = std::min<int64_t>(BYTE_COLUMNS, n_columns - k);
                 panel.read(matrix, row, k, n);
-                for (int64_t i = 0; i < n_inputs; i += BYTE_INPUTS) multiply(panel, bytes, i, k, n, result, row);
+                for (int64_t i = 0, together; i < n_inputs; i += together) {
+                    together = even_share(n_inputs - i, BYTE_INPUTS);
+                    multiply[together - 1](panel, bytes, i, k, n, result, row);
+                }
             }
     }
     return true;

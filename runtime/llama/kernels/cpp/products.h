@@ -226,8 +226,7 @@ void put_results(const float *tile, ggml_tensor *to, int64_t first, int64_t colu
     const int64_t n = std::min<int64_t>(SIDE, to->ne[1] - first);
     for (int64_t i = 0; i < n; i++) {
         float *y = (float *)((char *)to->data + (first + i) * to->nb[1]) + column;
-        const __m512 values = _mm512_castsi512_ps(r[i]);
-        _mm512_storeu_ps(y, is_added ? _mm512_add_ps(_mm512_loadu_ps(y), values) : values);
+        put(y, _mm512_castsi512_ps(r[i]), is_added);
     }
 }
 
