@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 TEXTS = ["an archiver for zip files", "how do I play chess?", "数据库服务器", "x " * 100]
 needs_own = pytest.mark.skipif(not own.works(), reason="needs a processor with AVX-512, and a C++ compiler")
-needs_amx = pytest.mark.skipif(own.units() != "AMX", reason="needs a processor with AMX, and a C++ compiler")
 needs_vnni = pytest.mark.skipif(
     own.units() != "VNNI", reason="needs a processor with AVX-512's VNNI and no AMX, and a C++ compiler"
 )
@@ -43,8 +42,33 @@ def as_bf16(values: NDArray[np.float32]) -> NDArray[np.float64]:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def own_products(matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+@pytest.fixture(scope="module")
+def amx(tmp_path_factory: pytest.TempPathFactory) -> own._Library:
+    """The kernels that multiply on AMX. Where the processor has none, plain code is its instructions (amx.h)."""
     library = own._registered()
+    if not library:
+        pytest.skip("needs a processor with AVX-512, and a C++ compiler")
+    if library.units == "AMX":
+        return library
+    sources = shutil.copytree(own._SOURCE.parent, tmp_path_factory.mktemp("amx") / "cpp")
+    text = (sources / "products.h").read_text(encoding="utf-8")
+    configure = 'asm volatile("ldtilecfg %0" ::"m"(configuration));'
+    assert configure in text
+    (sources / "products.h").write_text(text.replace(configure, ""), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "_SOURCE", sources / "backend.cpp")
+        patch.setattr(own, "_FLAGS", [*own._FLAGS, "-include", str(Path(__file__).with_name("amx.h"))])
+        path = own._compiled.__wrapped__()
+    assert path
+    library = own._open(path)
+    library.units = "AMX"
+    return library
+
+
+def own_products(
+    matrix: NDArray[np.float32], kind: str, inputs: NDArray[np.float32], library: own._Library | None = None
+) -> NDArray[np.float32]:
+    library = library or own._registered()
     assert library
     library.switch(True)
     return trial.products(matrix, kind, inputs, backend=library.f2gguf_backend(2))
@@ -67,11 +91,10 @@ def quantised(matrix: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(number))
 
 
-@needs_amx
 @pytest.mark.parametrize("kind", own.PRODUCTS["AMX"])
 @pytest.mark.parametrize(("n_rows", "n_columns", "n_tokens"), SHAPES)
-def test_products_are_those_of_weights_and_inputs_in_bf16(
-    kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
+def test_products_on_amx_are_those_of_weights_and_inputs_in_bf16(
+    amx: own._Library, kind: str, n_rows: int, n_columns: int, n_tokens: int, rng: random.Random
 ) -> None:
     generator = np.random.default_rng(rng.randrange(1 << 32))
     matrix = generator.standard_normal((n_rows, n_columns), dtype=np.float32)
@@ -79,7 +102,7 @@ def test_products_are_those_of_weights_and_inputs_in_bf16(
     is_exact = kind in ("F16", "BF16")
     rounded = np.float64 if is_exact else as_bf16
     wanted = rounded(inputs) @ rounded(quantised(matrix, kind)).T
-    found = own_products(matrix, kind, inputs.astype(np.float32))
+    found = own_products(matrix, kind, inputs.astype(np.float32), amx)
     # A weight is a product in F32 before it is rounded, in another order for some types: a few of them go the other way
     assert np.abs(found - wanted).max() <= (1e-5 if is_exact else 1e-4) * np.abs(wanted).max()
 
@@ -141,14 +164,15 @@ def test_inputs_that_are_no_numbers_have_no_products(kind: str, bad: float) -> N
     assert np.allclose(found[2], 512, rtol=1e-3)
 
 
-@needs_amx
-def test_bf16_weights_have_the_same_products_in_an_f16_file() -> None:
+def test_bf16_weights_have_the_same_products_in_an_f16_file_on_amx(amx: own._Library) -> None:
     generator = np.random.default_rng(0)
     matrix = as_bf16(generator.uniform(0.5, 1, (64, 1536))).astype(np.float32)
     inputs = generator.standard_normal((40, 1536), dtype=np.float32)
-    assert np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
+    f16, others = (own_products(matrix, kind, inputs, amx) for kind in ("F16", "BF16"))
+    assert np.array_equal(f16, others)
     matrix[40, 1200] += 2**-10
-    assert not np.array_equal(own_products(matrix, "F16", inputs), own_products(matrix, "BF16", inputs))
+    f16, others = (own_products(matrix, kind, inputs, amx) for kind in ("F16", "BF16"))
+    assert not np.array_equal(f16, others)
 
 
 @needs_codes
@@ -269,18 +293,21 @@ def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, i
     assert not np.array_equal(found, trial.steps(inputs, others, factors)), "two ways were compared"
 
 
-@needs_amx
 @pytest.mark.parametrize(("n_rows", "n", "n_cols"), [(1, 32, 32), (1300, 1056, 96), (513, 2304, 64)])
-def test_products_of_arrays_keep_16_bits(n_rows: int, n: int, n_cols: int, rng: random.Random) -> None:
+def test_products_of_arrays_keep_16_bits_on_amx(
+    amx: own._Library, n_rows: int, n: int, n_cols: int, rng: random.Random
+) -> None:
     normal = np.random.default_rng(rng.randrange(1 << 32)).standard_normal
     left, right = (normal((rows, n), dtype=np.float32) for rows in (n_rows, n_cols))
-    found, wanted = own.product(left, right.T, 2), left.astype(np.float64) @ right.T.astype(np.float64)
+    found, wanted = own._product(amx, left, right.T, 2), left.astype(np.float64) @ right.T.astype(np.float64)
     assert found is not None
     assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
-@needs_amx
-def test_products_of_arrays_that_lie_otherwise_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_arrays_that_lie_otherwise_are_left_to_others(
+    amx: own._Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "_registered", lambda: amx)
     left, right = np.ones((4, 64), dtype=np.float32), np.ones((32, 64), dtype=np.float32)
     assert own.product(left, right.T, 1) is not None
     for others in (

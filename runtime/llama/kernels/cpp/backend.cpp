@@ -111,8 +111,8 @@ bool can_multiply(ggml_type type) {
 
 // False without memory
 bool multiply(Context &context, ggml_tensor *product) {
-    if (products == TILES) return multiply_all(context.inputs, product, context.n_threads);
-    if (!read_floats_of(product->src[0]->type)) return multiply_bytes(context.bytes, product, context.n_threads);
+    if (products == TILES) return multiply_all_tiles(context.inputs, product, context.n_threads);
+    if (!read_floats_of(product->src[0]->type)) return multiply_all_bytes(context.bytes, product, context.n_threads);
     multiply_all_floats(product, context.n_threads);
     return true;
 }
@@ -235,7 +235,7 @@ extern "C" bool f2gguf_product(const float *left, const float *right, float *to,
         result.src[0] = &matrix;
         result.src[1] = &inputs;
         kept.packed = nullptr;
-        if (!multiply_all(kept, &result, n_threads)) return false;
+        if (!multiply_all_tiles(kept, &result, n_threads)) return false;
     }
     return true;
 }

@@ -7,17 +7,17 @@
 #include "blocks.h"
 #include "ggml.h"
 #include "memory.h"
+#include "panels.h"
 #include "registers.h"
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-constexpr int BYTE_ROWS = 32, BYTE_COLUMNS = 512;  // of a matrix that are unpacked together, to fit the L1 cache
-constexpr int BYTE_INPUTS = 6;                     // tokens whose sums stay in registers
+constexpr int BYTE_COLUMNS = 512;  // of a matrix that are unpacked together, to fit the L1 cache
+constexpr int BYTE_INPUTS = 6;     // tokens whose sums stay in registers
 
 // The unpacked columns of one row of a matrix: a value is factor * code - least.
 struct ByteRow {
@@ -26,8 +26,8 @@ struct ByteRow {
     void put_scale(float factor, float least) {
         *factors = factor;
         *leasts = least;
-        factors += BYTE_ROWS;
-        leasts += BYTE_ROWS;
+        factors += PANEL_ROWS;
+        leasts += PANEL_ROWS;
     }
     void put_codes(__m256i values) {
         _mm256_store_si256((__m256i *)codes, values);
@@ -108,15 +108,15 @@ Read read_of(ggml_type type) {
 }
 
 // 32 rows of a matrix: of each row four columns, then the next four
-struct Panel {
-    alignas(64) uint8_t codes[BYTE_ROWS * BYTE_COLUMNS];
-    alignas(64) float factors[BYTE_ROWS * BYTE_COLUMNS / 16], leasts[BYTE_ROWS * BYTE_COLUMNS / 16];
-    alignas(64) uint8_t rows[BYTE_ROWS][BYTE_COLUMNS];  // before they are put so
+struct BytePanel {
+    alignas(64) uint8_t codes[PANEL_ROWS * BYTE_COLUMNS];
+    alignas(64) float factors[PANEL_ROWS * BYTE_COLUMNS / 16], leasts[PANEL_ROWS * BYTE_COLUMNS / 16];
+    alignas(64) uint8_t rows[PANEL_ROWS][BYTE_COLUMNS];  // before they are put so
 
     void read(const ggml_tensor *matrix, int64_t first_row, int64_t column, int64_t n_columns) {
         const auto *blocks = (const uint8_t *)matrix->data + ggml_row_size(matrix->type, column);
         const Read read_row = read_of(matrix->type);
-        for (int i = 0; i < BYTE_ROWS; i++)
+        for (int i = 0; i < PANEL_ROWS; i++)
             read_row(blocks + (first_row + i) * matrix->nb[1], n_columns, {rows[i], factors + i, leasts + i});
         for (int64_t k = 0; k < n_columns; k += 64)  // 16 words, of which the last 8 may be nothing
             for (int part = 0; part < 2; part++) {
@@ -169,7 +169,7 @@ struct Bytes {
 // Products of a panel's rows with `n` inputs from the i-th on, columns from `column` on. A factor is for 4 * `n_words`
 // columns.
 template <int n, int n_words>
-void multiply_panel(const Panel &panel, const Bytes &bytes, int64_t i, int64_t column, int64_t n_columns,
+void multiply_bytes(const BytePanel &panel, const Bytes &bytes, int64_t i, int64_t column, int64_t n_columns,
                     ggml_tensor *to, int64_t row) {
     const int64_t across = bytes.n_columns, at = i * across + column;
     const float *input_sums = n_words == 8 ? bytes.sums + at / 32 : bytes.half_sums + at / 16;
@@ -178,7 +178,7 @@ void multiply_panel(const Panel &panel, const Bytes &bytes, int64_t i, int64_t c
     for (int64_t k = 0; k < n_columns; k += 4 * n_words) {
         __m512i products[n][2];
         for (int t = 0; t < n; t++) products[t][0] = products[t][1] = _mm512_setzero_si512();
-        const uint8_t *codes = panel.codes + k * BYTE_ROWS;
+        const uint8_t *codes = panel.codes + k * PANEL_ROWS;
 #pragma GCC unroll 8
         for (int word = 0; word < n_words; word++) {
             const __m512i low = _mm512_load_si512(codes + word * 128), high = _mm512_load_si512(codes + word * 128 + 64);
@@ -192,8 +192,8 @@ void multiply_panel(const Panel &panel, const Bytes &bytes, int64_t i, int64_t c
         }
         const int64_t block = k / (4 * n_words);
         for (int part = 0; part < 2; part++) {
-            const __m512 factors = _mm512_load_ps(panel.factors + block * BYTE_ROWS + 16 * part);
-            const __m512 leasts = _mm512_load_ps(panel.leasts + block * BYTE_ROWS + 16 * part);
+            const __m512 factors = _mm512_load_ps(panel.factors + block * PANEL_ROWS + 16 * part);
+            const __m512 leasts = _mm512_load_ps(panel.leasts + block * PANEL_ROWS + 16 * part);
 #pragma GCC unroll 8
             for (int t = 0; t < n; t++) {
                 const __m512 factor = _mm512_set1_ps(bytes.factors[(at + t * across + k) / 32]);
@@ -205,41 +205,36 @@ void multiply_panel(const Panel &panel, const Bytes &bytes, int64_t i, int64_t c
     }
     for (int t = 0; t < n; t++)
         for (int part = 0; part < 2; part++)
-            put((float *)((char *)to->data + (i + t) * to->nb[1]) + row + 16 * part, sums[t][part], column > 0);
+            put(result_of(to, i + t, row + 16 * part), sums[t][part], column > 0);
 }
 
 template <int n_words, int... n>
-constexpr auto all_multiply_panel(std::integer_sequence<int, n...>) {
-    return std::array{multiply_panel<n + 1, n_words>...};
+constexpr auto each_multiply_bytes(std::integer_sequence<int, n...>) {
+    return std::array{multiply_bytes<n + 1, n_words>...};
 }
 
 // The product of a matrix and inputs; false without memory
-bool multiply_bytes(Bytes &bytes, ggml_tensor *result, int n_threads) {
+bool multiply_all_bytes(Bytes &bytes, ggml_tensor *result, int n_threads) {
     const ggml_tensor *matrix = result->src[0], *inputs = result->src[1];
-    const int64_t n_columns = matrix->ne[0], n_inputs = inputs->ne[1];
     const bool are_packed = bytes.packed == inputs;
     if (!are_packed && !bytes.reserve(inputs)) return false;
     bytes.packed = inputs;
     constexpr auto counts = std::make_integer_sequence<int, BYTE_INPUTS>();
-    constexpr auto by_32 = all_multiply_panel<8>(counts), by_16 = all_multiply_panel<4>(counts);
+    constexpr auto by_32 = each_multiply_bytes<8>(counts), by_16 = each_multiply_bytes<4>(counts);
     const auto &multiply = matrix->type == GGML_TYPE_Q6_K ? by_16 : by_32;
 #pragma omp parallel num_threads(n_threads)
     {
         if (!are_packed) {
 #pragma omp for
-            for (int64_t i = 0; i < n_inputs; i++) bytes.pack(inputs, i);
+            for (int64_t i = 0; i < inputs->ne[1]; i++) bytes.pack(inputs, i);
         }
-        Panel panel;
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < matrix->ne[1]; row += BYTE_ROWS)
-            for (int64_t k = 0; k < n_columns; k += BYTE_COLUMNS) {
-                const int64_t n = std::min<int64_t>(BYTE_COLUMNS, n_columns - k);
-                panel.read(matrix, row, k, n);
-                for (int64_t i = 0, together; i < n_inputs; i += together) {
-                    together = even_share(n_inputs - i, BYTE_INPUTS);
-                    multiply[together - 1](panel, bytes, i, k, n, result, row);
-                }
-            }
+        BytePanel panel;
+        for_panels(
+            result, BYTE_COLUMNS, BYTE_INPUTS,
+            [&](int64_t row, int64_t column, int64_t n) { panel.read(matrix, row, column, n); },
+            [&](int64_t n, int64_t i, int64_t row, int64_t column, int64_t n_columns) {
+                multiply[n - 1](panel, bytes, i, column, n_columns, result, row);
+            });
     }
     return true;
 }

@@ -4,15 +4,15 @@
 #pragma once
 
 #include "ggml.h"
+#include "panels.h"
 #include "registers.h"
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
 
-constexpr int FLOAT_ROWS = 32, FLOAT_COLUMNS = 512;  // of a matrix that are unpacked together, to fit the L2 cache
-constexpr int FLOAT_INPUTS = 12;                     // tokens whose sums stay in registers
+constexpr int FLOAT_COLUMNS = 512;  // of a matrix that are unpacked together, to fit the L2 cache
+constexpr int FLOAT_INPUTS = 12;    // tokens whose sums stay in registers
 
 inline __m512 from_f32(const uint8_t *x) { return _mm512_loadu_ps(x); }
 
@@ -24,7 +24,7 @@ inline __m512 from_bf16(const uint8_t *x) {
 
 // 32 rows of a matrix, column after column
 struct FloatPanel {
-    alignas(64) float numbers[FLOAT_COLUMNS][FLOAT_ROWS];
+    alignas(64) float numbers[FLOAT_COLUMNS][PANEL_ROWS];
 
     template <__m512 (*load_16)(const uint8_t *)>
     void read(const ggml_tensor *matrix, int64_t first_row, int64_t column, int64_t n_columns) {
@@ -72,32 +72,27 @@ void multiply_floats(const FloatPanel &panel, int64_t i, int64_t column, int64_t
     }
     for (int t = 0; t < n; t++)
         for (int part = 0; part < 2; part++)
-            put((float *)((char *)to->data + (i + t) * to->nb[1]) + row + 16 * part, sums[t][part], column > 0);
+            put(result_of(to, i + t, row + 16 * part), sums[t][part], column > 0);
 }
 
 template <int... n>
-constexpr auto all_multiply_floats(std::integer_sequence<int, n...>) {
+constexpr auto each_multiply_floats(std::integer_sequence<int, n...>) {
     return std::array{multiply_floats<n + 1>...};
 }
 
 // The product of a matrix and inputs
 void multiply_all_floats(ggml_tensor *result, int n_threads) {
-    constexpr auto multiply = all_multiply_floats(std::make_integer_sequence<int, FLOAT_INPUTS>());
+    constexpr auto multiply = each_multiply_floats(std::make_integer_sequence<int, FLOAT_INPUTS>());
     const ggml_tensor *matrix = result->src[0];
     const ReadFloats read = read_floats_of(matrix->type);
-    const int64_t n_columns = matrix->ne[0], n_inputs = result->ne[1];
 #pragma omp parallel num_threads(n_threads)
     {
         FloatPanel panel;
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < matrix->ne[1]; row += FLOAT_ROWS)
-            for (int64_t k = 0; k < n_columns; k += FLOAT_COLUMNS) {
-                const int64_t n = std::min<int64_t>(FLOAT_COLUMNS, n_columns - k);
-                (panel.*read)(matrix, row, k, n);
-                for (int64_t i = 0, together; i < n_inputs; i += together) {
-                    together = even_share(n_inputs - i, FLOAT_INPUTS);
-                    multiply[together - 1](panel, i, k, n, result, row);
-                }
-            }
+        for_panels(
+            result, FLOAT_COLUMNS, FLOAT_INPUTS,
+            [&](int64_t row, int64_t column, int64_t n_columns) { (panel.*read)(matrix, row, column, n_columns); },
+            [&](int64_t n, int64_t i, int64_t row, int64_t column, int64_t n_columns) {
+                multiply[n - 1](panel, i, column, n_columns, result, row);
+            });
     }
 }

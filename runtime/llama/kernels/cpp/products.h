@@ -7,6 +7,7 @@
 #include "blocks.h"
 #include "ggml.h"
 #include "memory.h"
+#include "panels.h"
 #include "registers.h"
 
 #include <algorithm>
@@ -224,10 +225,7 @@ void put_results(const float *tile, ggml_tensor *to, int64_t first, int64_t colu
     for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tile + i * SIDE);
     transpose(r);
     const int64_t n = std::min<int64_t>(SIDE, to->ne[1] - first);
-    for (int64_t i = 0; i < n; i++) {
-        float *y = (float *)((char *)to->data + (first + i) * to->nb[1]) + column;
-        put(y, _mm512_castsi512_ps(r[i]), is_added);
-    }
+    for (int64_t i = 0; i < n; i++) put(result_of(to, first + i, column), _mm512_castsi512_ps(r[i]), is_added);
 }
 
 // The inputs of a product as bf16, for as long as the next products have the same
@@ -238,7 +236,7 @@ struct Inputs {
 };
 
 // The product of a matrix and inputs; false without memory
-bool multiply_all(Inputs &kept, ggml_tensor *result, int n_threads) {
+bool multiply_all_tiles(Inputs &kept, ggml_tensor *result, int n_threads) {
     const ggml_tensor *matrix = result->src[0], *inputs = result->src[1];
     const int64_t n_columns = matrix->ne[0], n_groups = matrix->ne[1] / ROWS;
     const int64_t n_across = n_columns / DEPTH, n_down = (inputs->ne[1] + SIDE - 1) / SIDE;  // tiles of inputs

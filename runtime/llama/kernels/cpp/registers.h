@@ -13,12 +13,6 @@ inline void put(float *y, __m512 values, bool is_added) {
     _mm512_storeu_ps(y, is_added ? _mm512_add_ps(_mm512_loadu_ps(y), values) : values);
 }
 
-// How many of n come first, if shares of at most `most` are to be about equal
-inline int64_t even_share(int64_t n, int64_t most) {
-    const int64_t n_shares = (n + most - 1) / most;
-    return (n + n_shares - 1) / n_shares;
-}
-
 // 16 rows of 16 words become columns
 inline void transpose(__m512i *r) {
     __m512i t[16];
