@@ -29,16 +29,16 @@ from f2gguf.quantize.fit.plan import planned
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.repair.assemble import WEIGHED
 from f2gguf.quantize.repair.calibration import (
-    LONG_TOKENS,
     Calibration,
     fitting,
     judging,
     layer_shapes,
+    most_tokens,
     sampled,
     spliced,
     token_budget,
 )
-from f2gguf.quantize.repair.codes.compensate import COMPENSATED, cost
+from f2gguf.quantize.repair.codes.compensate import COMPENSATED, N_CHECKED, cost
 from f2gguf.quantize.repair.codes.parallel import all_cores, product
 from f2gguf.quantize.repair.codes.tune import gradient_seconds, is_worth, training_seconds
 from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
@@ -130,10 +130,13 @@ def expect(
     stages: dict[str, Seconds] = {}
     memory_bytes, disk_bytes = 0.0, float(base_bytes if base else 0)
 
-    def through(name: str, some: Sequence[EvalText]) -> Seconds:
+    def kept(calibrating: Sequence[EvalText]) -> list[float]:
+        return lengths(calibrating, lambda text: most_tokens(text, facts.max_tokens))
+
+    def through(name: str, some: Sequence[EvalText], calibrating: Sequence[EvalText] = ()) -> Seconds:
         kind = name if name in _SPEED else "llama.cpp"
         speed = (speeds or {}).get(name) or _SPEED[kind] * machine.products / n_weights
-        n_tokens = lengths(some, facts.max_tokens)
+        n_tokens = [*lengths(some, lambda _: facts.max_tokens), *kept(calibrating)]
         return {kind: sum(n_tokens) / speed + n_attending * sum(n * n for n in n_tokens) / machine.products}
 
     base_file = facts.base.upper()
@@ -150,9 +153,9 @@ def expect(
         budget = token_budget(shapes)
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
-        stages["calibrate"] = through(base_file, [*chosen, *judged])
-        n_fitting = int(sum(lengths([*chosen, *spliced(some, budget)], LONG_TOKENS)))
-        n = n_fitting + sum(lengths(judged, LONG_TOKENS))
+        stages["calibrate"] = through(base_file, [], [*chosen, *judged])
+        n_fitting = int(sum(kept([*chosen, *spliced(some, budget)])))
+        n = n_fitting + min(sum(kept(judged)), 2 * N_CHECKED)
         if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):
             memory_bytes = max(memory_bytes, 4 * (_ARRAYS * n * widest + _SQUARES * widest**2))
         codes = sum(cost(shape, int(n)) for shape in shapes) / (_SPEED["codes"] * machine.own_products)
@@ -164,7 +167,7 @@ def expect(
         n_files = 1 + (bool(calibration) and kind in WEIGHED)
         n_quantised = (1 + bool(calibration)) * n_all + 2 * compensates * (n_all - n_weights)
         stages[name] = {"quantise": n_quantised / _weights_a_second(kind)}
-        stages[name] |= through(name, [*claimed] * n_files + judged * n_candidates)
+        stages[name] |= through(name, [*claimed] * n_files, judged * n_candidates)
         if compensates:
             stages[name]["codes"] = codes
             if is_worth(job.tune, training_seconds, n_weights, n_fitting):
@@ -212,18 +215,18 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @cache
-def _counted(path: Path) -> Callable[[Sequence[EvalText], int], list[float]]:
-    """What counts the tokens of each text, which is cut after some: nearly, since it knows nothing of prompts."""
+def _counted(path: Path) -> Callable[[Sequence[EvalText], Callable[[EvalText], int]], list[float]]:
+    """What counts the tokens of each text, of which some are kept: nearly, since it knows nothing of prompts."""
     if not path.is_file():
-        return lambda texts, most: [min(len(text.text.encode()) / _BYTES_A_TOKEN, most) for text in texts]
+        return lambda texts, most: [min(len(text.text.encode()) / _BYTES_A_TOKEN, most(text)) for text in texts]
     tokenizer, known = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    def lengths(texts: Sequence[EvalText], most: int) -> list[float]:
+    def lengths(texts: Sequence[EvalText], most: Callable[[EvalText], int]) -> list[float]:
         new = list({text.text: None for text in texts if text.text not in known})
         known.update(zip(new, map(len, tokenizer.encode_batch(new)), strict=True))
-        return [min(known[text.text], most) for text in texts]
+        return [min(known[text.text], most(text)) for text in texts]
 
     return lengths
 

@@ -109,10 +109,12 @@ def spliced(texts: Sequence[EvalText], budget: float) -> list[EvalText]:
 def token_ids(encoder: Encoder, texts: Sequence[EvalText]) -> list[Ids]:
     """Token ids of calibration texts behind their prompts, cut."""
     prompts, limit = encoder.header.prompts, encoder.header.max_tokens
-    most = [min(LONG_TOKENS if text.kind == "long" else MAX_TOKENS, limit) for text in texts]
-    return [
-        encoder.tokenize([prompted(text, prompts)], max_tokens=n).ids[0] for text, n in zip(texts, most, strict=True)
-    ]
+    return [encoder.tokenize([prompted(text, prompts)], max_tokens=most_tokens(text, limit)).ids[0] for text in texts]
+
+
+def most_tokens(text: EvalText, limit: int) -> int:
+    """How many tokens of a calibration text are kept, for a model that takes `limit`."""
+    return min(LONG_TOKENS if text.kind == "long" else MAX_TOKENS, limit)
 
 
 def _with_long(texts: Sequence[EvalText]) -> list[EvalText]:

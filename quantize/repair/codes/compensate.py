@@ -41,7 +41,7 @@ LAST_SHARE = 0.5  # of all weight is on the last tokens, where they alone give t
 # 0.0230%, 0.0242%, 0.0240% and 0.0253%.
 PLAIN_SHARE = 0.1
 N_ROWS = 256  # of a matrix, to price a type
-_N_CHECKED = 1024  # tokens, or up to twice as many, of texts that judge: whether feedback pays in a matrix
+N_CHECKED = 1024  # tokens, or up to twice as many, of texts that judge: whether feedback pays in a matrix
 TOKEN_TABLE = "token_embd.weight"
 # Types whose codes are chosen with feedback. llama.cpp rounds inputs as coarsely as Q8_0 rounds weights.
 COMPENSATED = tuple(kind for kind in FORMATS if kind != "Q8_0")
@@ -83,7 +83,7 @@ class Compensation:
         self.weights, self.imatrix, self.scales, self.gradients = weights, imatrix, scales, gradients
         self.fitting, self.judging = fitting, judging
         self.matrices = matrix_names(weights.header)
-        checked = judging[:: max(1, sum(map(len, judging)) // _N_CHECKED)]
+        checked = judging[:: max(1, sum(map(len, judging)) // N_CHECKED)]
         self.texts, self.shape = Texts.of([*fitting, *checked]), Shape(weights.header)
         judged = np.array(self.texts.order) >= len(fitting)
         self._judged = np.repeat(judged, self.texts.lengths)

@@ -39,15 +39,13 @@ struct Sight {
     uint16_t *masks;  // of the keys in the list of the query's chunk
 };
 
-// Add to `to`, some rows of 32, the product of as many rows of `left`, and `right`, n rows of 32
+// Put the product of some rows of `left` and `right`, n rows of 32, to as many rows of `to`, or add it to them
 template <int n_rows>
-void add_product(const float *left, int64_t step, const float *right, int64_t n, float *to, int64_t to_step) {
+void add_product(const float *left, int64_t step, const float *right, int64_t n, float *to, int64_t to_step,
+                 bool is_added) {
     __m512 sums[n_rows][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < n_rows; i++) {
-        sums[i][0] = _mm512_loadu_ps(to + i * to_step);
-        sums[i][1] = _mm512_loadu_ps(to + i * to_step + 16);
-    }
+    for (int i = 0; i < n_rows; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k++, right += ACROSS) {
         const __m512 low = _mm512_load_ps(right), high = _mm512_load_ps(right + 16);
 #pragma GCC unroll 8
@@ -59,17 +57,18 @@ void add_product(const float *left, int64_t step, const float *right, int64_t n,
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n_rows; i++) {
-        _mm512_storeu_ps(to + i * to_step, sums[i][0]);
-        _mm512_storeu_ps(to + i * to_step + 16, sums[i][1]);
+        put(to + i * to_step, sums[i][0], is_added);
+        put(to + i * to_step + 16, sums[i][1], is_added);
     }
 }
 
-using AddProduct = void (*)(const float *, int64_t, const float *, int64_t, float *, int64_t);
+using AddProduct = void (*)(const float *, int64_t, const float *, int64_t, float *, int64_t, bool);
 constexpr AddProduct ADD_PRODUCT[] = {add_product<1>, add_product<2>, add_product<3>, add_product<4>,
                                       add_product<5>, add_product<6>, add_product<7>, add_product<8>};
 
-inline __mmask32 seen(const uint16_t *mask) {
-    return _mm512_cmpneq_epi16_mask(_mm512_loadu_si512(mask), _mm512_set1_epi16(int16_t(UNSEEN)));
+inline __mmask32 seen(const uint16_t *mask, __mmask32 which = 0xFFFFFFFF) {
+    const __m512i values = _mm512_maskz_loadu_epi16(which, mask);
+    return _mm512_mask_cmpneq_epi16_mask(which, values, _mm512_set1_epi16(int16_t(UNSEEN)));
 }
 
 // The last key that a row of the mask shows, -1 without any
@@ -104,17 +103,21 @@ void list_keys(Sight &sight, int64_t number, const ggml_tensor *mask) {
     int32_t *keys = sight.keys + number * sight.n_across;
     const int64_t end = chunk.first + chunk.n_queries;
     const int64_t last = *std::max_element(&sight.last[chunk.first], &sight.last[end - 1] + 1);
-    for (int64_t k = 0; k <= last; k++)
-        for (int64_t i = chunk.first; i < end; i++)
-            if (mask_row(mask, i)[k] != UNSEEN) {
-                keys[chunk.n_keys++] = int32_t(k);
-                break;
-            }
+    for (int64_t k = 0; k <= last; k += 32) {
+        const __mmask32 here = 0xFFFFFFFF >> std::max<int64_t>(0, k + 31 - last);  // the row may end at the last
+        __mmask32 bits = 0;
+        for (int64_t i = chunk.first; i < end; i++) bits |= seen(mask_row(mask, i) + k, here);
+        for (; bits; bits &= bits - 1) keys[chunk.n_keys++] = int32_t(k + __builtin_ctz(bits));
+    }
+    const bool are_together = chunk.n_keys && keys[chunk.n_keys - 1] - keys[0] == chunk.n_keys - 1;
     for (int64_t i = chunk.first; i < end; i++) {
         const uint16_t *from = mask_row(mask, i);
         uint16_t *to = sight.masks + i * sight.n_across;
-        int64_t k = 0;
-        for (; k < chunk.n_keys; k++) to[k] = from[keys[k]];
+        int64_t k = chunk.n_keys;
+        if (are_together)
+            memcpy(to, from + keys[0], k * sizeof *to);
+        else
+            for (int64_t j = 0; j < k; j++) to[j] = from[keys[j]];
         for (; k % 16; k++) to[k] = UNSEEN;
         sight.last[i] = chunk.n_keys - 1;
         while (sight.last[i] >= 0 && to[sight.last[i]] == UNSEEN) sight.last[i]--;
@@ -197,9 +200,11 @@ void attend(ggml_tensor *result, const Sight &sight, int64_t number, int64_t kv_
         return (char *)tensor->data + (chunk.first + row % chunk.n_queries) * tensor->nb[query_dim] +
                head * tensor->nb[head_dim];
     };
-    for (int64_t row = 0; row < n_rows; row++)
-        memcpy(query + row * n_columns, place(queries, row, 1, 2), n_columns * sizeof(float));
-    std::fill_n(sums, n_rows * n_results, 0.0f);
+    for (int64_t row = 0; row < n_rows; row++) {
+        const auto *from = (const float *)place(queries, row, 1, 2);
+        for (int64_t c = 0; c < n_columns; c += 16)
+            _mm512_store_ps(query + row * n_columns + c, _mm512_loadu_ps(from + c));
+    }
     std::fill_n(most, n_rows, -INFINITY);
     std::fill_n(total, n_rows, 0.0f);
     for (int64_t begin = 0; begin < chunk.n_keys; begin += KEYS) {
@@ -217,12 +222,11 @@ void attend(ggml_tensor *result, const Sight &sight, int64_t number, int64_t kv_
                 for (int64_t head = 0; head < n_heads; head++) call(head * chunk.n_queries + i, n_down, n_seen);
             }
         };
-        std::fill_n(scores, n_rows * KEYS, 0.0f);
         for (int64_t k = 0; k < n_here; k += ACROSS)  // 32 keys stay in the first cache for all queries
             for_each([&](int64_t row, int64_t n_down, int64_t n_seen) {
                 if (k < n_seen)
                     ADD_PRODUCT[n_down - 1](query + row * n_columns, n_columns, k_panels + k * n_columns, n_columns,
-                                            scores + row * KEYS + k, KEYS);
+                                            scores + row * KEYS + k, KEYS, false);
             });
         for_each([&](int64_t first, int64_t n_down, int64_t n_seen) {
             for (int64_t row = first; row < first + n_down; row++) {
@@ -233,20 +237,23 @@ void attend(ggml_tensor *result, const Sight &sight, int64_t number, int64_t kv_
                 most[row] = std::max(before, mask_scores(of_row, mask, n_seen, scale));
                 const float kept = before == most[row] ? 1 : std::exp(before - most[row]);
                 total[row] = total[row] * kept + weigh(of_row, n_seen, most[row]);
-                if (begin > 0)
-                    for (int64_t c = 0; c < n_results; c++) sum[c] *= kept;
+                if (begin > 0 && kept != 1)
+                    for (int64_t c = 0; c < n_results; c += 16)
+                        _mm512_store_ps(sum + c, _mm512_mul_ps(_mm512_load_ps(sum + c), _mm512_set1_ps(kept)));
             }
         });
         for (int64_t c = 0; c < n_results; c += ACROSS)
             for_each([&](int64_t row, int64_t n_down, int64_t n_seen) {
                 ADD_PRODUCT[n_down - 1](scores + row * KEYS, KEYS, v_panels + c * KEYS, n_seen,
-                                        sums + row * n_results + c, n_results);
+                                        sums + row * n_results + c, n_results, begin > 0);
             });
     }
     for (int64_t row = 0; row < n_rows; row++) {
         float *to = (float *)place(result, row, 2, 1);
-        const float factor = total[row] == 0 ? 0 : 1 / total[row];
-        for (int64_t c = 0; c < n_results; c++) to[c] = sums[row * n_results + c] * factor;
+        const __mmask16 sees = total[row] == 0 ? 0 : 0xFFFF;  // else nothing was put to its sums
+        const __m512 factor = _mm512_set1_ps(1 / total[row]);
+        for (int64_t c = 0; c < n_results; c += 16)
+            _mm512_storeu_ps(to + c, _mm512_maskz_mul_ps(sees, _mm512_load_ps(sums + row * n_results + c), factor));
     }
 }
 
