@@ -216,7 +216,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @cache
 def _counted(path: Path) -> Callable[[Sequence[EvalText], Callable[[EvalText], int]], list[float]]:
-    """What counts the tokens of each text, of which some are kept: nearly, since it knows nothing of prompts."""
+    """What counts the tokens of texts, each up to the most that are kept: nearly, as it knows nothing of prompts."""
     if not path.is_file():
         return lambda texts, most: [min(len(text.text.encode()) / _BYTES_A_TOKEN, most(text)) for text in texts]
     tokenizer, known = tokenizers.Tokenizer.from_file(str(path)), dict[str, int]()

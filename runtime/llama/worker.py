@@ -41,7 +41,7 @@ class Worker:
             return work()
 
         def run() -> Result:
-            self._thread = threading.get_ident()  # only for this call: once the thread ends, others may get its number
+            self._thread = threading.get_ident()  # for this call alone: others may get the number of an ended thread
             try:
                 return work()
             finally:

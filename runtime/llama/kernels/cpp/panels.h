@@ -10,6 +10,7 @@
 
 constexpr int PANEL_ROWS = 32;
 
+// Where the result of an input and a row of the matrix is put
 inline float *result_of(ggml_tensor *to, int64_t input, int64_t row) {
     return (float *)((char *)to->data + input * to->nb[1]) + row;
 }

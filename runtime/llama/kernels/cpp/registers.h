@@ -9,6 +9,7 @@
 
 inline __m256i load(const uint8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
+// Put 16 numbers to `y`, or add them to what is there
 inline void put(float *y, __m512 values, bool is_added) {
     _mm512_storeu_ps(y, is_added ? _mm512_add_ps(_mm512_loadu_ps(y), values) : values);
 }
