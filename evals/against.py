@@ -82,8 +82,8 @@ def _from_file(path: Path, texts: Sequence[EvalText], device: str) -> Baseline:
     header.require_pooling()
 
     def vectors() -> Vectors:
-        with Embedder(path, device=device) as model, progress(f"measure {path.name}", len(texts)) as advance:
-            return embed_texts(model, texts, advance)
+        with Embedder(path, device=device) as model:
+            return embed_texts(model, texts, f"measure {path.name}")
 
     return Baseline(header.n_embd, vectors)
 

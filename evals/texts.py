@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from f2gguf.runtime import Embedder
+from f2gguf.runtime.console import progress_by_size, sizes_of
 from f2gguf.runtime.errors import NoVector, TruncationWarning
 from f2gguf.runtime.llama.encoder import add_prompt
 from numpy.typing import NDArray
@@ -93,31 +95,34 @@ def texts_sha256(texts: Sequence[EvalText]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def embed_texts(
-    model: Embedder, texts: Sequence[EvalText], on_progress: Callable[[int], None] | None = None
-) -> NDArray[np.float32]:
-    """Vectors as a user gets them, (n_texts, n_embd) float32: queries with the query prompt, all else as documents."""
+def embed_texts(model: Embedder, texts: Sequence[EvalText], label: str = "") -> NDArray[np.float32]:
+    """Vectors as a user gets them, (n_texts, n_embd) float32: queries with the query prompt, all else as documents.
+
+    With a `label`, it says how far it is.
+    """
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
-    for are_queries, encode in ((True, model.encode_query), (False, model.encode_document)):
-        rows = [i for i, text in enumerate(texts) if (text.kind == "query") == are_queries]
-        chosen = [texts[i] for i in rows]
-        with warnings.catch_warnings():
-            if any(text.kind == "long" for text in chosen):  # which are there to be cut
-                warnings.simplefilter("ignore", TruncationWarning)
+    parts = [[i for i, text in enumerate(texts) if (text.kind == "query") == are_queries] for are_queries in (1, 0)]
+    inputs = [[texts[i].text for i in rows] for rows in parts]
+    sizes = [size for some in inputs for size in sizes_of(some, model.max_seq_length)]
+    with (
+        progress_by_size(label, sizes) if label else contextlib.nullcontext() as advance,
+        warnings.catch_warnings(),
+    ):
+        if any(text.kind == "long" for text in texts):  # which are there to be cut
+            warnings.simplefilter("ignore", TruncationWarning)
+        for rows, some, encode in zip(parts, inputs, (model.encode_query, model.encode_document), strict=True):
             try:
-                vectors[rows] = encode([text.text for text in chosen], on_progress=on_progress)
+                vectors[rows] = encode(some, on_progress=advance)
             except NoVector as error:
-                names = ", ".join(chosen[i].id for i in error.indices[:5])
+                names = ", ".join(texts[rows[i]].id for i in error.indices[:5])
                 raise NoVector(f"{error} By id: {names}.", error.indices, error.embeddings) from error
     return vectors
 
 
-def embed_timed(
-    model: Embedder, texts: Sequence[EvalText], on_progress: Callable[[int], None] | None = None
-) -> tuple[NDArray[np.float32], float]:
+def embed_timed(model: Embedder, texts: Sequence[EvalText], label: str) -> tuple[NDArray[np.float32], float]:
     """What `embed_texts` gives, and how many texts were embedded in a second."""
     begin = time.perf_counter()
-    vectors = embed_texts(model, texts, on_progress)
+    vectors = embed_texts(model, texts, label)
     return vectors, len(texts) / (time.perf_counter() - begin)
 
 

@@ -41,6 +41,7 @@ from f2gguf.quantize.repair.calibration import (
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, N_CHECKED, cost
 from f2gguf.quantize.repair.codes.parallel import all_cores, product
 from f2gguf.quantize.repair.codes.tune import gradient_seconds, is_worth, training_seconds
+from f2gguf.quantize.repair.study import ACTIVATIONS
 from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.console import say
@@ -153,7 +154,8 @@ def expect(
         budget = token_budget(shapes)
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
-        stages["calibrate"] = through(base_file, [], [*chosen, *judged])
+        is_collected = (job.work / ACTIVATIONS).exists()  # by a run that was stopped
+        stages["calibrate"] = through(base_file, [], judged if is_collected else [*chosen, *judged])
         n_fitting = int(sum(kept([*chosen, *spliced(some, budget)])))
         n = n_fitting + min(sum(kept(judged)), 2 * N_CHECKED)
         if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):

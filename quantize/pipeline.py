@@ -269,8 +269,8 @@ def _reference(job: Job, claimed: Sequence[EvalText]) -> Vectors:
 
 
 def _embed(job: Job, path: Path, texts: Sequence[EvalText]) -> tuple[Vectors, float]:
-    with Embedder(path, device=job.device) as model, progress(f"measure {path.name}", len(texts)) as advance:
-        return embed_timed(model, texts, advance)
+    with Embedder(path, device=job.device) as model:
+        return embed_timed(model, texts, f"measure {path.name}")
 
 
 def _saved(job: Job, report: Report) -> Report:

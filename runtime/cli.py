@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from f2gguf.runtime.console import Commands, progress, say, text_table
+from f2gguf.runtime.console import Commands, progress, progress_by_size, say, sizes_of, text_table
 from f2gguf.runtime.errors import InputError, NoVector, WrongUsage
 
 MODEL = click.option(
@@ -211,7 +211,10 @@ def _embed_file(
     from f2gguf.runtime.tables.vectors import WRITERS, json_rows
 
     failure = None
-    with open_embedder(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
+    with (
+        open_embedder(model, **opening) as embedder,
+        progress_by_size("embed", sizes_of(rows.texts, embedder.max_seq_length)) as advance,
+    ):
         prompts = prompts or {"prompt": embedder.header.document_prompt}
         try:
             embeddings = embedder.embed(rows.texts, **prompts, **vectors, on_progress=advance)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
 _SECONDS_A_LINE = 60  # at least, where progress is not drawn
+_BYTES_A_TOKEN = 4  # of text, at most
 
 
 class Advance(Protocol):
@@ -87,6 +89,24 @@ def progress(label: str, length: int) -> Iterator[Advance]:
             yield lambda n, note="": bar.update(n, note)
     else:
         yield _in_lines(label, length)
+
+
+@contextlib.contextmanager
+def progress_by_size(label: str, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
+    """`progress` over things of these sizes, in the order in which they end: its time left is right if a size tells how
+    long each takes.
+
+    Gives the function that takes how many have ended.
+    """
+    left = iter(sizes)
+    with progress(label, sum(sizes)) as advance:
+        yield lambda n: advance(sum(islice(left, n)))
+
+
+def sizes_of(texts: Sequence[str], max_tokens: int) -> list[int]:
+    """About the work of texts, which are cut at `max_tokens`, the longest first, as an `Embedder` computes them."""
+    most = _BYTES_A_TOKEN * max_tokens
+    return sorted((1 + min(len(text.encode(errors="replace")), most) for text in texts), reverse=True)
 
 
 def _in_lines(label: str, length: int) -> Advance:

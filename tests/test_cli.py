@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import Run
 from f2gguf.runtime import Embedder
-from f2gguf.runtime.console import progress
+from f2gguf.runtime.console import progress, progress_by_size, sizes_of
 from f2gguf.runtime.gguf.header import read_header
 from f2gguf.runtime.llama.library import backends
 from safetensors import safe_open
@@ -136,6 +136,24 @@ def test_where_nothing_is_drawn_lines_say_how_long_work_takes(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "  measure: 0% in 1 min, about 199 left"
     assert len(lines) < 40, "further apart, the longer it takes"
+
+
+def test_the_time_left_follows_the_lengths_of_texts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sizes = sizes_of([*["lamp"] * 99, "lamp " * 10_000, "\ud800"], max_tokens=123)
+    assert sizes == [493, *[5] * 99, 2], "longest first, and no longer than what is read of it"
+    with progress_by_size("measure", sizes) as ended:
+        now += 60
+        ended(1)
+        now += 60
+        ended(99)
+    assert capsys.readouterr().err.splitlines() == [
+        "  measure: 50% in 1 min, about 1 left",
+        "  measure: 100% in 2 min, about 0 left",
+    ]
 
 
 def test_search_ranks_what_fits_first(run: Run, nano_f16: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from f2gguf.evals.texts import KINDS, EvalText, load_texts, quick_texts
 from f2gguf.quantize import outlook
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.outlook import Outlook
+from f2gguf.quantize.repair.calibration import load_calibration
+from f2gguf.quantize.repair.study import ACTIVATIONS
 
 
 def test_every_stage_corrects_what_is_expected_of_its_kind(
@@ -42,6 +44,18 @@ def test_a_long_text_is_expected_to_take_longer_than_short_ones_of_as_many_token
         found = outlook.expect(job, "F16", (), texts, texts, None, speeds={"F16": 1e9, "torch": 1e9})
         seconds.append(found.stages["measure F16"]["llama.cpp"])
     assert seconds[0] > 10 * seconds[1], "attention grows with the square of a length"
+
+
+def test_calibration_that_an_earlier_run_did_is_not_expected_again(tmp_path: Path) -> None:
+    job, texts = Job(facts_of(NANO), tmp_path, 0.02, "cpu"), load_texts()
+    calibration, seconds = load_calibration(None, job.facts.entry.languages), []
+    for there in (False, True):
+        if there:
+            job.work.mkdir(parents=True)
+            (job.work / ACTIVATIONS).touch()
+        found = outlook.expect(job, None, (), texts, texts, calibration, speeds={"F16": 1e4})
+        seconds.append(found.stages["calibrate"]["llama.cpp"])
+    assert 0 < seconds[1] < seconds[0] / 2, "only the texts that judge are left"
 
 
 def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: Path) -> None:

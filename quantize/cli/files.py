@@ -150,11 +150,8 @@ def verify(
         endpoint_model=endpoint_model,
         api_key_env=api_key_env,
     )
-    with (
-        Embedder(candidate, device=device) as model,
-        progress(f"measure {candidate.name}", len(texts)) as advance,
-    ):
-        vectors = embed_texts(model, texts, advance)
+    with Embedder(candidate, device=device) as model:
+        vectors = embed_texts(model, texts, f"measure {candidate.name}")
     if corpus:
         on_corpus = judge_corpus(vectors, baseline(), texts, thresholds=thresholds, max_drift=max_drift)
         click.echo(json_text(on_corpus.as_dict()) if as_json else "\n".join(corpus_lines(candidate, on_corpus)))
@@ -257,8 +254,7 @@ def _evaluation(source: Path, max_drift: float, device: str, corpus: Any) -> Any
 
     with Embedder(source, device=device) as model:
         texts = claimed_texts(load_texts(), model.header.languages)
-        with progress(f"measure {source.name}", len(texts)) as advance:
-            reference = embed_texts(model, texts, advance)
+        reference = embed_texts(model, texts, f"measure {source.name}")
     return Evaluation(texts, reference, max_drift, device, embed_held_out(source, corpus, device))
 
 

@@ -111,8 +111,7 @@ def make_measured(
     with progress(f"quantise {recipe.variant}", len(weights.infos)) as advance:
         make(weights, path, recipe, imatrix, ready=ready, header=header, on_progress=advance)
     with Embedder(path, device=evaluation.device) as model:
-        with progress(f"measure {recipe.variant}", len(texts)) as advance:
-            vectors, texts_per_s = embed_timed(model, texts, advance)
+        vectors, texts_per_s = embed_timed(model, texts, f"measure {recipe.variant}")
         dims, ranges = model.header.dims, model.header.ranges(model.header.n_embd)
         verdict = judge(vectors, evaluation.reference, texts, dims=dims, ranges=ranges, max_drift=max_drift)
         golden = golden_stamps(model)
@@ -137,13 +136,9 @@ def embed_held_out(source: Path, corpus: Corpus | None, device: str) -> HeldOut 
 
 def embed_sample(path: Path, texts: Sequence[EvalText], device: str) -> Vectors:
     """Vectors of texts of a corpus, (n_texts, n_embd): as a user gets them, who is not told here what is cut."""
-    with (
-        Embedder(path, device=device) as model,
-        progress("measure held-out texts", len(texts)) as advance,
-        warnings.catch_warnings(),
-    ):
+    with Embedder(path, device=device) as model, warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
-        return embed_texts(model, texts, advance)
+        return embed_texts(model, texts, "measure held-out texts")
 
 
 @dataclass(frozen=True)

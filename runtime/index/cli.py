@@ -17,7 +17,7 @@ from f2gguf.runtime.cli import (
     open_embedder,
     opening_options,
 )
-from f2gguf.runtime.console import progress, say
+from f2gguf.runtime.console import progress_by_size, say, sizes_of
 from f2gguf.runtime.errors import InputError, WrongUsage
 
 
@@ -122,7 +122,10 @@ def _search_file(
     rows = read_texts(docs, column=column)
     if not rows.texts:
         raise WrongUsage(f"{docs}: holds no documents (--docs).")
-    with open_embedder(model, **opening) as embedder, progress("embed", len(rows.texts)) as advance:
+    with (
+        open_embedder(model, **opening) as embedder,
+        progress_by_size("embed", sizes_of(rows.texts, embedder.max_seq_length)) as advance,
+    ):
         prompt = embedder.header.document_prompt
         documents = embedder.encode(rows.texts, prompt=prompt, on_progress=advance, truncate_dim=dims)
         scores = embedder.similarity(embedder.encode_query([query], truncate_dim=dims), documents)[0]
