@@ -12,7 +12,7 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +41,6 @@ from f2gguf.quantize.repair.calibration import (
 from f2gguf.quantize.repair.codes.compensate import COMPENSATED, N_CHECKED, cost
 from f2gguf.quantize.repair.codes.parallel import all_cores, product
 from f2gguf.quantize.repair.codes.tune import gradient_seconds, is_worth, training_seconds
-from f2gguf.quantize.repair.study import ACTIVATIONS
 from f2gguf.quantize.repair.tensors import quantize_rows, row_bytes
 from f2gguf.quantize.source.facts import Facts
 from f2gguf.runtime.console import say
@@ -69,6 +68,7 @@ class Outlook:
     stages: dict[str, Seconds]
     memory_bytes: int
     disk_bytes: int
+    begun: Collection[str] = ()  # stages that an earlier run did a part of: they tell nothing of the machine's pace
     took: dict[str, float] = field(default_factory=dict)  # seconds
     _pace: dict[str, float] = field(default_factory=dict)  # of a kind: seconds that passed for one that was expected
 
@@ -86,7 +86,7 @@ class Outlook:
         begin = time.monotonic()
         yield
         passed, expected = time.monotonic() - begin, self._expected(name)
-        for kind in self.stages.get(name, {}):
+        for kind in self.stages.get(name, {}) if name not in self.begun else ():
             self._pace[kind] = self._pace.get(kind, 1) * passed / max(expected, 1e-9)
         self.took[name] = passed
         if self.seconds_left > _WORTH_SAYING:
@@ -154,8 +154,7 @@ def expect(
         budget = token_budget(shapes)
         some = sampled(calibration.texts, budget)
         chosen, judged = fitting(some), judging(some)
-        is_collected = (job.work / ACTIVATIONS).exists()  # by a run that was stopped
-        stages["calibrate"] = through(base_file, [], judged if is_collected else [*chosen, *judged])
+        stages["calibrate"] = through(base_file, [], [*chosen, *judged])
         n_fitting = int(sum(kept([*chosen, *spliced(some, budget)])))
         n = n_fitting + min(sum(kept(judged)), 2 * N_CHECKED)
         if job.compensate and any(_TYPE.get(name, name) in COMPENSATED for name in variants):
@@ -177,7 +176,8 @@ def expect(
             if is_worth(job.tune, gradient_seconds, n_weights, n_fitting) and not weighs:
                 weighs, stages[name]["gradients"] = True, gradient_seconds(n_weights, n_fitting)
         disk_bytes += _FILES * n_all * row_bytes(kind, 256) / 256
-    outlook = Outlook(stages, int(memory_bytes), int(disk_bytes))
+    begun = ("calibrate", *variants[:1]) if base is None and job.work.exists() else ()
+    outlook = Outlook(stages, int(memory_bytes), int(disk_bytes), begun)
     if speeds is None and outlook.seconds_left >= _WORTH_SAMPLING:
         return expect(job, base, variants, texts, claimed, calibration, speeds=_speeds(facts, variants))
     return outlook

@@ -13,7 +13,6 @@ from f2gguf.quantize import outlook
 from f2gguf.quantize.job import Job
 from f2gguf.quantize.outlook import Outlook
 from f2gguf.quantize.repair.calibration import load_calibration
-from f2gguf.quantize.repair.study import ACTIVATIONS
 
 
 def test_every_stage_corrects_what_is_expected_of_its_kind(
@@ -46,16 +45,21 @@ def test_a_long_text_is_expected_to_take_longer_than_short_ones_of_as_many_token
     assert seconds[0] > 10 * seconds[1], "attention grows with the square of a length"
 
 
-def test_calibration_that_an_earlier_run_did_is_not_expected_again(tmp_path: Path) -> None:
+def test_a_stage_that_an_earlier_run_began_corrects_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     job, texts = Job(facts_of(NANO), tmp_path, 0.02, "cpu"), load_texts()
-    calibration, seconds = load_calibration(None, job.facts.entry.languages), []
+    calibration, left = load_calibration(None, job.facts.entry.languages), []
     for there in (False, True):
         if there:
             job.work.mkdir(parents=True)
-            (job.work / ACTIVATIONS).touch()
-        found = outlook.expect(job, None, (), texts, texts, calibration, speeds={"F16": 1e4})
-        seconds.append(found.stages["calibrate"]["llama.cpp"])
-    assert 0 < seconds[1] < seconds[0] / 2, "only the texts that judge are left"
+        clock = iter([0.0, 1.0])
+        monkeypatch.setattr(outlook.time, "monotonic", lambda clock=clock: next(clock))
+        found = outlook.expect(job, None, ("Q8_0", "Q4_0"), texts, texts, calibration, speeds={})
+        before = found.seconds_left - found.stages["calibrate"]["llama.cpp"]
+        with found.stage("calibrate"):
+            pass
+        left.append(found.seconds_left / before)
+    assert left[0] != pytest.approx(1), "the machine is as fast as the stage says"
+    assert left[1] == pytest.approx(1), "the earlier run did a part of it"
 
 
 def test_dry_run_says_what_every_stage_is_expected_to_take(run: Run, tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ from f2gguf.runtime.files import sha256_file, write_text, writing
 from f2gguf.runtime.llama.packing import Ids
 from f2gguf.runtime.llama.runner import unusable
 
-ACTIVATIONS = "activations.npz"  # in a run's folder of work, from where a run that was stopped goes on
 N_PROBE_TEXTS = 48  # that the kinds of tensors are compared with
 
 
@@ -278,7 +277,7 @@ def study_source(
     work.mkdir(parents=True, exist_ok=True)
     fit, judge = fitting(texts), judging(texts)
     with progress("calibrate", len(fit) + len(judge)) as advance:
-        state_path = work / ACTIVATIONS
+        state_path = work / "activations.npz"
         activations, _ = collect(source, fit, device=device, state_path=state_path, on_progress=advance)
         ids = token_ids_of(weights, texts)
         judged = Judged(judge, ids[1], vectors_of(source, ids[1], device, advance))
