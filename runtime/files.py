@@ -32,7 +32,7 @@ def cache_folder() -> Path | None:
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "f2gguf")
     try:
-        return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser()
+        return Path(os.environ.get("F2GGUF_CACHE") or default).expanduser().absolute()
     except RuntimeError:
         return None
 

@@ -6,15 +6,20 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
+from checkpoints import edit_json, fill, write_tiny
+from conftest import facts_of
 from f2gguf.evals.drift import drift
+from f2gguf.quantize.convert.write import convert
 from f2gguf.quantize.repair.recipe import Recipe, make
 from f2gguf.quantize.repair.tensors import Weights
 from f2gguf.runtime import Embedder, compiler
 from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama import engine, model
 from f2gguf.runtime.llama.kernels import choice, own, trial
 from f2gguf.runtime.llama.kernels.buffers import NUMBERS
 from f2gguf.runtime.llama.library import OWN, libggml
@@ -293,6 +298,31 @@ def test_steps_between_products_are_what_they_are_defined_as(shape: tuple[int, i
     assert not np.array_equal(found, trial.steps(inputs, others, factors)), "two ways were compared"
 
 
+@needs_own
+def test_gelu_of_any_finite_number_is_one() -> None:
+    inputs = np.zeros((1, 16), dtype=np.float32)
+    inputs[0, :6] = -3e38, -1e14, -1e5, -20, 20, 1e14
+    library = own._registered()
+    assert library
+    library.switch(True)
+    found = trial.compute(libggml.ggml_gelu, trial.Tensor(inputs), backend=library.f2gguf_backend(2))
+    assert found.tolist() == [0, 0, 0, 0, 20, np.float32(1e14), *[0] * 10]
+
+
+@needs_codes
+def test_a_pass_without_outputs_needs_no_inputs_of_the_last_products(tmp_path: Path) -> None:
+    """What holds a shared prompt has none, so that nothing reaches the last layer's feed-forward network."""
+    edit_json(write_tiny(tmp_path / "tiny") / "config.json", num_hidden_layers=1)
+    source, path = tmp_path / "F16.gguf", tmp_path / "mixed.gguf"
+    convert(facts_of(fill(tmp_path / "tiny")), source)
+    types = {name: "Q4_0" if "ffn" in name else "Q4_1" for name in choice.matrices(read_header(source), OWN, ["F16"])}
+    make(Weights(source), path, Recipe("Q4_0", types), {}, ready={}, header={})
+    with Embedder(path) as model:
+        assert "VNNI" in model.encoder.engine.description or own.units() == "AMX"
+        together = model.encode_query(TEXTS[:2])
+        assert drift(together, np.concatenate([model.encode_query([text]) for text in TEXTS[:2]])).max() < 1e-5
+
+
 @pytest.mark.parametrize(("n_rows", "n", "n_cols"), [(1, 32, 32), (1300, 1056, 96), (513, 2304, 64)])
 def test_products_of_arrays_keep_16_bits_on_amx(
     amx: own._Library, n_rows: int, n: int, n_cols: int, rng: random.Random
@@ -477,6 +507,34 @@ def test_where_the_cache_cannot_be_written_llama_cpps_kernels_are_used(
     (afresh / "file").touch()
     monkeypatch.setenv("F2GGUF_CACHE", os.fspath(afresh / "file" / "folder"))
     assert own._compiled() is None
+
+
+@needs_own
+def test_a_library_that_cannot_be_loaded_is_compiled_again(afresh: Path) -> None:
+    path = own._compiled()
+    assert path
+    path.unlink()  # another file takes its place: this process has loaded that one
+    path.write_bytes(b"cut short")
+    assert own._compiled() == path
+    assert path.stat().st_size > 10_000
+    assert [it.name for it in afresh.iterdir()] == [path.name]
+
+
+@needs_own
+def test_where_nothing_may_be_executed_nothing_is_compiled(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
+    assert own._compiled() is None
+
+
+def test_a_model_on_a_gpu_compiles_nothing(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (engine, model):
+        monkeypatch.setattr(module, "runs_on_cpu", lambda *_: False)
+    monkeypatch.setattr(own, "_compiled", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(own, "works", lambda: pytest.fail("tried"))
+    with Embedder(nano_f16) as embedder:
+        assert np.isfinite(embedder.encode("an archiver")).all()
+        assert "AVX" not in embedder.encoder.engine.description
 
 
 def test_another_processor_compiles_nothing(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from f2gguf.runtime.gguf.header import Header
 from f2gguf.runtime.llama.context import MAX_TEXTS, ComputeSettings, Context, LastTokenContext, Pause, Watch
 from f2gguf.runtime.llama.kernels.choice import choose, summary
 from f2gguf.runtime.llama.library import cuda_memory
-from f2gguf.runtime.llama.model import Model
+from f2gguf.runtime.llama.model import Model, runs_on_cpu
 from f2gguf.runtime.llama.packing import Ids, pack
 from f2gguf.runtime.llama.runner import Rows, Runner
 from f2gguf.runtime.llama.tokenizer import load_overrides
@@ -59,9 +59,9 @@ class Engine:
         n_threads = self.settings.n_threads
         threads = f"{n_threads} thread{'s' * (n_threads > 1)}"
         contexts = f", {self.n_batches} contexts" if self.n_batches > 1 else ""
-        return (
-            f"{self.model.offloaded or 'cpu'}, {threads}, {path}{summary(self.header, self.model.placement)}{contexts}"
-        )
+        on_cpu = runs_on_cpu(self.settings.device, self.settings.n_gpu_layers)
+        kernels = summary(self.header, self.model.placement) if on_cpu else ""
+        return f"{self.model.offloaded or 'cpu'}, {threads}, {path}{kernels}{contexts}"
 
     @property
     def compute_seconds(self) -> float:
@@ -166,7 +166,7 @@ def _load(header: Header, settings: ComputeSettings, device: str) -> Model:
         device=device,
         n_gpu_layers=settings.n_gpu_layers,
         overrides=load_overrides(header),
-        placement=choose(header),
+        placement=choose(header) if runs_on_cpu(device, settings.n_gpu_layers) else None,
     )
 
 

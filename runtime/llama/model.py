@@ -29,6 +29,11 @@ _LEAST_OF_A_LAYER = 4  # matrices of a layer: queries, keys and values in one, w
 _OFFLOADED = re.compile(r"offloaded \d+/\d+ layers to GPU")
 
 
+def runs_on_cpu(device: str, n_gpu_layers: int) -> bool:
+    """Whether a model that is loaded so has no layer on a GPU."""
+    return device == "cpu" or n_gpu_layers == 0 or backends() == ["CPU"]
+
+
 class Model:
     """A loaded .gguf file. Close it, or use it as a context manager."""
 
@@ -54,9 +59,8 @@ class Model:
         if not has_weights:
             params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers = 0 if device == "cpu" else n_gpu_layers
-        is_on_cpu = params.n_gpu_layers == 0 or backends() == ["CPU"]
         self.placement = placement or {}
-        if not (is_on_cpu and place(params, self.placement)):
+        if vocab_only or not runs_on_cpu(device, n_gpu_layers) or not place(params, self.placement):
             self.placement, params.use_extra_bufts = {}, not amx.is_built_in()
         no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends at once: nothing but the CPU
         if device == "cpu":

@@ -40,8 +40,8 @@ PRODUCTS: dict[str, dict[str, str]] = {
     "": {},
 }
 NOT_COMPILED = (
-    "f2gguf's own kernels could not be compiled: they need a C++ compiler with OpenMP (g++ or clang++ in PATH, "
-    "or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
+    "f2gguf's own kernels could not be compiled: they need a C++ compiler with OpenMP (g++ 11, clang++ 12 or "
+    "newer, in PATH or $CXX), the headers that llama-cpp-python installs, and a cache folder that can be written to"
 )
 _SOURCE = Path(__file__).with_name("cpp") / "backend.cpp"  # and the headers beside it
 _HEADERS = Path(llama_cpp.__file__).parent.parent / "include"  # where llama-cpp-python installs ggml's

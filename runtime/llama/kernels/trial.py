@@ -20,6 +20,7 @@ import numpy as np
 from f2gguf.runtime.files import recall, remember
 from f2gguf.runtime.llama.kernels.buffers import NUMBERS, InitParams
 from f2gguf.runtime.llama.library import libggml
+from f2gguf.runtime.llama.threads import cpu_flags
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
@@ -33,7 +34,7 @@ _N_ROWS, _N_COLS, _N_TOKENS = 64, 512, 48  # more than one tile of each, so that
 
 def tried(name: str, code: str) -> bool:
     """Whether a child process that runs `code` says `RIGHT`. It is remembered where it ended by itself or crashed."""
-    stamp = [library_stamp(), platform.node(), _processor()]
+    stamp = [library_stamp(), platform.node(), _processor(), sorted(cpu_flags())]
     known, found = recall(name) or (None, False)
     if known != stamp:
         try:

@@ -117,7 +117,9 @@ bool multiply(Context &context, ggml_tensor *product) {
     return true;
 }
 
-bool is_no_work(const ggml_tensor *op) { return is_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE); }
+bool is_no_work(const ggml_tensor *op) {
+    return is_view(op) || ggml_is_empty(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE);
+}
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph *graph) {
     Context &context = *(Context *)backend->context;
