@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from f2gguf.runtime.calls import described
-from f2gguf.runtime.errors import F2ggufError, PoolBroken, TextError, WrongUsage
+from f2gguf.runtime.errors import PoolBroken, TextError, WrongUsage
 
 MOST_TEXTS = 5000  # of a chunk, as in sentence-transformers
 
@@ -36,20 +38,21 @@ class Pool:
         chunks = {start: texts[start : start + size] for start in range(0, len(texts), size)} or {0: texts}
         futures: dict[Future[Any], int] = {}
         try:
-            futures |= {self._submit(chunk, start, options): len(chunk) for start, chunk in chunks.items()}
+            for start, chunk in chunks.items():
+                futures[self._submit(chunk, start, options)] = len(chunk)
             for future in as_completed(futures):
                 future.result()
                 if on_progress:
                     on_progress(futures[future])
-        except BrokenProcessPool as error:
+        except BaseException as error:  # a callback's or Ctrl-C too: the pool stays open for other texts
+            for future in futures:
+                future.cancel()
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise PoolBroken(
                 "a process of the pool ended before its work was done: it was killed, or could not open the file (see "
                 "stderr). In a script, start the work under `if __name__ == '__main__':`."
             ) from error
-        except F2ggufError:
-            for future in futures:  # the pool stays open for other texts
-                future.cancel()
-            raise
         return [future.result() for future in futures]
 
     def _submit(self, texts: Sequence[str], start: int, options: dict[str, Any]) -> Future[Any]:
@@ -81,7 +84,20 @@ def require_pool(pool: Any, *, of: object = None, chunk_size: Any = None) -> Non
 _of_this_process: list[Compute] = []  # which is one of a pool
 
 
+def end_with_parent() -> None:
+    """Let this process end when its parent is killed, where it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _open(opened: Callable[[], Compute]) -> None:
+    end_with_parent()
     _of_this_process.append(opened())
 
 

@@ -191,7 +191,9 @@ def _vector_faults(encoder: Encoder, golden: Golden, cosines: NDArray[np.float64
     pooling = encoder.settings.pooling
     for other in POOLING_IDS:
         if other != pooling and _gives_golden_vectors(encoder, golden, other):
-            words = f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {_AGAIN}"
+            is_stated = encoder.header.pooling == other
+            step = "The file states that itself: leave --pooling (pooling=) out." if is_stated else _AGAIN
+            words = f"{pooling} pooling gives other vectors than the file was made with, {other} gives those. {step}"
             yield Fault("pooling", words)
             return
     i = int(bad[np.argmin(np.nan_to_num(margins[bad], nan=-np.inf))])

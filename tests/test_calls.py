@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +349,36 @@ def test_errors_of_a_pool_name_the_text_and_leave_it_at_work(nano: Embedder, poo
     with pytest.raises(UnknownName, match=r"no prompt of .* is called 'x'"):
         nano.encode("a", pool=pool, prompt_name="x")
     assert nano.encode("a", pool=pool).shape == (256,)
+
+
+@pytest.mark.slow
+def test_what_waits_of_an_abandoned_call_is_not_computed(
+    nano: Embedder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def abandon(_: int) -> None:
+        raise KeyboardInterrupt
+
+    futures: list[Future[Any]] = []
+    submit = pool._submit
+    monkeypatch.setattr(pool, "_submit", lambda *chunk: futures.append(submit(*chunk)) or futures[-1])
+    with pytest.raises(KeyboardInterrupt):
+        nano.encode(TEXTS * 20, pool=pool, chunk_size=1, on_progress=abandon)
+    assert sum(future.cancelled() for future in futures) > len(futures) / 2
+    assert nano.encode("a", pool=pool).shape == (256,)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_of_a_pool_end_with_their_parent(nano: Embedder) -> None:
+    code = "import multiprocessing, os, signal, sys\nfrom f2gguf import Embedder\nmodel = Embedder(sys.argv[1])\n"
+    code += "pool = model.start_multi_process_pool(['cpu'])\nmodel.encode('a', pool=pool)\n"
+    code += "print(multiprocessing.active_children()[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    parent = subprocess.run([sys.executable, "-c", code, nano.header.path], capture_output=True, text=True)
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    stat, begin = Path("/proc", parent.stdout.strip(), "stat"), time.monotonic()
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # which nobody waits for
+        assert time.monotonic() < begin + 30, "it waits for work for ever"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -115,6 +115,15 @@ def copy_file(source: Path, tmp_path: Path) -> Path:
     return path
 
 
+def test_pooling_that_a_sound_file_states_otherwise_is_to_be_left_out(nano_release: Release) -> None:
+    with Embedder(nano_release.file("Q8_0"), pooling="mean") as model:
+        (fault,) = model.selftest().faults
+    assert (fault.check, fault.message.partition(". ")[2]) == (
+        "pooling",
+        "The file states that itself: leave --pooling (pooling=) out.",
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["nano", "minilm"])
 def test_sound_files_pass(releases: dict[str, Release], name: str, variant: str) -> None:

@@ -163,6 +163,20 @@ def test_models_take_turns() -> None:
     assert max(i for i, first in enumerate(order) if first == 1) < 15
 
 
+def test_time_that_a_model_used_before_another_one_came_counts_no_more() -> None:
+    async def test(batcher: Batcher, model: Model) -> None:
+        await asyncio.sleep(0.3)  # text 0 takes so long
+        model.may_go_on.set()
+        await (await ask(batcher, text(5)))
+        model.may_go_on.clear()
+        second = new_batcher(model, batcher._schedule)
+        many = [await ask(second, text(i, 90)) for i in range(100, 130)]
+        await release(model, *many, await ask(batcher, text(1, 90)))
+
+    order = [texts[0] for texts, _ in run(test).calls]
+    assert order.index(1) < 10, "the other model's time so far is not made up for"
+
+
 def test_texts_of_one_prompt_are_computed_together_and_cost_only_their_own_tokens() -> None:
     prompt = text(9, 80)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -175,6 +176,20 @@ def test_while_draining_health_is_a_503_and_what_was_accepted_goes_on(nano_f16: 
             assert refused.json()["error_type"] == "Unhealthy"
         assert work.result().status_code == 200
         assert served.process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_waits_for_nobody(nano_f16: Path) -> None:
+    with serving_process("-m", nano_f16, "--drain-timeout", "600") as served, ThreadPoolExecutor(1) as clients:
+        texts = ["word " * 2000 + str(i) for i in range(400)]
+        work = clients.submit(httpx.post, f"{served.url}/embed", json={"inputs": texts}, timeout=600)
+        time.sleep(0.5)
+        for _ in range(2):
+            served.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            work.result()
+        served.process.wait(60)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])

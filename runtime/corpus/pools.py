@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +15,7 @@ from f2gguf.runtime.corpus.work import Embedded, Options, embed_texts, embed_wit
 from f2gguf.runtime.embedder import Embedder
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, PoolBroken, WrongUsage
 from f2gguf.runtime.llama.threads import default_threads, require_threads
+from f2gguf.runtime.pool import end_with_parent
 
 # Where memory allows, a process for each thread is quicker than one with all: 2,000 texts of f2llm-nano (Q4_0) took two
 # processes 30 and 33 s, and one with two threads 49 and 51 s, on two cores that were busy with other work
@@ -75,7 +74,7 @@ def require_processes(n_processes: int, n_threads: int) -> None:
 def processes(n_processes: int, options: Options) -> Iterator[Pool]:
     """`n_processes` that each open the file, with an equal share of the threads."""
     options = _with_threads(options, require_threads(options.opening["n_threads"]) // n_processes)
-    executor = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         yield Pool(lambda texts: executor.submit(embed_texts, options, texts), lambda: n_processes)
     finally:
@@ -115,18 +114,6 @@ def ray_cluster(address: str, options: Options, size_bytes: int) -> Iterator[Poo
     finally:
         if started:
             ray.shutdown()
-
-
-def _end_with_parent() -> None:
-    """Let this process end when its parent is killed, where it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _with_threads(options: Options, n_threads: int) -> Options:

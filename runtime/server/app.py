@@ -8,6 +8,7 @@ import hashlib
 import re
 import signal
 import socket
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -156,9 +157,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._drain.has_begun = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_timeout_s):
-                await self._drain.finished()
+        end = time.monotonic() + self._drain_timeout_s
+        while self._drain.n_in_flight and time.monotonic() < end and not self.force_exit:  # by a second Ctrl-C
+            await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 
 

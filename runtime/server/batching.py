@@ -113,11 +113,11 @@ class _Lane:
     def __init__(self) -> None:
         self.models: dict[Batcher, dict[str, deque[Request]]] = {}
         self._used_s: dict[Batcher, float] = {}
+        self._least_s = 0.0  # that the last model in turn had used
 
     def add(self, request: Request) -> None:
-        if request.batcher not in self.models:  # a model that rested saves up no time
-            least = min((self._used_s[model] for model in self.models), default=0.0)
-            self._used_s[request.batcher] = max(self._used_s.get(request.batcher, 0.0), least)
+        if request.batcher not in self.models:  # a model that rested, or is new, saves up no time
+            self._used_s[request.batcher] = max(self._used_s.get(request.batcher, 0.0), self._least_s)
         self.models.setdefault(request.batcher, {}).setdefault(request.client, deque()).append(request)
 
     def remove(self, request: Request) -> None:
@@ -130,7 +130,9 @@ class _Lane:
 
     def next_model(self) -> Batcher:
         """The model that used the least time of those with waiting requests."""
-        return min(self.models, key=self._used_s.__getitem__)
+        model = min(self.models, key=self._used_s.__getitem__)
+        self._least_s = self._used_s[model]
+        return model
 
     def use(self, model: Batcher, seconds: float) -> None:
         self._used_s[model] += seconds
@@ -220,9 +222,9 @@ class Schedule:
             model = self._short.next_model()
             n_tokens = SHORT_BATCHES * model.batch_tokens
             if len(self._short.models) > 1:
-                n_tokens = min(n_tokens, int(TURN_S * model.tokens_per_s))
+                n_tokens = max(1, min(n_tokens, int(TURN_S * model.tokens_per_s)))
             step, used = self._take(self._short, model, n_tokens)
-        seconds = model.compute_step(step, used)
+        seconds = model.compute_step(step, used / n_tokens)
         self._short.use(model, seconds)
         self._short_s, self._short_end = seconds, time.perf_counter()
         if are_longs:
@@ -233,9 +235,10 @@ class Schedule:
             if not self._long.models:
                 return
             model = self._long.next_model()
-            step, used = self._take(self._long, model, self._long_tokens(model))
+            n_tokens = self._long_tokens(model)
+            step, used = self._take(self._long, model, n_tokens)
         self._inner_s, self._resumed = 0.0, time.perf_counter()
-        seconds = model.compute_step(step, used, pause=lambda: self._pause(model, used))
+        seconds = model.compute_step(step, used / n_tokens, pause=lambda: self._pause(model, used))
         self._owe_less()
         self._long.use(model, seconds - self._inner_s)
 
@@ -318,13 +321,13 @@ class Batcher:
         finally:
             self._schedule.remove(request)
 
-    def compute_step(self, step: Step, used: int, *, pause: Pause | None = None) -> float:
-        """Compute a step and give its vectors to the requests; the seconds that it took."""
+    def compute_step(self, step: Step, fill: float, *, pause: Pause | None = None) -> float:
+        """Compute a step, `fill` of its budget, and give its vectors to the requests; the seconds that it took."""
         begin = time.perf_counter()
         for request in {request for request, _ in step if not request.has_begun}:
             request.has_begun = True
             self._metrics["queue_seconds"].observe(begin - request.begin)
-        self._metrics["batch_fill"].observe(used / self.batch_tokens)
+        self._metrics["batch_fill"].observe(min(1.0, fill))  # a longer text is a step by itself
         outcomes = self._outcomes(step, pause if self._can_pause else None)
         seconds = time.perf_counter() - begin
         self._metrics["compute_seconds"].observe(seconds)

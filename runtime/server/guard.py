@@ -41,11 +41,6 @@ class Drain:
     has_begun: bool = False
     n_in_flight: int = 0
 
-    async def finished(self) -> None:
-        """Return once every accepted request was answered."""
-        while self.n_in_flight:
-            await asyncio.sleep(0.02)
-
 
 def host_name(host: str) -> str:
     """A Host header without its port, in lower case: 'localhost' of 'LocalHost.:8080', '::1' of '[::1]:8080'."""
