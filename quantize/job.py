@@ -13,6 +13,7 @@ from f2gguf.quantize.repair.recipe import made_with
 from f2gguf.quantize.report.report import (
     BASE,
     FILE_NAME,
+    File,
     Report,
     Source,
     Texts,
@@ -94,7 +95,7 @@ def start_report(job: Job, texts: Sequence[EvalText], claimed: Sequence[EvalText
         say(f"{new.base}: made again, because of another {', '.join(changes)}")
         return new
     was_checked = old.conversion is not None and old.conversion.holds is not None
-    if _has_bytes(job.folder, old, old.base) and (was_checked or not can_check()):
+    if _has_bytes(job.folder, old.files.get(old.base)) and (was_checked or not can_check()):
         say(f"{old.base}: {job.file(old.base)} is there")
         return replace(old, max_drift=job.max_drift)
     if not was_checked:
@@ -165,7 +166,7 @@ def keep_current(job: Job, report: Report, names: Sequence[str], inputs: Variant
     dropped = set()
     for name, verdict in report.variants.items():
         changes = differing(verdict.inputs, inputs)
-        if not _has_bytes(job.folder, report, name):
+        if not _has_bytes(job.folder, report.files.get(name)):
             dropped.add(name)
         elif name in names:
             say(f"{name}: made again, because of another {', '.join(changes)}" if changes else f"{name}: is there")
@@ -192,7 +193,12 @@ def drop_lost_recipes(report: Report) -> Report:
     return report.without_variants(lost)
 
 
-def _has_bytes(folder: Path, report: Report, name: str) -> bool:
+def has_imatrix(job: Job, report: Report) -> bool:
+    """Whether the importance matrix is there that the listed recipes name, if any does."""
+    is_named = any(verdict.recipe.imatrix_sha256 for verdict in report.variants.values())
+    return not is_named or _has_bytes(job.folder, report.imatrix)
+
+
+def _has_bytes(folder: Path, file: File | None) -> bool:
     """Whether a file of the report is there with the bytes that were measured."""
-    file = report.files.get(name)
     return bool(file and (folder / file.file).is_file() and sha256_file(folder / file.file) == file.sha256)

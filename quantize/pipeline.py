@@ -22,7 +22,7 @@ from f2gguf.quantize.convert.gate import pass_gate_1
 from f2gguf.quantize.convert.readback import read_back
 from f2gguf.quantize.convert.reserved import stamp_golden, stamp_int8_steps
 from f2gguf.quantize.convert.write import convert
-from f2gguf.quantize.job import Job, drop_lost_recipes, keep_current, start_report, variant_inputs
+from f2gguf.quantize.job import Job, drop_lost_recipes, has_imatrix, keep_current, start_report, variant_inputs
 from f2gguf.quantize.outlook import Outlook, expect
 from f2gguf.quantize.release.write import copy_legal_files, write_release
 from f2gguf.quantize.repair.calibration import Calibration, load_calibration
@@ -112,15 +112,15 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
             report = _make_base(job, report, texts, claimed, outlook)
         inputs = variant_inputs(job, report, calibration)
         report = keep_current(job, report, variants, inputs)
-        if missing := [name for name in variants if name not in report.variants]:
+        missing = [name for name in variants if name not in report.variants]
+        if missing or (calibration and not has_imatrix(job, report)):
             if outlook is None:
                 outlook = expect(job, None, missing, texts, claimed, calibration)
                 say(str(outlook))
-            report = _make_variants(job, report, missing, claimed, calibration, inputs, outlook)
+            report = _make_variants(job, report, variants, claimed, calibration, inputs, outlook)
         if outlook:
             say(outlook.summary())
         copy_legal_files(job.facts.checkpoint.folder, job.folder)
-        report = drop_lost_recipes(report)
         for name in report.files.keys() - report.performances.keys():  # which an older version left
             report = report.with_performance(name, job.file(name), device=job.device)
         report = _saved(job, report)
@@ -206,8 +206,9 @@ def _make_variants(
     if calibration:
         with outlook.stage("calibrate"):
             study = _study(job, calibration)
-        report = replace(report, imatrix=described(job.imatrix_path))
-    for name in names:
+        # saved now, with nothing that was made with another matrix, so that a run that is stopped leaves no such file
+        report = _saved(job, drop_lost_recipes(replace(report, imatrix=described(job.imatrix_path))))
+    for name in [name for name in names if name not in report.variants]:
         say("\n".join(plan_variant(job.base_path, name).lines()))
         with outlook.stage(name):
             report = _make_variant(job, report, name, study, evaluation, inputs)

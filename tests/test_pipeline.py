@@ -274,8 +274,12 @@ def test_verify_measures_a_file_against_another_and_against_its_checkpoint(
 def test_variant_command_makes_one_measured_file(tiny_repaired: Release, run: Run, tmp_path: Path) -> None:
     assert tiny_repaired.process.returncode == 0, tiny_repaired.process.stderr
     path = tmp_path / "one.gguf"
-    process = run("quantize", "variant", tiny_repaired.file("F16"), "q4_0", "-o", path, prelude=QUICK)
+    arguments = ("quantize", "variant", tiny_repaired.file("F16"), "q4_0", "-o", path)
+    too_small = run(*arguments, "--max-size", "1KB", prelude=QUICK)
+    assert (too_small.returncode, "no Q4_0 of 1.0 kB" in too_small.stderr) == (1, True)
+    process = run(*arguments, prelude=QUICK)  # goes on from there
     assert process.returncode == 0, process.stderr
+    assert {it.name for it in tmp_path.iterdir()} == {"one.gguf", "one.imatrix.gguf"}
     assert process.stdout.splitlines()[-1] == str(path)
     assert path.read_bytes() == tiny_repaired.file("Q4_0").read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -161,6 +162,21 @@ def test_calibration_and_importance_matrix_are_inputs_of_variants(runs: Runs, tm
     report = runs(stock=False, variants=("Q4_0",), imatrix=Path(imatrix))
     assert runs.stages == {"make Q4_0"}
     assert report.variants["Q4_0"].inputs.imatrix_sha256
+
+
+def test_variants_go_with_the_importance_matrix_that_is_there(runs: Runs) -> None:
+    runs(stock=False, variants=("Q4_0",))
+    path, report_path = runs.out / "tiny" / "tiny.imatrix.gguf", runs.out / "tiny" / "drift.json"
+    data = path.read_bytes()
+    path.unlink()
+    runs(stock=False, variants=("Q4_0",))
+    assert runs.stages == set()
+    assert path.read_bytes() == data
+    # As if kernels of another processor had given another matrix
+    report_path.write_text(report_path.read_text().replace(hashlib.sha256(data).hexdigest(), "0" * 64))
+    report = runs(stock=False, variants=("Q4_0", "Q4_K_M"))
+    assert runs.stages == {"make Q4_0", "make Q4_K_M"}
+    assert set(report.variants) == {"Q8_0", "Q4_0", "Q4_K_M"}
 
 
 def corpus_of(path: Path, n_texts: int = 100, *, first: str = "A") -> Path:

@@ -98,7 +98,9 @@ def test_where_no_epoch_helps_nothing_changes(study: Study, monkeypatch: pytest.
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_the_search_tunes_where_it_is_wanted_or_quick(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_tunes_where_it_is_wanted_or_quick(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = Search(replace(study, tune=True), "Q4_0")
     recipe = found.tuned(found.start.recipe)
     assert recipe.tuned == recipe.weighed == tuning_arithmetic()
@@ -108,20 +110,23 @@ def test_the_search_tunes_where_it_is_wanted_or_quick(study: Study, monkeypatch:
     assert plain.tuned(found.start.recipe) == found.start.recipe
     assert Search(study, "Q4_0").tuned(found.start.recipe) == recipe
     monkeypatch.setattr(tuning, "MAX_MINUTES", 0)
-    assert Search(replace(study), "Q4_0").tuned(found.start.recipe) == found.start.recipe
+    assert Search(replace(study, work=tmp_path), "Q4_0").tuned(found.start.recipe) == found.start.recipe
     plain = study.recipe("Q4_0")
     assert Search(replace(study, tune=True), "Q4_0").tuned(plain) == plain
 
 
 def test_what_tuning_would_take_is_said(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "estimated_seconds", lambda *_: 3600.0)
-    fresh = replace(study)
+    fresh = replace(study, work=tmp_path)
     assert (fresh.weighs, fresh.trains) == (False, False)
     said = capsys.readouterr().err
     assert "tokens are not weighed by gradients, which would take about 60 minutes here (--tune)" in said
     assert "scales are not trained, which would take about 60 minutes here (--tune)" in said
+    monkeypatch.setattr(training, "estimated_seconds", lambda *_: 1.0)
+    resumed = replace(fresh)
+    assert (resumed.weighs, resumed.trains) == (False, False), "a run that goes on does as it began"
 
 
 def test_weights_of_tokens_say_what_an_error_there_does(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +181,10 @@ def test_the_estimate_grows_with_the_work() -> None:
     assert 20 * few < many < 500 * few
 
 
-def test_without_torch(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., object] = importlib.util.find_spec
     monkeypatch.setattr(tuning, "find_spec", lambda name: None if name == "torch" else find(name))
-    assert not replace(study).trains
+    assert not replace(study, work=tmp_path).trains
     with pytest.raises(ExtraMissing, match="--tune trains scales, which takes torch"):
         _ = replace(study, tune=True).trains
     with pytest.raises(ExtraMissing, match=r"x, which takes torch. Run: pip install 'f2gguf\[evals\]'"):

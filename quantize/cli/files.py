@@ -14,6 +14,8 @@ from f2gguf.runtime.cli import COLUMN, INPUT_FILE
 from f2gguf.runtime.console import progress, text_table
 from f2gguf.runtime.errors import OverBound, WrongUsage
 
+IMATRIX = "imatrix.gguf"  # in the folder of a command's work
+
 
 @click.command()
 @click.argument("source", type=shared.PATH)
@@ -77,7 +79,9 @@ def variant(source: Path, name: str, output: Path | None, force: bool, as_json: 
         require_absent(imatrix_path, force=force or options["imatrix"] == imatrix_path)
     with _work_folder(path) as work, writing(path) as part:
         make = _searched if needs_search else _by_recipe
-        made = make(weights, name, part, imatrix_path, work, **options)
+        made = make(weights, name, part, work, **options)
+        if needs_search:  # only now, so that a run that was stopped can go on
+            (work / IMATRIX).replace(imatrix_path)
     _show_verdict(path, made.verdict, as_json, made.corpus)
     for written in [imatrix_path, path] if needs_search else [path]:
         click.echo(str(written), err=as_json)
@@ -203,7 +207,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: Path, **options: Any) -> Any:
+def _searched(weights: Any, variant: str, path: Path, work: Path, **options: Any) -> Any:
     """Make `path` by the recipe that a search chooses; gives it and what was measured."""
     from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.search import make_within_bound
@@ -212,7 +216,7 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
     calibration = load_calibration(options["calibration"], weights.header.languages, options["column"])
     study = study_source(
         weights.header.path,
-        imatrix_path=imatrix_path,
+        imatrix_path=work / IMATRIX,
         work=work,
         texts=calibration.texts,
         own_imatrix=options["imatrix"],
@@ -224,7 +228,7 @@ def _searched(weights: Any, variant: str, path: Path, imatrix_path: Path, work: 
     return make_within_bound(study, variant, path, evaluation=evaluation, max_size=options["max_size"])
 
 
-def _by_recipe(weights: Any, variant: str, path: Path, _imatrix_path: Path, work: Path, **options: Any) -> Any:
+def _by_recipe(weights: Any, variant: str, path: Path, work: Path, **options: Any) -> Any:
     """Make `path` by the recipe of a file, or by llama.cpp's own; gives it and what was measured."""
     from f2gguf.quantize.repair.calibration import load_calibration
     from f2gguf.quantize.repair.imatrix import read_imatrix

@@ -21,7 +21,9 @@ from f2gguf.runtime.files import sha256_file
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.entries import Value
 from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama.kernels import own
 from f2gguf.runtime.llama.library import ggml_build
+from threadpoolctl import threadpool_info
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def made_with() -> dict[str, str]:
 def arithmetic() -> str:
     """What codes that are chosen with feedback depend on beside the inputs: one rounding more or less moves some."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    names = f"numpy {np.__version__}", f"{blas['name']} {blas['version']}".strip(), platform.machine()
-    return ", ".join((*names, *(["compiled loops"] if compiled.library() else [])))
+    found = {it.get("architecture", "") for it in threadpool_info() if it["user_api"] == "blas"}  # 'SkylakeX'
+    words = [f"numpy {np.__version__}", f"{blas['name']} {blas['version']}".strip(), *sorted(found), platform.machine()]
+    words += ["products on AMX"] * (own.units() == "AMX") + ["compiled loops"] * bool(compiled.library())
+    return ", ".join(filter(None, words))
 
 
 def read_recipe(path: Path) -> Recipe:

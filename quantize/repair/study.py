@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from f2gguf.evals.drift import drift, highest_mean
@@ -124,8 +126,10 @@ class Study:
         return self._is_worth(training_seconds, "scales are not trained")
 
     def _is_worth(self, seconds: Estimate, without: str) -> bool:
-        n_weights = sum(map(math.prod, layer_shapes(self.weights.infos.items())))
-        return is_worth(self.tune, seconds, n_weights, sum(map(len, self.fitting)), without=without)
+        """A run that goes on does as it began, though the machine may be busier or less busy now."""
+        n_weights, n_tokens = sum(map(math.prod, layer_shapes(self.weights.infos.items()))), sum(map(len, self.fitting))
+        key = f"{without}, {self.tune}, {find_spec('torch') is not None}"
+        return bool(self._kept(key, lambda: is_worth(self.tune, seconds, n_weights, n_tokens, without=without)))
 
     def compensation(self, recipe: Recipe) -> Compensation:
         """What makes the codes of `recipe`."""
@@ -143,12 +147,16 @@ class Study:
         With `only`, nothing but tensors of that kind is quantised, and some of the texts do. Results are saved and used
         again, by later runs too.
         """
-        key, path = self._key(recipe, only), self.work / "measured.json"
+        return Candidate(recipe, *self._kept(self._key(recipe, only), lambda: self._measure(recipe, label, only)))
+
+    def _kept(self, key: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, as JSON has it; the work's folder keeps it."""
+        path = self.work / "measured.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if key not in known:
-            known[key] = self._measure(recipe, label, only)
+            known[key] = find()
             write_text(path, json.dumps(known))
-        return Candidate(recipe, *known[key])
+        return known[key]
 
     def _measure(self, recipe: Recipe, label: str, only: str | None) -> tuple[float, float]:
         types, ready, judged, path = self.types(recipe), self.ready(recipe), self.judged, self.work / "candidate.gguf"
@@ -286,6 +294,6 @@ def study_source(
     elif own_imatrix.resolve() != imatrix_path.resolve():
         with writing(imatrix_path) as part:
             shutil.copyfile(own_imatrix, part)
-    say(f"importance matrix: {imatrix_path}, {len(texts)} calibration texts")
+    say(f"importance matrix of {len(texts)} calibration texts")
     imatrix, sha256 = read_imatrix(imatrix_path, weights), sha256_file(imatrix_path)
     return Study(weights, imatrix, sha256, activations, texts, ids[0], judged, work, device, compensate, tune)
