@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -187,8 +188,8 @@ def test_a_second_ctrl_c_waits_for_nobody(nano_f16: Path) -> None:
         for _ in range(2):
             served.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
-        with pytest.raises(httpx.TransportError):
-            work.result()
+        with suppress(httpx.TransportError):  # or a last answer
+            assert work.result().status_code == 500
         served.process.wait(60)
 
 

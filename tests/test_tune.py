@@ -186,7 +186,7 @@ def test_without_torch(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuning, "find_spec", lambda name: None if name == "torch" else find(name))
     assert not replace(study, work=tmp_path).trains
     with pytest.raises(ExtraMissing, match="--tune trains scales, which takes torch"):
-        _ = replace(study, tune=True).trains
+        _ = replace(study, work=tmp_path, tune=True).trains
     with pytest.raises(ExtraMissing, match=r"x, which takes torch. Run: pip install 'f2gguf\[evals\]'"):
         tuning.require_torch("x")
 
