@@ -108,9 +108,9 @@ def embed_texts(model: Embedder, texts: Sequence[EvalText], label: str = "") -> 
         progress_by_size(label, sizes) if label else contextlib.nullcontext() as advance,
         warnings.catch_warnings(),
     ):
-        if any(text.kind == "long" for text in texts):  # which are there to be cut
-            warnings.simplefilter("ignore", TruncationWarning)
         for rows, some, encode in zip(parts, inputs, (model.encode_query, model.encode_document), strict=True):
+            if any(texts[i].kind == "long" for i in rows):  # which are there to be cut
+                warnings.simplefilter("ignore", TruncationWarning)
             try:
                 vectors[rows] = encode(some, on_progress=advance)
             except NoVector as error:

@@ -133,6 +133,16 @@ def test_without_a_compiler_codes_are_chosen_by_numpy(monkeypatch: pytest.Monkey
     assert "compiled" not in arithmetic()
 
 
+def test_recipes_name_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that were chosen on AMX, or by other kernels of BLAS, are no part of another processor's."""
+    named = {}
+    for unit in ("AMX", "VNNI"):
+        monkeypatch.setattr(parallel.own, "units", lambda unit=unit: unit)
+        named[unit] = arithmetic()
+    assert "products on AMX" in named["AMX"]
+    assert "AMX" not in named["VNNI"]
+
+
 @pytest.mark.usefixtures("loops")
 def test_inputs_that_depend_on_nothing_leave_ggmls_rounding() -> None:
     """With the identity there is no error to make good: each code is the nearest."""

@@ -89,8 +89,9 @@ def made_with() -> dict[str, str]:
 def arithmetic() -> str:
     """What codes that are chosen with feedback depend on beside the inputs: one rounding more or less moves some."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    found = {it.get("architecture", "") for it in threadpool_info() if it["user_api"] == "blas"}  # 'SkylakeX'
-    words = [f"numpy {np.__version__}", f"{blas['name']} {blas['version']}".strip(), *sorted(found), platform.machine()]
+    own_blas = [it for it in threadpool_info() if it["user_api"] == "blas" and "numpy" in it["filepath"]]
+    kernels = [it.get("architecture", "") for it in own_blas]  # 'SkylakeX'
+    words = [f"numpy {np.__version__}", f"{blas['name']} {blas['version']}".strip(), *kernels, platform.machine()]
     words += ["products on AMX"] * (own.units() == "AMX") + ["compiled loops"] * bool(compiled.library())
     return ", ".join(filter(None, words))
 
