@@ -527,6 +527,22 @@ def test_where_nothing_may_be_executed_nothing_is_compiled(afresh: Path, monkeyp
     assert own._compiled() is None
 
 
+@needs_own
+def test_a_backend_that_takes_nothing_is_not_right(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = own._compiled()
+    assert path
+    library = own._open(path)
+    assert own._is_right(library)
+    monkeypatch.setattr(own._Library, "switch", lambda self, _: self.f2gguf_switch(False, 0))
+    assert not own._is_right(library)
+
+
+def test_other_backends_than_these_kernels_know_use_llama_cpps(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "_api_version", lambda: 3)
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: pytest.fail("a compiler"))
+    assert not own.works()
+
+
 def test_a_model_on_a_gpu_compiles_nothing(nano_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (engine, model):
         monkeypatch.setattr(module, "runs_on_cpu", lambda *_: False)

@@ -51,6 +51,7 @@ _FOR_TILES, _FOR_BYTES = ("amx_tile", "amx_bf16", "avx512_bf16"), ("avx512_vnni"
 _UNITS = [f"-m{it.replace('amx_', 'amx-').replace('avx512_', 'avx512')}" for it in (*_NEEDED, *_FOR_TILES, *_FOR_BYTES)]
 _FLAGS = [*_UNITS, "-fopenmp"]
 _SWITCHES = {"AVX-512": 0, "AMX": 1, "VNNI": 2}  # what f2gguf_switch takes
+_API_VERSION = 2  # of ggml's backends, whose structs backend.cpp has
 _TILE = 32  # columns and rows of a matrix that are multiplied together
 _LOCK = threading.Lock()  # so that llama.cpp hears of them once
 _CODE = f"from {__name__} import main; main()"
@@ -124,10 +125,16 @@ def _registered() -> _Library | None:
 
 
 def _could() -> bool:
-    """Whether the processor has what they need, and llama.cpp's threads are OpenMP's, as theirs are."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    """Whether the processor has what they need, ggml's backends are as theirs, and llama.cpp's threads are OpenMP's."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not cpu_flags() >= set(_NEEDED):
         return False
-    return cpu_flags() >= set(_NEEDED) and b"OPENMP = 1" in llama_cpp.llama_print_system_info()
+    return _api_version() == _API_VERSION and b"OPENMP = 1" in llama_cpp.llama_print_system_info()
+
+
+def _api_version() -> int | None:
+    """What every backend states first (ggml/src/ggml-backend-impl.h, ggml_backend_reg)."""
+    backend = libggml.ggml_backend_reg_by_name(b"CPU")
+    return ctypes.c_int.from_address(backend).value if backend else None
 
 
 @cache
