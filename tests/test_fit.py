@@ -24,6 +24,7 @@ from f2gguf.runtime.errors import UnknownName, WrongUsage
 from f2gguf.runtime.fit.devices import Work, devices
 from f2gguf.runtime.gguf.describe import is_reference
 from f2gguf.runtime.gguf.header import read_header
+from f2gguf.runtime.llama.kernels import own
 from hub import Hub, only_error, run_command, serving
 
 CHECK_FIT = Path(__file__).resolve().parent.parent / "scripts" / "check-fit"
@@ -83,6 +84,16 @@ def test_memory_grows_with_texts_and_requests(nano_f16: Path) -> None:
     )
     assert short.kv_bytes < long.kv_bytes < many.kv_bytes
     assert short.compute_bytes < long.compute_bytes < many.compute_bytes
+
+
+@pytest.mark.skipif(not own.works(), reason="needs a processor with AVX-512, and a C++ compiler")
+def test_f2ggufs_kernels_take_memory_and_no_vram(minilm_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = []
+    for wanted in ("1", "0"):
+        monkeypatch.setenv("F2GGUF_OWN_KERNELS", wanted)
+        memories.append(fit(minilm_f16, sample=False, max_tokens=512).files[0].memory)
+    assert memories[0].compute_bytes > memories[1].compute_bytes
+    assert memories[0].vram_bytes == memories[1].vram_bytes
 
 
 def test_a_speed_is_sampled_and_a_corpus_follows(nano_f16: Path) -> None:

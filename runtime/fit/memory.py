@@ -142,6 +142,7 @@ def main() -> None:
 
 def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[str, dict[str, int]]:
     from f2gguf.runtime.llama.context import N_SEQ_MAX, ComputeSettings, Context, LastTokenContext
+    from f2gguf.runtime.llama.kernels import own
 
     pooling, longest = arguments["pooling"], arguments["max_tokens"]
     kind = LastTokenContext if header.takes_last_tokens(pooling) else Context
@@ -156,7 +157,7 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
             "output_bytes": reserved["output"] * max(n_outputs, N_SEQ_MAX) // N_SEQ_MAX,
             "kv_bytes": reserved["kv"],
             "compute_bytes": reserved["compute"],
-            "used_bytes": used["compute"],
+            "used_bytes": used["compute"] + reserved["kernels"],
         }
 
     class _Headless(LastTokenContext):
@@ -175,23 +176,29 @@ def _contexts(header: Header, model: Model, arguments: dict[str, Any]) -> dict[s
         others = sizes(kind.batch_tokens(model), flash=True)
         found["documents"] = {key: value + others[key] for key, value in found["documents"].items()}
     model.offloaded = "as on a GPU"  # so that passes are as large as there
+    own.switch(False)  # beside them llama.cpp takes no flash attention by itself, as it does on a GPU
     found["on_gpu"] = sizes(max(kind.gpu_tokens, longest), flash=True)
     return found
 
 
 def _logged(kind: Any, model: Model, settings: Any, n_tokens: int, flash: bool) -> dict[str, int]:
-    """Bytes that llama.cpp names when a context for `n_tokens` is made; 0 for what it does not need."""
-    from f2gguf.runtime.llama.library import log_to
+    """Bytes that llama.cpp names when a context for `n_tokens` is made; 0 for what it does not need.
+
+    And those in which f2gguf's kernels note the keys that each token of a pass sees.
+    """
+    from f2gguf.runtime.llama.library import OWN, log_to
     from f2gguf.runtime.llama.runner import CTX_STEP
 
     lines: list[str] = []
     with log_to(lambda _, text: lines.append(text)):
         n_ctx = -(-n_tokens // CTX_STEP) * CTX_STEP
-        kind(model, settings, n_ctx=n_ctx, flash=flash, f32=False).close()
+        context = kind(model, settings, n_ctx=n_ctx, flash=flash, f32=False)
+        context.close()
     log = "".join(lines)
     found = {name: pattern.findall(log) for name, pattern in _SIZES.items()}
     found["compute"] = list(set(found["compute"]))  # f2gguf's kernels share the CPU's buffer, which is named for both
-    return {name: int(sum(map(float, sizes)) * _MIB) for name, sizes in found.items()}
+    sizes = {name: int(sum(map(float, some)) * _MIB) for name, some in found.items()}
+    return sizes | {"kernels": 2 * context.n_pass * n_ctx if OWN in model.placement else 0}
 
 
 def _resident_bytes() -> int:

@@ -110,7 +110,7 @@ class Context:
         if not pointer:
             reason = errors[0] if errors else "out of memory?"
             raise GGUFError(f"{model.path}: no context for {n_ctx:,} tokens: {reason}. Try a smaller --max-tokens.")
-        self.n_ctx = n_ctx
+        self.n_ctx, self.n_pass = n_ctx, int(params.n_ubatch)  # tokens of a batch, and of a pass
         self.n_embd = model.n_embd
         self.compute_seconds = 0.0  # spent in llama_decode
         self._pointer = pointer
