@@ -198,7 +198,8 @@ def _logged(kind: Any, model: Model, settings: Any, n_tokens: int, flash: bool) 
     found = {name: pattern.findall(log) for name, pattern in _SIZES.items()}
     found["compute"] = list(set(found["compute"]))  # f2gguf's kernels share the CPU's buffer, which is named for both
     sizes = {name: int(sum(map(float, some)) * _MIB) for name, some in found.items()}
-    return sizes | {"kernels": 2 * context.n_pass * n_ctx if OWN in model.placement else 0}
+    has_own = OWN in model.placement and not model.offloaded
+    return sizes | {"kernels": 2 * context.n_pass * n_ctx if has_own else 0}
 
 
 def _resident_bytes() -> int:
