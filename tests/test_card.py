@@ -54,7 +54,7 @@ def test_provenance_goes_down_to_the_commit(nano_release: Release, report: Repor
     for said in ("org/nano", COMMIT, report.source.sha256):
         assert f" {said} |" in card
     recipe = report.variants["Q4_0"].recipe
-    assert f"imatrix.gguf, {recipe.n_calibration_texts} calibration texts" in nano_release.process.stderr
+    assert f"importance matrix of {recipe.n_calibration_texts} calibration texts" in nano_release.process.stderr
     assert f"{recipe.n_calibration_texts} texts, SHA-256 {recipe.calibration_sha256} |" in card
     assert re.search(r"\| Made with ggml \| \d+\.\d+\.\d+ \(\w+", card)
 
