@@ -49,8 +49,9 @@ class Distribution(Drifts):
 
     @property
     def over(self) -> tuple[str, ...]:
-        """Those of `means` that are at or over the bound, with their figures."""
-        return tuple(f"{name} {mean:.2%}" for name, mean in self.means.items() if not mean < self.max_drift)
+        """Those of `means` that are at or over the bound, with their figures: as `as_dict` rounds them."""
+        means = rounded(self.means)
+        return tuple(f"{name} {mean:.2%}" for name, mean in means.items() if not mean < self.max_drift)
 
     @property
     def holds(self) -> bool:

@@ -120,7 +120,7 @@ def make_release(job: Job, variants: Sequence[str]) -> Report:
             report = _make_variants(job, report, variants, claimed, calibration, inputs, outlook)
         if outlook:
             say(outlook.summary())
-        copy_legal_files(job.facts.checkpoint.folder, job.folder)
+        copy_legal_files(job.facts.checkpoint.root, job.folder)
         for name in report.files.keys() - report.performances.keys():  # which an older version left
             report = report.with_performance(name, job.file(name), device=job.device)
         report = _saved(job, report)

@@ -85,6 +85,22 @@ def test_python_of_the_card_runs(nano_release: Release) -> None:
     assert "a file of tensors" in outputs[1].stdout
 
 
+def test_callers_of_other_servers_are_told_both_prompts(report: Report) -> None:
+    for prompts, said in (
+        ({"query": "q: ", "document": "d: "}, "```text\nq: \n```\n\nAnd this before every document:\n\n```text\nd: \n"),
+        ({"document": "d: "}, "put nothing before a query.\n\nAnd this before every document:\n\n```text\nd: \n```"),
+        ({"query": "q: "}, "every query:\n\n```text\nq: \n```\n\nAnd nothing before a document."),
+        ({}, "The model needs no prompt."),
+    ):
+        assert said in model_card(replace(report, source=replace(report.source, prompts=prompts)))
+
+
+def test_languages_without_a_text_are_named(report: Report) -> None:
+    source = replace(report.source, languages=("en", "xx"))
+    texts = replace(report.texts, languages=source.languages)
+    assert "languages (en; f2gguf has no text in xx)" in model_card(replace(report, source=source, texts=texts))
+
+
 def test_licence_and_notice_of_the_source_come_along(tiny: Path, report: Report, tmp_path: Path) -> None:
     (tiny / "LICENSE").write_text("Do as you like.")
     (tiny / "NOTICE.txt").write_text("By us.")

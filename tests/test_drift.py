@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from f2gguf.evals.conversion import NOT_CHECKED, ConversionCheck, compare, store
-from f2gguf.evals.drift import bootstrap_interval, drift, judge
+from f2gguf.evals.drift import Distribution, bootstrap_interval, drift, judge
 from f2gguf.evals.neighbours import ndcg10
 from f2gguf.evals.texts import EvalText
 from f2gguf.runtime.errors import InputError
@@ -170,3 +170,10 @@ def test_stored_vectors_are_found_only_for_their_own_texts(tmp_path, monkeypatch
     assert drift(found, REFERENCE).max() < 1e-6
     assert conversion.find_stored("abd", TEXTS) is None
     assert conversion.find_stored("abc", TEXTS[:3]) is None
+
+
+@pytest.mark.parametrize(("upper", "holds"), [(0.0199994, True), (0.0199996, False)])
+def test_header_and_report_decide_on_the_same_figures(upper: float, holds: bool) -> None:
+    """drift.json has millionths, which may be at the bound where the mean itself is under it."""
+    found = Distribution(3, 0.01, 0.01, upper, 0.02, 0.02, 0.02, "x", max_drift=0.02)
+    assert (found.holds, found.as_dict()["holds"]) == (holds, holds)

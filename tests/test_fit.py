@@ -98,6 +98,16 @@ def test_f2ggufs_kernels_take_memory_and_no_vram(minilm_f16: Path, monkeypatch: 
     assert ours.on_gpu == theirs.on_gpu
 
 
+def test_the_table_of_bert_takes_no_vram(minilm_f16: Path) -> None:
+    header = read_header(minilm_f16)
+    table_bytes = next(tensor.size_bytes for tensor in header.tensors if tensor.name == "token_embd.weight")
+    memory = fit(minilm_f16, sample=False).files[0].memory
+    on_gpu = model_memory(header, pooling="mean").on_gpu
+    assert memory.vram_bytes + table_bytes == pytest.approx(
+        sum(tensor.size_bytes for tensor in header.tensors) + on_gpu.kv_bytes + on_gpu.compute_bytes
+    )
+
+
 def test_a_speed_is_sampled_and_a_corpus_follows(nano_f16: Path) -> None:
     file = fit(nano_f16, n_texts=2e6, n_tokens=64, price=0.5).files[0]
     assert file.speed and file.corpus and file.corpus.cost

@@ -15,6 +15,7 @@ from f2gguf.runtime import Embedder
 from f2gguf.runtime.corpus import job, pools
 from f2gguf.runtime.corpus.inputs import find_inputs
 from f2gguf.runtime.corpus.job import embed_corpus, require_complete
+from f2gguf.runtime.corpus.shards import read_rows
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, OutputError, WrongUsage
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -223,6 +224,28 @@ def test_a_folder_of_other_settings_is_refused_untouched(
     with pytest.raises(OutputError, match=words):
         embed_corpus([str(docs)], tmp_path, model, **{"shard_rows": SHARD_ROWS, **options})
     assert files_in(tmp_path) == whole
+
+
+def test_force_removes_nothing_of_others(model: Embedder, docs: Path, tmp_path: Path) -> None:
+    for name in ("part-00000.snappy.parquet", "_SUCCESS"):
+        (tmp_path / name).write_text("of another program")
+    with pytest.raises(OutputError, match="holds other files"):
+        embed_corpus([str(docs)], tmp_path, model, force=True)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"of another program"}
+
+
+def test_an_input_where_the_vectors_go_is_refused(model: Embedder, docs: Path, tmp_path: Path) -> None:
+    embed_corpus([str(docs)], tmp_path, model, keep_text=True)
+    part = next(tmp_path.glob("part-*.parquet"))
+    with pytest.raises(WrongUsage, match=r"lies in .*, where the vectors go"):
+        embed_corpus([str(part)], tmp_path, model, force=True)
+    assert part.exists()
+
+
+def test_a_shard_of_rejects_alone_is_read(model: Embedder, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("no json\n" * 3 + '{"id": "a", "text": "good"}\n')
+    embed_corpus([str(tmp_path / "bad.jsonl")], tmp_path / "out", model, keep_text=True, shard_rows=3)
+    assert [row.id for row, _ in read_rows(tmp_path / "out")] == ["a"]
 
 
 def test_a_folder_of_other_inputs_model_or_makers_is_refused(

@@ -15,7 +15,7 @@ import pytest
 from conftest import Run
 from f2gguf.runtime.errors import ExtraMissing, F2ggufError, InputError, UnknownName
 from f2gguf.runtime.tables import texts as tables
-from f2gguf.runtime.tables.texts import Texts, iter_rows, read_texts
+from f2gguf.runtime.tables.texts import Row, Texts, iter_rows, read_texts
 
 TEXTS = ("one, two", "zwei\nZeilen", "三; |")
 CSV = 'id{0}text\r\n7{0}"one, two"\r\n8{0}"zwei\nZeilen"\r\n9{0}"三; |"\r\n'
@@ -356,3 +356,9 @@ def test_every_command_reads_the_same_files(run: Run, nano_f16: Path, tmp_path: 
         process = run(*command, tmp_path / "x.jsonl")
         assert (process.returncode, process.stdout) == (1, "")
         assert "x.jsonl, line 2: has no text under 'text', but None of type NoneType" in process.stderr
+
+
+def test_texts_that_are_left_have_the_numbers_of_their_rows() -> None:
+    """Else nobody could tell which rows of a matrix are of which texts."""
+    left = Texts.of([Row(text) for text in "abc"]).without([1])
+    assert (left.texts, left.ids, left.has_ids) == (("a", "c"), (0, 2), True)

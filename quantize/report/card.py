@@ -109,14 +109,17 @@ def _cell(text: str) -> str:
 
 def _usage(report: Report) -> str:
     file = report.files[report.recommended].file
-    query = report.source.prompts.get("query", "")
-    prompt_note = (
-        "f2gguf puts the model's prompt before every query by itself. llama-server and Ollama embed what they are "
-        "sent: there the caller must put it before every query, and nothing before documents:\n\n"
-        f"```text\n{query}\n```"
-        if query
-        else "The model needs no prompt."
-    )
+    query, document = (report.source.prompts.get(kind, "") for kind in ("query", "document"))
+    prompt_note = "The model needs no prompt."
+    if query or document:
+        notes = [
+            f"this before every {kind}:\n\n```text\n{prompt}\n```" if prompt else f"nothing before a {kind}."
+            for kind, prompt in (("query", query), ("document", document))
+        ]
+        prompt_note = (
+            "f2gguf puts the model's prompts before texts by itself. llama-server and Ollama embed what they are sent: "
+            "there the caller must put " + "\n\nAnd ".join(notes)
+        )
     body = shlex.quote(json.dumps({"input": f"{query}what is a GGUF file?"}))
     return f"""```bash
 pip install f2gguf

@@ -145,11 +145,22 @@ def _measurement(report: Report) -> str:
     )
     return (
         f"Drift is 1 - cosine to the {report.base} file's vector, over {report.texts.n} texts{_quick(report)} in "
-        f"the model's languages ({', '.join(report.texts.languages)}): queries with the prompt, documents, code, "
+        f"the model's languages ({_languages(report)}): queries with the prompt, documents, code, "
         "long texts, edge cases. The bound holds when the upper end of the mean's 95% interval, and the mean of every "
         f"language and kind, are under {format_bound(report.max_drift)}. Conversion: {conversion_sentence(report)}."
         f"{stock if n_stock else ''}"
     )
+
+
+def _languages(report: Report) -> str:
+    """Those of the texts, and those of the model that no text is in."""
+    judged = {name for verdict in report.variants.values() for name in verdict.languages}
+    judged |= {name.partition("-")[0] for name in judged}
+    stated = report.texts.languages
+    known = judged | {"multilingual"} if judged else set(stated)
+    missing = [name for name in report.source.languages if name not in known]
+    measured = ", ".join(name for name in stated if name not in missing)
+    return measured + f"; f2gguf has no text in {', '.join(missing)}" * bool(missing)
 
 
 def _quick(report: Report) -> str:

@@ -17,7 +17,7 @@ from f2gguf.quantize.source.fetch import fetch, find_model
 from f2gguf.quantize.source.lock import Entry, read_lock
 from f2gguf.runtime.console import say
 from f2gguf.runtime.errors import BrokenCheckpoint, Disagreement, UnknownName
-from f2gguf.runtime.gguf.header import POOLING_IDS
+from f2gguf.runtime.gguf.header import ENCODERS, POOLING_IDS
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Facts:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one token's keys and values in F16; none for models that see a text at once."""
-        if "attention.head_count_kv" not in self.shape:
+        if self.architecture.name in ENCODERS or "attention.head_count_kv" not in self.shape:
             return 0
         width = self.shape["attention.key_length"] + self.shape["attention.value_length"]
         return int(2 * self.shape["block_count"] * self.shape["attention.head_count_kv"] * width)

@@ -44,6 +44,8 @@ def find_inputs(names: Iterable[str], *, apart_from: Path | None = None) -> list
         if name == "-":
             raise WrongUsage("--input -: stdin cannot be read again after a stop. Write the texts to a file first.")
         paths = [Path(name)]
+        if is_plain_file(name) and _is_inside(paths[0], apart_from):
+            raise WrongUsage(f"--input {name}: lies in {apart_from}, where the vectors go. Choose another -o.")
         if not is_plain_file(name):
             paths = [path for path in _below(name) if not _is_inside(path, apart_from)]
         if not paths:

@@ -210,9 +210,8 @@ class _Pace:
 def _require_folder(folder: Path, settings: Settings, *, force: bool) -> None:
     """Begin a manifest, or find that the folder's is of this job. Raises `OutputError` for any other folder."""
     path = folder / MANIFEST
-    if force:
-        path.unlink(missing_ok=True)  # first: without it nothing counts
-        for old in [*folder.glob("part-*.parquet"), *folder.glob("_rejects-*.jsonl")]:
+    if force and path.exists():  # which says that the others are f2gguf's; it goes last, for a run that is stopped
+        for old in [*folder.glob("part-*.parquet"), *folder.glob("_rejects-*.jsonl"), path]:
             old.unlink()
     if not path.exists():
         if others := sorted(it.name for it in folder.iterdir() if it.suffix != PART_SUFFIX):

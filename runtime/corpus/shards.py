@@ -166,7 +166,7 @@ def read_rows(folder: Path) -> Iterator[tuple[Row, NDArray[Any]]]:
                 f"{path}: cannot be read: {reason}. Remove it, and run the `f2gguf embed` of its folder again."
             ) from error
         vectors = columns["vector"].combine_chunks()
-        values = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+        values = vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size)
         for row_id, text, vector in zip(columns["id"].to_pylist(), columns["text"].to_pylist(), values, strict=True):
             yield Row(text, row_id), vector
 

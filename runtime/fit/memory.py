@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from f2gguf.runtime.errors import GGUFError
-from f2gguf.runtime.gguf.header import Header
+from f2gguf.runtime.gguf.header import ENCODERS, Header
 from f2gguf.runtime.llama.kernels.choice import choose, copied_bytes
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def model_memory(header: Header, *, pooling: str, max_tokens: int | None = None,
 def memory_of(model: ModelMemory, header: Header, file_bytes: int) -> Memory:
     """The memory of one file of a model, of which there may only be the header."""
     tensors_bytes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
-    has_head = "output.weight" in tensors_bytes
+    # BERT and its relatives have none, and keep their table with the CPU
+    has_head = "output.weight" in tensors_bytes or header.architecture in set(ENCODERS) - {"gemma-embedding"}
     weights_bytes = sum(tensors_bytes.values())
     # The first matrix stays with the CPU. A model that has no head of its own has the table as its head on the GPU.
     on_gpu_bytes = weights_bytes - (tensors_bytes.get(TABLE, 0) if has_head else 0)

@@ -59,14 +59,14 @@ class Texts:
         )
 
     def without(self, indices: Iterable[int]) -> Texts:
-        """All texts except those at `indices`."""
+        """All texts except those at `indices`, with ids from now on: their numbers, where the file has none."""
         kept = sorted(set(range(len(self.texts))).difference(indices))
         return Texts(
             tuple(self.ids[i] for i in kept),
             tuple(self.texts[i] for i in kept),
             tuple(self.kinds[i] for i in kept),
             tuple(self.languages[i] for i in kept),
-            self.has_ids,
+            has_ids=True,
         )
 
 
