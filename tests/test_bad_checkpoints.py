@@ -10,7 +10,7 @@ import f2gguf.quantize.checkpoint.vocabulary as vocabulary_module
 import f2gguf.quantize.checkpoint.weights as weights_module
 import numpy as np
 import pytest
-from checkpoints import NANO, edit_json, edit_tensors, save_tensors, tiny_tensors
+from checkpoints import NANO, edit_json, edit_tensors, save_tensors, tiny_tensors, write_tiny_bert
 from conftest import facts_of
 from f2gguf.quantize.convert.write import convert
 from f2gguf.runtime.errors import BrokenCheckpoint, CheckpointError, Disagreement, UnsupportedCheckpoint
@@ -264,6 +264,14 @@ def test_damage_is_named(case: str, tiny: Path, tmp_path: Path) -> None:
     damage(tiny)
     with pytest.raises(kind, match=message):
         convert(facts_of(tiny), tmp_path / "x.gguf")
+
+
+def test_a_type_that_cannot_be_converted_is_named_before_rows_are_taken(tmp_path: Path) -> None:
+    folder = write_tiny_bert(tmp_path / "bert")
+    positions = load_file(folder / "model.safetensors")["embeddings.position_embeddings.weight"]
+    edit_tensors(folder, embeddings__position_embeddings__weight=positions.astype(np.float64))
+    with pytest.raises(UnsupportedCheckpoint, match=r"position_embeddings.weight has the dtype F64; BF16, F16 and F32"):
+        facts_of(folder)
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError])

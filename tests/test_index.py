@@ -209,9 +209,10 @@ def test_texts_without_ids_are_told_apart_by_themselves(model: Embedder, tmp_pat
 
 
 def test_an_index_of_other_vectors_is_refused(
-    model: Embedder, nano_f16: Path, minilm_f16: Path, tmp_path: Path, run: Run
+    model: Embedder, nano_f16: Path, minilm_f16: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     docs, out = write_docs(tmp_path / "x.jsonl", {"a": "one", "b": "two"}), tmp_path / "index"
+    monkeypatch.setenv("F2GGUF_MODEL", str(nano_f16))  # which an index needs no more than -m
     update_index([docs], out, model)
     with Embedder(nano_f16) as other:
         with pytest.raises(InputError, match=r"its vectors have .* dimensions, and these 256|was made with"):

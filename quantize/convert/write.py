@@ -16,7 +16,7 @@ import numpy as np
 from f2gguf.quantize.checkpoint.weights import StoredTensor, as_float32
 from f2gguf.quantize.convert.reserved import UNKNOWN_SHA256, add_golden, add_int8_steps, fill_in
 from f2gguf.quantize.source.facts import Facts
-from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName, UnsupportedCheckpoint
+from f2gguf.runtime.errors import BrokenCheckpoint, UnknownName
 from f2gguf.runtime.files import require_free_space
 from f2gguf.runtime.gguf import header as keys
 from f2gguf.runtime.gguf.entries import UNSEALED, VALUE_TYPES
@@ -119,9 +119,6 @@ def require_dtype(dtype: str) -> None:
 
 def _scan(name: str, tensor: StoredTensor, dtype: str) -> Loss:
     """Count what F16 cannot hold. A tensor that would overflow keeps its stored type. Refuses NaN and infinity."""
-    if tensor.dtype not in _FINITE_LIMIT:
-        supported = "BF16, F16 and F32 are supported"
-        raise UnsupportedCheckpoint(f"{tensor.file}: {name} has the dtype {tensor.dtype}; {supported}.")
     target = _target_type(name, tensor.shape, dtype)
     over, tiny = _F16_RANGE.get(tensor.dtype, (np.inf, 0.0))
     n_overflow = n_zeroed = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from f2gguf.runtime.cli import (
     COLUMN,
     DIMS,
@@ -95,7 +96,9 @@ def search(
             raise WrongUsage(
                 f"{'--column' if column else '--dims'} and --index: the index has texts and width already."
             )
-        hits = _search_index(index_path, query, model, top, opening)
+        source = click.get_current_context().get_parameter_source("model")
+        named = None if source is ParameterSource.ENVIRONMENT else model  # $F2GGUF_MODEL is for what names no file
+        hits = _search_index(index_path, query, named, top, opening)
     else:
         hits = _search_file(str(docs), query, model, top, dims, column, opening)
     for rank, (score, row_id, text) in enumerate(hits, start=1):
@@ -145,7 +148,7 @@ def _search_index(
                 f"{folder}: the model that made it, {made}, is not there any more. Name it with -m. (`f2gguf index` "
                 f"with -m and -o {folder} notes where it is now.)"
             )
-        if model in (None, store.facts["model"]):  # opened as it was then
+        if model is None or store.facts["model"] in (model, str(Path(model).absolute())):  # opened as it was then
             opening = {**opening, "pooling": opening["pooling"] or store.facts["pooling"]}
             opening["add_eos"] = opening["add_eos"] or store.facts["add_eos"]
         with open_embedder(model or store.facts["model"], **opening) as embedder:

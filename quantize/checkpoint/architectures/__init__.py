@@ -16,6 +16,7 @@ from f2gguf.quantize.checkpoint.folder import Checkpoint
 from f2gguf.quantize.checkpoint.weights import StoredTensor
 from f2gguf.runtime.errors import BrokenCheckpoint, UnsupportedCheckpoint
 
+_DTYPES = ("BF16", "F16", "F32")  # of tensors that can be converted
 _FILES = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__) if file.name != "shared"]
 ARCHITECTURES: dict[str, Architecture] = {kind: one for file in _FILES for kind, one in file.ARCHITECTURES.items()}
 
@@ -56,7 +57,8 @@ def architecture_of(checkpoint: Checkpoint, allowed_keys: Collection[str] = ()) 
 def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, StoredTensor]:
     """GGUF name -> the tensor to write, in GGUF order.
 
-    Raises `BrokenCheckpoint` for a tensor that is missing, surplus, or not of the shape that config.json implies.
+    Raises `BrokenCheckpoint` for a tensor that is missing, surplus, or not of the shape that config.json implies, and
+    `UnsupportedCheckpoint` for one of another type.
     """
     stored = {_plain_name(name, architecture): (name, tensor) for name, tensor in checkpoint.tensors.items()}
     if len(stored) < len(checkpoint.tensors):
@@ -73,6 +75,9 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
         if tensor.shape != target.shape:
             implied = f"config.json implies {target.shape}"
             raise BrokenCheckpoint(f"{tensor.file}: {name} has the shape {tensor.shape}, but {implied}.")
+        if tensor.dtype not in _DTYPES:
+            supported = "BF16, F16 and F32 are supported"
+            raise UnsupportedCheckpoint(f"{tensor.file}: {name} has the dtype {tensor.dtype}; {supported}.")
     return {target.name: target.transform(stored[target.stored][1]) for target in targets}
 
 
