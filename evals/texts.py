@@ -101,7 +101,9 @@ def embed_texts(model: Embedder, texts: Sequence[EvalText], label: str = "") -> 
     With a `label`, it says how far it is.
     """
     vectors = np.empty((len(texts), model.header.n_embd), dtype=np.float32)
-    parts = [[i for i, text in enumerate(texts) if (text.kind == "query") == are_queries] for are_queries in (1, 0)]
+    parts = [
+        [i for i, text in enumerate(texts) if (text.kind == "query") == are_queries] for are_queries in (True, False)
+    ]
     inputs = [[texts[i].text for i in rows] for rows in parts]
     sizes = [size for some in inputs for size in sizes_of(some, model.max_seq_length)]
     with (

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
 _SECONDS_A_LINE = 60  # at least, where progress is not drawn
-_BYTES_A_TOKEN = 4  # of text, at most
+_BYTES_A_TOKEN = 4  # of English text, about
 
 
 class Advance(Protocol):

@@ -98,7 +98,7 @@ def test_callers_of_other_servers_are_told_both_prompts(report: Report) -> None:
 def test_languages_without_a_text_are_named(report: Report) -> None:
     source = replace(report.source, languages=("en", "xx"))
     texts = replace(report.texts, languages=source.languages)
-    assert "languages (en; f2gguf has no text in xx)" in model_card(replace(report, source=source, texts=texts))
+    assert "languages (en; no text is in xx)" in model_card(replace(report, source=source, texts=texts))
 
 
 def test_licence_and_notice_of_the_source_come_along(tiny: Path, report: Report, tmp_path: Path) -> None:

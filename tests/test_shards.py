@@ -237,7 +237,7 @@ def test_force_removes_nothing_of_others(model: Embedder, docs: Path, tmp_path: 
 def test_an_input_where_the_vectors_go_is_refused(model: Embedder, docs: Path, tmp_path: Path) -> None:
     embed_corpus([str(docs)], tmp_path, model, keep_text=True)
     part = next(tmp_path.glob("part-*.parquet"))
-    with pytest.raises(WrongUsage, match=r"lies in .*, where the vectors go"):
+    with pytest.raises(WrongUsage, match=r"lies in .*, which --force empties"):
         embed_corpus([str(part)], tmp_path, model, force=True)
     assert part.exists()
 

@@ -160,7 +160,7 @@ def _languages(report: Report) -> str:
     known = judged | {"multilingual"} if judged else set(stated)
     missing = [name for name in report.source.languages if name not in known]
     measured = ", ".join(name for name in stated if name not in missing)
-    return measured + f"; f2gguf has no text in {', '.join(missing)}" * bool(missing)
+    return measured + f"; no text is in {', '.join(missing)}" * bool(missing)
 
 
 def _quick(report: Report) -> str:

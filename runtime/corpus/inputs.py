@@ -44,10 +44,8 @@ def find_inputs(names: Iterable[str], *, apart_from: Path | None = None) -> list
         if name == "-":
             raise WrongUsage("--input -: stdin cannot be read again after a stop. Write the texts to a file first.")
         paths = [Path(name)]
-        if is_plain_file(name) and _is_inside(paths[0], apart_from):
-            raise WrongUsage(f"--input {name}: lies in {apart_from}, where the vectors go. Choose another -o.")
         if not is_plain_file(name):
-            paths = [path for path in _below(name) if not _is_inside(path, apart_from)]
+            paths = [path for path in _below(name) if not is_inside(path, apart_from)]
         if not paths:
             raise InputError(f"{name}: there is no file that can be read, of {', '.join(READERS)} (--input).")
         found |= dict.fromkeys(map(str, paths))
@@ -91,7 +89,7 @@ def _is_glob(name: str) -> bool:
     return glob.has_magic(name)
 
 
-def _is_inside(path: Path, folder: Path | None) -> bool:
+def is_inside(path: Path, folder: Path | None) -> bool:
     return folder is not None and folder.resolve() in path.resolve().parents
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from f2gguf.runtime.console import Advance, progress
 from f2gguf.runtime.corpus.cut import Shard, cut
-from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, stat_inputs
+from f2gguf.runtime.corpus.inputs import InputFile, find_inputs, glance, is_inside, stat_inputs
 from f2gguf.runtime.corpus.pools import Pool, choose_processes, own_process, processes, ray_cluster, require_processes
 from f2gguf.runtime.corpus.shards import ShardFacts, count_repeated_ids, finished_shards, require_order, write_shard
 from f2gguf.runtime.corpus.work import Embedded, Options
 from f2gguf.runtime.embedder import Embedder
-from f2gguf.runtime.errors import InputError, OutputError, parsing
+from f2gguf.runtime.errors import InputError, OutputError, WrongUsage, parsing
 from f2gguf.runtime.files import PART_SUFFIX, locked, sha256_text, write_text
 from f2gguf.runtime.precision import require_precision
 from f2gguf.runtime.tables.texts import require_pyarrow
@@ -211,6 +211,8 @@ def _require_folder(folder: Path, settings: Settings, *, force: bool) -> None:
     """Begin a manifest, or find that the folder's is of this job. Raises `OutputError` for any other folder."""
     path = folder / MANIFEST
     if force and path.exists():  # which says that the others are f2gguf's; it goes last, for a run that is stopped
+        if inside := [it.name for it in settings.inputs if is_inside(Path(it.name), folder)]:
+            raise WrongUsage(f"--input {inside[0]}: lies in {folder}, which --force empties. Choose another -o.")
         for old in [*folder.glob("part-*.parquet"), *folder.glob("_rejects-*.jsonl"), path]:
             old.unlink()
     if not path.exists():

@@ -102,11 +102,11 @@ def model_memory(header: Header, *, pooling: str, max_tokens: int | None = None,
 def memory_of(model: ModelMemory, header: Header, file_bytes: int) -> Memory:
     """The memory of one file of a model, of which there may only be the header."""
     tensors_bytes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
-    # BERT and its relatives have none, and keep their table with the CPU
-    has_head = "output.weight" in tensors_bytes or header.architecture in set(ENCODERS) - {"gemma-embedding"}
+    has_head = "output.weight" in tensors_bytes
+    is_headless = header.architecture in ENCODERS and header.architecture != "gemma-embedding"
     weights_bytes = sum(tensors_bytes.values())
-    # The first matrix stays with the CPU. A model that has no head of its own has the table as its head on the GPU.
-    on_gpu_bytes = weights_bytes - (tensors_bytes.get(TABLE, 0) if has_head else 0)
+    # The first matrix stays with the CPU. A decoder without a head of its own has the table as its head on the GPU.
+    on_gpu_bytes = weights_bytes - (tensors_bytes.get(TABLE, 0) if is_headless or has_head else 0)
     contexts = (model.query, model.documents)
     return Memory(
         weights_bytes=file_bytes,
